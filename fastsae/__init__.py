@@ -1,0 +1,22 @@
+"""fastsae: sparse autoencoders joined by feature integration, exact and fast."""
+
+from fastsae import backends, ops
+from fastsae.code import SparseCode
+from fastsae.config import JointSAEConfig, TopKSAEConfig, TrainerConfig
+from fastsae.modules import JointSAE, TopKSAE, load
+from fastsae.train import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JointSAE",
+    "JointSAEConfig",
+    "SparseCode",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "Trainer",
+    "TrainerConfig",
+    "backends",
+    "load",
+    "ops",
+]

@@ -1,0 +1,104 @@
+"""Text by document: where activations come from, and which documents are held out."""
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STDLIB = "stdlib"
+_FILE_DOCUMENT_CHARS = 4000
+_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+# Test suites and code pages are mostly tables of literals, and some distributions leave the former out.
+_SKIPPED_STDLIB_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "__pycache__",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `name` decides, for good, whether the document is held out."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
+    """The documents of `source`, in a fixed order.
+
+    source: "stdlib" (the Python sources of the running interpreter's standard library); a folder (every .txt, .md,
+    .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters);
+    or the name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
+    "wikitext:wikitext-103-raw-v1".
+    Raises FileNotFoundError when `source` is none of these, ValueError for a dataset without a "text" column.
+    """
+    path = Path(source)
+    if source == STDLIB:
+        yield from _files_below(Path(sysconfig.get_paths()["stdlib"]), {".py"}, _SKIPPED_STDLIB_FOLDERS)
+    elif path.is_dir():
+        yield from _files_below(path, _TEXT_SUFFIXES, {"__pycache__"})
+    elif path.is_file():
+        yield from _file_documents(path)
+    else:
+        yield from _dataset_documents(str(source))
+
+
+def is_held_out(name: str, share: float = 0.05) -> bool:
+    """Whether the document `name` belongs to the held-out split: a fixed `share` of all names, by their hash."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _files_below(folder: Path, suffixes: set[str], skipped: set[str]) -> Iterator[Document]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
+    kept = [p for p in files if not skipped.intersection(p.relative_to(folder).parts)]
+    if not kept:
+        raise FileNotFoundError(f"read_documents: no {'/'.join(sorted(suffixes))} files below {folder}")
+    for path in kept:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Document(path.relative_to(folder).as_posix(), text)
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    paragraphs = re.split(r"(?<=\n\n)", path.read_text(encoding="utf-8", errors="replace"))
+    text, number = "", 0
+    for position, paragraph in enumerate(paragraphs):
+        text += paragraph
+        last = position == len(paragraphs) - 1
+        if text.strip() and (last or len(text) >= _FILE_DOCUMENT_CHARS):
+            yield Document(f"{path.name}#{number}", text)
+            text, number = "", number + 1
+
+
+def _dataset_documents(spec: str) -> Iterator[Document]:
+    name, _, configuration = spec.partition(":")
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+    except ImportError as error:
+        raise ImportError(
+            f"read_documents: {spec!r} is no file or folder, and reading it as a dataset needs "
+            "`pip install fastsae[lab]`"
+        ) from error
+    except Exception as error:
+        raise FileNotFoundError(
+            f"read_documents: {spec!r} is neither 'stdlib', nor a file, nor a folder, and could not be loaded as a "
+            f"Hugging Face dataset ({type(error).__name__}: {error}). Check the spelling, the network, or download "
+            "the text and pass its path."
+        ) from error
+    for number, row in enumerate(rows):
+        if "text" not in row:
+            raise ValueError(
+                f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'"
+            )
+        if row["text"].strip():
+            yield Document(f"{spec}/{number}", row["text"])

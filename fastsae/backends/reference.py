@@ -1,0 +1,62 @@
+"""The specification: every operation in plain PyTorch, as in the equations. Any device, any float dtype.
+
+Shapes: x (B, d_in), W_enc W_dec W_lin (d_sae, d_in), V (d_sae, E), values and indices (B, k). Dense (B, d_sae) and
+(B, k, d_in) tensors are made here without regret: this file is to be read and compared with, not to be fast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """values, indices = the k largest of relu(x @ W_enc.T + b_enc), strongest first, ties to the lower index.
+
+    features (n,) int64, ascending: only these compete (the others are treated as if they did not exist).
+    """
+    if features is not None:
+        W_enc, b_enc = W_enc[features], b_enc[features]
+    activations = torch.relu(x @ W_enc.T + b_enc)
+    values, indices = activations.sort(dim=-1, descending=True, stable=True)
+    values, indices = values[:, :k], indices[:, :k]
+    return values, indices if features is None else features[indices]
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """identity = sum_j a_j W_dec[i_j]"""
+    return (values.unsqueeze(-1) * W_dec[indices]).sum(dim=1)
+
+
+def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor) -> Tensor:
+    """z = (s^2 - q) / 2, the sum over pairs i < j of (a_i V_i) * (a_j V_j), elementwise (paper eq. of FM pooling)."""
+    terms = values.unsqueeze(-1) * V[indices]
+    s, q = terms.sum(dim=1), terms.square().sum(dim=1)
+    return (s.square() - q) / 2
+
+
+def joint_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, W_lin: Tensor | None, V: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
+    """identity + linear sum (B, d_in), and z (B, E); the linear and pairwise parts see the n strongest only.
+
+    W_lin = None leaves the linear sum out; V = None makes z empty, (B, 0).
+    """
+    out = sparse_decode(values, indices, W_dec)
+    if W_lin is not None:
+        out = out + sparse_decode(values[:, :n], indices[:, :n], W_lin)
+    z = (
+        values.new_empty(len(values), 0)
+        if V is None
+        else pairwise_interaction(values[:, :n], indices[:, :n], V)
+    )
+    return out, z
+
+
+def interaction_mlp(
+    z: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, dropout: float = 0.0, training: bool = False
+) -> Tensor:
+    """interaction = W2 relu(W1 dropout(z) + b1) + b2"""
+    z = F.dropout(z, dropout, training)
+    return F.linear(torch.relu(F.linear(z, W1, b1)), W2, b2)

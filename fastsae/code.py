@@ -1,0 +1,73 @@
+"""The sparse code that flows from encoder to decoder, and the same code seen feature by feature."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FeatureOrder(NamedTuple):
+    """The entries of a code grouped by feature, tokens ascending within a feature.
+
+    entries (nnz,) int64: positions in the flattened code.  tokens (nnz,) int32: the row each entry belongs to.
+    offsets (d_sae + 1,) int32: feature f owns entries[offsets[f]:offsets[f + 1]].
+    """
+
+    entries: Tensor
+    tokens: Tensor
+    offsets: Tensor
+
+
+def feature_order(indices: Tensor, d_sae: int) -> FeatureOrder:
+    """Group the entries of `indices` (B, k) by feature. Stable, so sums over a feature have one fixed order."""
+    features = indices.reshape(-1).to(torch.int32)
+    features, entries = features.sort(stable=True)
+    offsets = torch.zeros(d_sae + 1, dtype=torch.int32, device=indices.device)
+    torch.cumsum(torch.bincount(features, minlength=d_sae), 0, dtype=torch.int32, out=offsets[1:])
+    tokens = (entries // max(indices.shape[-1], 1)).to(torch.int32)
+    return FeatureOrder(entries, tokens, offsets)
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """k active features per token: strongest first, distinct within a token, ties to the lower index.
+
+    values (..., k) float, never negative; indices (..., k) int64 in [0, d_sae). A token with fewer than k positive
+    pre-activations is filled up with entries of value 0.
+    """
+
+    values: Tensor
+    indices: Tensor
+    d_sae: int
+
+    def __post_init__(self) -> None:
+        if self.values.shape != self.indices.shape:
+            raise ValueError(
+                f"SparseCode: values and indices must have one shape; got {tuple(self.values.shape)} and "
+                f"{tuple(self.indices.shape)}"
+            )
+
+    @property
+    def k(self) -> int:
+        return self.values.shape[-1]
+
+    def to_dense(self) -> Tensor:
+        """The code as a (..., d_sae) tensor. Meant for inspection: it is d_sae / k times larger."""
+        dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
+        return dense.scatter(-1, self.indices, self.values)
+
+    def feature_order(self) -> FeatureOrder:
+        """The entries grouped by feature, over all tokens."""
+        return feature_order(self.indices.reshape(-1, self.k), self.d_sae)
+
+    def firing_counts(self) -> Tensor:
+        """How many tokens each feature is active on (value above 0): (d_sae,) int64."""
+        return torch.bincount(self.indices[self.values > 0], minlength=self.d_sae)
+
+    def flatten(self) -> "SparseCode":
+        """The same code with one row per token: values and indices (B, k)."""
+        return SparseCode(self.values.reshape(-1, self.k), self.indices.reshape(-1, self.k), self.d_sae)
+
+    def detach(self) -> "SparseCode":
+        return SparseCode(self.values.detach(), self.indices, self.d_sae)

@@ -1,0 +1,154 @@
+"""What a run is made of, as frozen dataclasses. One documented field is one flag of the command line."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+Init = Literal["paper", "unit"]
+
+
+def _require(condition: bool, where: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{where}: expected {expected}; got {got!r}")
+
+
+@dataclass(frozen=True)
+class TopKSAEConfig:
+    """A TopK sparse autoencoder."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of features."""
+    k: int
+    """Active features per token."""
+    pre_bias: bool = True
+    """Learn b_dec: subtracted before encoding, added after decoding."""
+    init: Init = "paper"
+    """Decoder at the start: U(+-1/sqrt(d_sae)) as in the paper, or unit-norm rows. The encoder starts as its copy."""
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        _require(self.d_in >= 1, f"{where}.d_in", "at least 1", self.d_in)
+        _require(1 <= self.k <= self.d_sae, f"{where}.k", f"between 1 and d_sae = {self.d_sae}", self.k)
+        _require(self.init in ("paper", "unit"), f"{where}.init", "'paper' or 'unit'", self.init)
+
+
+@dataclass(frozen=True)
+class JointSAEConfig(TopKSAEConfig):
+    """A TopK SAE trained together with feature integration: a linear pathway and a factorization machine."""
+
+    pre_bias: bool = False
+    """Learn b_dec: subtracted before encoding, added after decoding. The paper has none."""
+    k_integration: int | None = None
+    """How many of the strongest features the integration sees; None means half of k."""
+    d_embedding: int = 128
+    """Width of the factorization machine's feature embeddings V."""
+    dropout: float = 0.15
+    """Share of the pairwise interactions z dropped in training."""
+    linear: bool = True
+    """Have the linear pathway W_lin. With k_integration equal to k it is a second decoder over the same code."""
+    interaction: bool = True
+    """Have the pairwise pathway: V and the two-layer network over z."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k_integration is None:
+            object.__setattr__(self, "k_integration", max(1, self.k // 2))
+        assert self.k_integration is not None
+        fits = 1 <= self.k_integration <= self.k
+        _require(fits, "JointSAEConfig.k_integration", f"between 1 and k = {self.k}", self.k_integration)
+        _require(self.d_embedding >= 1, "JointSAEConfig.d_embedding", "at least 1", self.d_embedding)
+        _require(0 <= self.dropout < 1, "JointSAEConfig.dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train."""
+
+    steps: int
+    """Optimizer steps."""
+    lr: float = 1e-3
+    """Adam's learning rate after warm-up."""
+    run_dir: Path | None = None
+    """Folder for checkpoints and metrics.jsonl; None writes nothing."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint, bit for bit on the CPU; start it if there is none."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    decay_steps: int = 0
+    """Steps at the end over which the learning rate falls linearly to lr_end; 0 keeps it constant."""
+    lr_end: float = 0.0
+    """Learning rate after the last step of the decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad_norm: float | None = None
+    """Scale gradients down to this global norm; None does not."""
+    normalize: Literal["none", "zscore", "scale"] = "zscore"
+    """Statistics measured on the first rows and stored with the weights: per-dimension z-score, or one scale."""
+    normalize_rows: int = 16384
+    """Rows the normalisation is measured on; they are trained on as well."""
+    auxk: int = 0
+    """AuxK: dead features that reconstruct the residual per token; 0 is off."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_after_tokens: int = 1_000_000
+    """A feature is dead when it was active on none of this many last tokens."""
+    unit_norm_decoder: bool = False
+    """Keep the rows of W_dec at norm 1, and remove the parallel part of their gradient."""
+    k_anneal_from: int | None = None
+    """Start with this k and come down linearly to the SAE's own; None does not anneal."""
+    k_anneal_steps: int = 0
+    """Steps over which k comes down."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a batch that holds NaN or infinity: stop the training, or skip the batch and count it."""
+    seed: int = 0
+    """Seeds dropout, and whatever else draws random numbers while training."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last two are kept."""
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log there (needs that package installed)."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        where = "TrainerConfig"
+        _require(self.steps >= 1, f"{where}.steps", "at least 1", self.steps)
+        _require(self.lr > 0, f"{where}.lr", "above 0", self.lr)
+        schedule = self.warmup_steps >= 0 and self.decay_steps >= 0
+        fits = schedule and self.warmup_steps + self.decay_steps <= self.steps
+        got = f"{self.warmup_steps} and {self.decay_steps} of {self.steps} steps"
+        _require(fits, f"{where}.warmup_steps and decay_steps", "0 or more each, together at most steps", got)
+        _require(self.auxk >= 0, f"{where}.auxk", "0 or more", self.auxk)
+        _require(self.log_every >= 1, f"{where}.log_every", "at least 1", self.log_every)
+        _require(self.checkpoint_every >= 1, f"{where}.checkpoint_every", "at least 1", self.checkpoint_every)
+        clip = self.clip_grad_norm
+        _require(clip is None or clip > 0, f"{where}.clip_grad_norm", "None or above 0", clip)
+        if isinstance(self.run_dir, str):
+            object.__setattr__(self, "run_dir", Path(self.run_dir))
+        if self.run_dir is None and (self.resume or self.log_to):
+            raise ValueError(f"{where}: resume and log_to need a run_dir; got None")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON-able values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """A config from such values. An unknown key raises ValueError and names the nearest known one."""
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+            raise ValueError(f"{cls.__name__}: unknown option {key!r}.{hint}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,26 @@
+"""The sparse autoencoders: parameters, names, named results."""
+
+from pathlib import Path
+
+import torch
+
+from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, read_description
+from fastsae.modules.joint import JointSAE
+from fastsae.modules.topk import TopKSAE
+
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE)}
+
+
+def load(
+    folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None
+) -> SparseAutoencoder:
+    """Load a saved SAE of any architecture from `folder`."""
+    architecture = read_description(Path(folder))["architecture"]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
+
+
+__all__ = ["Components", "JointSAE", "SAEOutput", "SparseAutoencoder", "TopKSAE", "load"]

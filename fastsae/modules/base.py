@@ -1,0 +1,187 @@
+"""What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsae import files, ops
+from fastsae.backends import choose
+from fastsae.code import SparseCode
+from fastsae.config import TopKSAEConfig, from_dict, to_dict
+from fastsae.normalize import Normalizer
+
+FORMAT = 1
+
+S = TypeVar("S", bound="SparseAutoencoder")
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What forward returns."""
+
+    reconstruction: Tensor
+    """(..., d_in), in the space forward was given."""
+    loss: Tensor
+    """Scalar: mean squared error over all entries."""
+    code: SparseCode
+    """The active features of every token."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """The summands of a reconstruction, each (..., d_in)."""
+
+    identity: Tensor
+    """sum_j a_j W_dec[i_j] (+ b_dec)"""
+    linear: Tensor
+    """sum_{j<n} a_j W_lin[i_j] + b_lin; zeros if the SAE has no linear pathway"""
+    interaction: Tensor
+    """W2 relu(W1 z + b1) + b2; zeros if the SAE has no pairwise pathway"""
+
+
+class SparseAutoencoder(nn.Module):
+    """Encoder, identity decoder and everything around them. Use TopKSAE or JointSAE."""
+
+    architecture: ClassVar[str]
+    config_class: ClassVar[type[TopKSAEConfig]]
+    b_dec: Tensor | None
+
+    def __init__(
+        self,
+        config: TopKSAEConfig,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.normalizer = Normalizer(config.d_in, device, dtype)
+        choose(backend, self.normalizer.mean.device, dtype)  # a backend that cannot serve says so now
+        new = {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, **new))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, **new)) if config.pre_bias else None
+        with torch.no_grad():
+            if config.init == "paper":
+                self.W_dec.uniform_(-1 / math.sqrt(config.d_sae), 1 / math.sqrt(config.d_sae))
+            else:
+                F.normalize(self.W_dec.normal_(), dim=1, out=self.W_dec)
+            self.W_enc.copy_(self.W_dec)
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.d_sae
+
+    @property
+    def k(self) -> int:
+        return self.config.k
+
+    def forward(self, x: Tensor, k: int | None = None) -> SAEOutput:
+        """Reconstruct normalised activations x (..., d_in). `k` overrides the number of active features (annealing)."""
+        code = self.encode(x, k)
+        reconstruction = self.decode(code)
+        return SAEOutput(reconstruction, F.mse_loss(reconstruction, x), code)
+
+    def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
+        """The k strongest features of each of the normalised activations x (..., d_in)."""
+        if x.dim() == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"{type(self).__name__}: x must have d_in = {self.d_in} in its last dimension; got shape {tuple(x.shape)}. "
+                "Is this the activation the SAE was made for?"
+            )
+        k = self.k if k is None else k
+        rows = x.reshape(-1, self.d_in)
+        if self.b_dec is not None:
+            rows = rows - self.b_dec
+        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, backend=self.backend)
+        return SparseCode(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), self.d_sae)
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """The reconstruction (..., d_in) of a code, all pathways summed."""
+        raise NotImplementedError
+
+    def components(self, x: Tensor) -> Components:
+        """The summands of the reconstruction of x (..., d_in)."""
+        raise NotImplementedError
+
+    def reconstruct(self, raw: Tensor) -> Tensor:
+        """Raw activations (..., d_in) in, raw activations out: normalised, reconstructed, and scaled back."""
+        return self.normalizer.invert(self.decode(self.encode(self.normalizer(raw))))
+
+    def identity(self, code: SparseCode) -> Tensor:
+        """sum_j a_j W_dec[i_j] (+ b_dec), for a flat code: (B, d_in)."""
+        out = ops.sparse_decode(code.values, code.indices, self.W_dec, self.backend)
+        return out if self.b_dec is None else out + self.b_dec
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and weights.safetensors (normalisation included) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_tensors(folder / "weights.safetensors", self.state_dict())
+        description = {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "config": to_dict(self.config),
+            "normalization": self.normalizer.kind,
+        }
+        files.write_json(folder / "config.json", description)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S], folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None
+    ) -> S:
+        """Load what save_pretrained wrote, in the dtype it was saved in and in eval mode.
+
+        Raises FileNotFoundError, or ValueError naming the file when it is damaged or of another architecture.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        if description["architecture"] != cls.architecture:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {folder} holds architecture {description['architecture']!r}, "
+                f"expected {cls.architecture!r}. fastsae.load(folder) picks the class by itself."
+            )
+        weights = files.read_tensors(folder / "weights.safetensors", str(device or "cpu"))
+        config = from_dict(cls.config_class, description["config"])
+        arguments: dict[str, Any] = {"backend": backend, "device": device, "dtype": weights["W_enc"].dtype}
+        sae = cls(**to_dict(config), **arguments)
+        try:
+            sae.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{folder / 'weights.safetensors'} does not fit {folder / 'config.json'}: {error}"
+            ) from error
+        sae.normalizer.kind = description["normalization"]
+        return sae.eval()
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, backend={self.backend!r}"
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The config.json of a saved SAE. Raises FileNotFoundError or ValueError saying what is wrong with it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no saved SAE: there is no config.json in it")
+    description = files.read_json(path)
+    expected = {"format", "architecture", "config", "normalization"}
+    if not isinstance(description, dict) or not expected <= description.keys():
+        raise ValueError(f"{path} is no fastsae config: expected the keys {sorted(expected)}")
+    if description["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {description['format']}, this fastsae reads format {FORMAT}; update fastsae"
+        )
+    return description

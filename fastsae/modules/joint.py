@@ -1,0 +1,102 @@
+"""JointSAE: a TopK SAE trained together with feature integration (arXiv 2507.00269)."""
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.code import SparseCode
+from fastsae.config import Init, JointSAEConfig
+from fastsae.modules.base import Components, SparseAutoencoder
+
+
+class JointSAE(SparseAutoencoder):
+    """reconstruction = identity + linear + interaction, all from one sparse code, trained together.
+
+        identity    = sum_{j<k} a_j W_dec[i_j]                                  (+ b_dec if pre_bias)
+        linear      = sum_{j<n} a_j W_lin[i_j] + b_lin
+        interaction = W2 relu(W1 dropout(z) + b1) + b2,  z = (s^2 - q) / 2,
+                      s = sum_{j<n} a_j V[i_j],  q = sum_{j<n} (a_j V[i_j])^2
+
+    n = k_integration (None: k // 2). With n = k the linear pathway is a second decoder over the same code, whose
+    gradient equals that of W_dec.
+    Parameters W_enc W_dec W_lin (d_sae, d_in), b_enc (d_sae), b_lin b2 (d_in), V (d_sae, d_embedding),
+    W1 (d_embedding, d_embedding), b1 (d_embedding), W2 (d_in, d_embedding), b_dec (d_in) if pre_bias.
+
+        sae = fastsae.JointSAE(d_in=768, d_sae=32768, k=32)
+        output = sae(x)                     # x (..., 768): output.reconstruction, output.loss, output.code
+        parts = sae.components(x)           # parts.identity, parts.linear, parts.interaction
+    """
+
+    architecture = "joint"
+    config_class = JointSAEConfig
+    config: JointSAEConfig
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        k_integration: int | None = None,
+        d_embedding: int = 128,
+        dropout: float = 0.15,
+        linear: bool = True,
+        interaction: bool = True,
+        pre_bias: bool = False,
+        init: Init = "paper",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config = JointSAEConfig(
+            d_in, d_sae, k, pre_bias, init, k_integration, d_embedding, dropout, linear, interaction
+        )
+        super().__init__(config, backend, device, dtype)
+
+        def parameter(*shape: int, std: float = 0.0) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype).normal_(0.0, std))
+
+        E = d_embedding
+        self.W_lin = parameter(d_sae, d_in, std=0.01) if linear else None
+        self.b_lin = parameter(d_in) if linear else None
+        self.V = parameter(d_sae, E, std=0.05) if interaction else None
+        self.W1 = parameter(E, E, std=0.01) if interaction else None
+        self.b1 = parameter(E) if interaction else None
+        self.W2 = parameter(d_in, E, std=0.01) if interaction else None
+        self.b2 = parameter(d_in) if interaction else None
+
+    @property
+    def k_integration(self) -> int:
+        assert self.config.k_integration is not None  # the config resolved it
+        return self.config.k_integration
+
+    def decode(self, code: SparseCode) -> Tensor:
+        flat = code.flatten()
+        out, z = ops.joint_decode(
+            flat.values, flat.indices, self.W_dec, self.W_lin, self.V, self.k_integration, self.backend
+        )
+        for bias in (self.b_dec, self.b_lin):
+            if bias is not None:
+                out = out + bias
+        if self.V is not None:
+            out = out + self._interaction(z)
+        return out.view(*code.values.shape[:-1], self.d_in)
+
+    def components(self, x: Tensor) -> Components:
+        code, n = self.encode(x), self.k_integration
+        flat = code.flatten()
+        identity = self.identity(flat)
+        linear = interaction = torch.zeros_like(identity)
+        strongest = SparseCode(flat.values[:, :n], flat.indices[:, :n], self.d_sae)
+        if self.W_lin is not None and self.b_lin is not None:
+            linear = (
+                ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
+            )
+        if self.V is not None:
+            z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
+            interaction = self._interaction(z)
+        return Components(*(part.view_as(x) for part in (identity, linear, interaction)))
+
+    def _interaction(self, z: Tensor) -> Tensor:
+        assert self.W1 is not None and self.b1 is not None and self.W2 is not None and self.b2 is not None
+        return ops.interaction_mlp(z, self.W1, self.b1, self.W2, self.b2, self.config.dropout, self.training)

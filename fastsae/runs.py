@@ -1,0 +1,209 @@
+"""What surrounds a training loop: position in the data, log, lock on the folder, Ctrl-C, random state."""
+
+import fcntl
+import itertools
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae import files
+from fastsae.config import TrainerConfig
+
+
+class Batches:
+    """An iterator over activations that knows its position.
+
+    A stream with state_dict / load_state_dict is set back by its own state; of any other iterable the batches already
+    drawn are drawn again and dropped.
+    """
+
+    def __init__(self, activations: Iterable[Tensor], position: dict[str, Any] | None = None) -> None:
+        self.drawn = 0
+        stateful = hasattr(activations, "state_dict") and hasattr(activations, "load_state_dict")
+        self._stream: Any = activations if stateful else None
+        if position is not None and (position["stream"] is not None) != stateful:
+            raise ValueError(
+                "Trainer: the checkpoint was made with another kind of activations (a stream that can be set back, or a "
+                "plain iterable); resume with the same"
+            )
+        if position is not None and stateful:
+            self._stream.load_state_dict(position["stream"])
+        self._iterator = iter(activations)
+        self._before_last = self.position()
+        if position is not None:
+            self.drawn = position["drawn"]
+            if not stateful:
+                seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
+                if seen < self.drawn:
+                    raise ValueError(
+                        f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came"
+                    )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        self._before_last = self.position()
+        batch = next(self._iterator)
+        self.drawn += 1
+        return batch
+
+    def position(self, before_last: bool = False) -> dict[str, Any]:
+        """JSON-able; `before_last` gives the position before the batch drawn last."""
+        if before_last:
+            return self._before_last
+        return {
+            "drawn": self.drawn,
+            "stream": self._stream.state_dict() if self._stream is not None else None,
+        }
+
+    def peek(self, n_rows: int) -> Tensor:
+        """At least n_rows of the rows to come (fewer if there are not as many), without moving."""
+        state = self._stream.state_dict() if self._stream is not None else None
+        seen: list[Tensor] = []
+        while (
+            sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, None)) is not None
+        ):
+            seen.append(batch)
+        if self._stream is not None:
+            self._stream.load_state_dict(state)
+            self._iterator = iter(self._stream)
+        else:
+            self._iterator = itertools.chain(seen, self._iterator)
+        if not seen:
+            raise ValueError("Trainer: activations gave no batch at all")
+        return torch.cat(seen)
+
+
+class Log:
+    """metrics.jsonl, a progress bar, and whichever loggers the config asks for."""
+
+    def __init__(self, config: TrainerConfig, step: int) -> None:
+        self.last: dict[str, float] = {}
+        self._path = config.run_dir / "metrics.jsonl" if config.run_dir else None
+        self._sinks = [_SINKS[name](config) for name in config.log_to]
+        if self._path is not None:
+            self._drop_lines_after(step)
+        self._bar = tqdm(
+            total=config.steps, initial=step, desc="train", unit="step", disable=not config.progress
+        )
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
+        assert self._path is not None
+        kept = []
+        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+            try:
+                metrics = json.loads(line)
+            except ValueError:
+                continue
+            if metrics["step"] <= step:
+                kept.append(line)
+                self.last = metrics
+        files.write_atomically(self._path, lambda p: p.write_text("".join(f"{line}\n" for line in kept)))
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self.last = metrics
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        for sink in self._sinks:
+            sink(metrics)
+        shown = {
+            "loss": f"{metrics['loss']:.4f}",
+            "FVU": f"{metrics['fvu']:.3f}",
+            "dead": f"{metrics['dead_share']:.1%}",
+            "rows/s": f"{metrics['rows_per_second']:,.0f}",
+        }
+        self._bar.set_postfix(shown, refresh=False)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def _tensorboard(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(config.run_dir))
+
+    def write(metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, int(metrics["step"]))
+        writer.flush()
+
+    return write
+
+
+def _wandb(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
+    import wandb  # type: ignore[import-not-found]  # optional: only who asks for it has it
+
+    run = wandb.init(project="fastsae", dir=str(config.run_dir), config=vars(config))
+    return lambda metrics: run.log(metrics, step=int(metrics["step"]))
+
+
+_SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process. The lock ends with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Trainer: cannot write into run_dir {run_dir}: {error.strerror}"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"Trainer: another process is training in {run_dir}; choose another run_dir"
+            ) from error
+        yield
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT into a flag, so that a step is never cut in two; the second one interrupts at once."""
+    received = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        signal.signal(signal.SIGINT, previous)
+
+    # Only the main thread can handle signals; elsewhere Ctrl-C is not ours to catch.
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: received
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's random generators as they were found."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

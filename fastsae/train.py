@@ -1,0 +1,300 @@
+"""The Trainer: an iterator of (B, d_in) activations in, a trained SAE out. It knows no language model."""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsae import checkpoint, files, ops
+from fastsae.config import TrainerConfig, to_dict
+from fastsae.gradients import GradientBuffers
+from fastsae.modules import SAEOutput, SparseAutoencoder
+from fastsae.optim import clip_by_scaling, normalize_rows_, remove_parallel_
+from fastsae.runs import Batches, Log, interrupt_flag, locked, own_random_state
+
+# What may change between a run and its continuation without changing the result.
+_FREE_ON_RESUME = {"run_dir", "resume", "log_every", "checkpoint_every", "log_to", "progress", "nonfinite"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What fit returns."""
+
+    steps: int
+    """Optimizer steps done in all, those of the resumed run included."""
+    metrics: dict[str, float]
+    """The last logged line."""
+    run_dir: Path | None
+    """Where the run lies: metrics.jsonl, checkpoints/ and the finished SAE in sae/."""
+
+
+class Trainer:
+    """Trains an SAE on a stream of activations.
+
+        trainer = fastsae.Trainer(sae, fastsae.TrainerConfig(steps=1000, lr=1e-3, run_dir="runs/first"))
+        trainer.fit(activations)            # any iterable of (B, d_in) tensors, raw, consumed lazily
+
+    Activations are normalised by statistics measured on the first rows and stored in the SAE (`sae.reconstruct` takes
+    and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
+    `resume=True` continues, on the CPU bit for bit. A stream with state_dict / load_state_dict is set back to its
+    position; from any other iterable the batches already seen are drawn again and dropped.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:
+        self.sae = sae
+        self.config = config
+        if config.k_anneal_from is not None and not sae.k <= config.k_anneal_from <= sae.d_sae:
+            raise ValueError(
+                f"TrainerConfig.k_anneal_from: expected between k = {sae.k} and d_sae = {sae.d_sae}; "
+                f"got {config.k_anneal_from}"
+            )
+        self.step = 0
+        self.rows_seen = 0
+        self.batches_skipped = 0
+        # One counter more than features: inactive entries of a code are counted there.
+        self._rows_since_fired = torch.zeros(sae.d_sae + 1, dtype=torch.int64, device=sae.W_enc.device)
+        self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+        self._buffers = GradientBuffers(self._trained.values())
+        self._optimizer = torch.optim.Adam(
+            self._trained.values(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+
+    def fit(self, activations: Iterable[Tensor]) -> TrainResult:
+        """Train until config.steps. Raises before anything is written if run_dir holds another run.
+
+        Raises FloatingPointError when activations or the loss are not finite (config.nonfinite = "skip" drops such
+        batches), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(own_random_state(self.sae.W_enc.device))
+            torch.manual_seed(self.config.seed)
+            resumed = None
+            if self.config.run_dir is not None:
+                stack.enter_context(locked(self.config.run_dir))
+                resumed = self._open_run(self.config.run_dir)
+            batches = Batches(activations, resumed)
+            self._measure_normalization(batches)
+            interrupted = stack.enter_context(interrupt_flag())
+            log = stack.enter_context(Log(self.config, self.step))
+            self.sae.train()
+            metrics = self._loop(batches, log, interrupted)
+            self.sae.eval()
+        if self.config.run_dir is not None:
+            self.sae.save_pretrained(self.config.run_dir / "sae")
+        return TrainResult(self.step, metrics, self.config.run_dir)
+
+    def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
+        config, metrics = self.config, log.last
+        rows_before, since = self.rows_seen, time.perf_counter()
+        while self.step < config.steps:
+            raw = next(batches, None)
+            if raw is None:
+                warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
+                break
+            x = self._checked(raw, batches)
+            if x is None:
+                continue
+            x = self.sae.normalizer(x)
+            output, grad_norm = self._train_step(x)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
+                metrics = self._metrics(x, output, grad_norm, rate)
+                if not torch.isfinite(output.loss):
+                    raise FloatingPointError(self._diverged(output.loss.item()))
+                log.write(metrics)
+                rows_before, since = self.rows_seen, time.perf_counter()
+            log.advance()
+            stop = interrupted()
+            if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+                self._save(batches.position(), output.loss)
+                rows_before, since = self.rows_seen, time.perf_counter()
+            if stop:
+                where = f"; saved, continue with resume=True in {config.run_dir}" if config.run_dir else ""
+                raise KeyboardInterrupt(f"training stopped at step {self.step}{where}")
+        return metrics
+
+    def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
+        config, sae = self.config, self.sae
+        k = self._k()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        with self._buffers:
+            output = sae(x, k)
+            loss = output.loss
+            if config.auxk:
+                loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
+            loss.backward()
+        if config.unit_norm_decoder and sae.W_dec.grad is not None:
+            remove_parallel_(sae.W_dec.grad, sae.W_dec)
+        norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
+        self._optimizer.step()
+        if config.unit_norm_decoder:
+            normalize_rows_(sae.W_dec)
+        self._count_fired(output)
+        self.step += 1
+        self.rows_seen += len(x)
+        return SAEOutput(output.reconstruction.detach(), output.loss.detach(), output.code.detach()), norm
+
+    def learning_rate(self, step: int) -> float:
+        """Adam's learning rate at optimizer step `step`, counted from 0."""
+        c = self.config
+        if step < c.warmup_steps:
+            return c.lr * (step + 1) / c.warmup_steps
+        left = c.steps - step
+        if left < c.decay_steps:
+            return c.lr_end + (c.lr - c.lr_end) * left / c.decay_steps
+        return c.lr
+
+    def _k(self) -> int:
+        c, k = self.config, self.sae.k
+        if c.k_anneal_from is None or self.step >= c.k_anneal_steps:
+            return k
+        return round(c.k_anneal_from + (k - c.k_anneal_from) * self.step / c.k_anneal_steps)
+
+    def _auxk_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean squared error of the dead features' own reconstruction of the residual (Gao et al. 2024, appendix A.2)."""
+        sae = self.sae
+        dead = (self._rows_since_fired[:-1] >= self.config.dead_after_tokens).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return x.new_zeros(())
+        rows = x if sae.b_dec is None else x - sae.b_dec
+        k = min(self.config.auxk, len(dead))
+        values, indices = ops.topk_encode(rows, sae.W_enc, sae.b_enc, k, features=dead, backend=sae.backend)
+        return F.mse_loss(ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
+
+    def _count_fired(self, output: SAEOutput) -> None:
+        values, indices = output.code.values.detach(), output.code.indices
+        self._rows_since_fired += len(values)
+        fired = torch.where(values > 0, indices, self.sae.d_sae)
+        self._rows_since_fired.index_fill_(0, fired.reshape(-1), 0)
+
+    def _metrics(
+        self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float
+    ) -> dict[str, float]:
+        variance = (x - x.mean(dim=0)).square().mean()
+        alive_within = min(self.config.dead_after_tokens, self.rows_seen)
+        metrics: dict[str, float] = {
+            "step": self.step,
+            "rows": self.rows_seen,
+            "loss": output.loss.item(),
+            "fvu": (output.loss / variance).item(),
+            "l0": (output.code.values > 0).sum(dim=-1).double().mean().item(),
+            "dead_share": (self._rows_since_fired[:-1] >= alive_within).double().mean().item(),
+            "lr": self.learning_rate(self.step - 1),
+            "rows_per_second": rate,
+        }
+        if grad_norm is not None:
+            metrics["grad_norm"] = grad_norm.item()
+        if self.config.k_anneal_from is not None:
+            metrics["k"] = output.code.k
+        if self.batches_skipped:
+            metrics["batches_skipped"] = self.batches_skipped
+        return metrics
+
+    def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
+        """The batch as the SAE wants it; None to skip it."""
+        where = f"Trainer: batch {batches.drawn} of the activations"
+        if not isinstance(raw, Tensor) or raw.dim() != 2 or raw.shape[1] != self.sae.d_in or len(raw) == 0:
+            got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"{where}: expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}")
+        if not raw.is_floating_point():
+            raise TypeError(f"{where}: expected a float tensor; got {raw.dtype}")
+        x = raw.to(self.sae.W_enc)
+        finite = x.isfinite()
+        if finite.all():
+            return x
+        if self.config.nonfinite == "skip":
+            self.batches_skipped += 1
+            return None
+        row, column = (~finite).nonzero()[0].tolist()
+        self._save(batches.position(before_last=True), None)
+        raise FloatingPointError(
+            f"{where} holds {int((~finite).sum())} values that are NaN or infinite, the first at row {row}, dimension "
+            f"{column}. Nothing was trained on it. Look at where these activations come from, or set nonfinite='skip'."
+        )
+
+    def _diverged(self, loss: float) -> str:
+        last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
+        go_on = f"The last good checkpoint is {last}." if last else "There is no checkpoint."
+        return f"Trainer: the loss is {loss} at step {self.step}: training diverged. {go_on} Try a lower lr than {self.config.lr}."
+
+    def _measure_normalization(self, batches: Batches) -> None:
+        normalizer, config = self.sae.normalizer, self.config
+        if self.step == 0 and normalizer.kind == "none" and config.normalize != "none":
+            normalizer.measure(batches.peek(config.normalize_rows), config.normalize)
+
+    # ---- runs on disk -----------------------------------------------------------------------------------------------
+
+    def _open_run(self, run_dir: Path) -> dict[str, Any] | None:
+        """Write the run's config, or load the run that is there; returns the position of the data, if resumed."""
+        found = checkpoint.load(run_dir) if self.config.resume else None
+        if found is not None:
+            return self._restore(found)
+        if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
+            raise FileExistsError(
+                f"Trainer: {run_dir} already holds a run. Continue it with resume=True, or choose another run_dir."
+            )
+        description = {
+            "trainer": to_dict(self.config),
+            "architecture": self.sae.architecture,
+            "sae": to_dict(self.sae.config),
+        }
+        files.write_json(run_dir / "run.json", description)
+        return None
+
+    def _restore(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
+        state, ours = found.state, to_dict(self.config)
+        differing = [
+            f"{name} was {then!r}, is {ours.get(name)!r}"
+            for name, then in state["trainer"].items()
+            if name not in _FREE_ON_RESUME and json.dumps(ours.get(name)) != json.dumps(then)
+        ]
+        if differing:
+            raise ValueError(
+                f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
+            )
+        try:
+            self.sae.load_state_dict(found.weights)
+        except RuntimeError as error:
+            raise ValueError(f"Trainer: checkpoint {found.folder} is of another SAE: {error}") from error
+        self.sae.normalizer.kind = state["normalization"]
+        self.step, self.rows_seen, self.batches_skipped = (
+            state["step"],
+            state["rows_seen"],
+            state["batches_skipped"],
+        )
+        self._rows_since_fired.copy_(found.tensors["rows_since_fired"])
+        for name, p in self._trained.items():
+            moments = {key: found.tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self._optimizer.state[p] = {key: t.to(p.device) for key, t in moments.items()}
+        torch.set_rng_state(found.tensors["rng_cpu"])
+        if self.sae.W_enc.is_cuda:
+            torch.cuda.set_rng_state(found.tensors["rng_cuda"], self.sae.W_enc.device)
+        return state["data"]
+
+    def _save(self, data: dict[str, Any], loss: Tensor | None) -> None:
+        if self.config.run_dir is None:
+            return
+        if loss is not None and not torch.isfinite(loss):
+            raise FloatingPointError(self._diverged(loss.item()))
+        tensors = {"rows_since_fired": self._rows_since_fired, "rng_cpu": torch.get_rng_state()}
+        if self.sae.W_enc.is_cuda:
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self.sae.W_enc.device)
+        for name, p in self._trained.items():
+            tensors |= {f"{key}/{name}": t for key, t in self._optimizer.state[p].items()}
+        state = {
+            "rows_seen": self.rows_seen,
+            "batches_skipped": self.batches_skipped,
+            "normalization": self.sae.normalizer.kind,
+            "trainer": to_dict(self.config),
+            "data": data,
+        }
+        checkpoint.save(self.config.run_dir, self.step, self.sae, tensors, state)
