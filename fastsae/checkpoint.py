@@ -31,10 +31,8 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(
-    run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `step`, then delete all but the last two. A failure leaves the earlier ones as they were."""
+def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step`, then delete all but the last two. A failure leaves the earlier ones alone."""
     parent = run_dir / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     final, temporary = parent / f"step_{step:08d}", parent / f".step_{step:08d}.tmp"
@@ -51,9 +49,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         last = next(iter(folders(run_dir)), None)
         standing = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise OSError(
-            error.errno, f"could not write checkpoint {final}: {error.strerror}; {standing}"
-        ) from error
+        raise OSError(error.errno, f"could not write checkpoint {final}: {error.strerror}; {standing}") from error
     files.sync(parent)
     for old in folders(run_dir)[KEPT:]:
         shutil.rmtree(old)
@@ -84,8 +80,6 @@ def load(run_dir: Path) -> Checkpoint | None:
         weights = files.read_tensors(newest / "weights.safetensors")
         tensors = files.read_tensors(newest / "optimizer.safetensors")
     except (OSError, ValueError) as error:
-        offer = (
-            f"delete {newest} to go on from {older[0].name}" if older else "there is no earlier checkpoint"
-        )
+        offer = f"delete {newest} to go on from {older[0].name}" if older else "there is no earlier checkpoint"
         raise ValueError(f"checkpoint {newest} cannot be used: {error}. To resume, {offer}.") from error
     return Checkpoint(newest, weights, tensors, state)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import tyro
+
 T = TypeVar("T")
 
 Init = Literal["paper", "unit"]
@@ -20,7 +22,7 @@ def _require(condition: bool, where: str, expected: str, got: Any) -> None:
 class TopKSAEConfig:
     """A TopK sparse autoencoder."""
 
-    d_in: int
+    d_in: tyro.conf.Suppress[int]  # the command line takes it from the hook
     """Width of the activations."""
     d_sae: int
     """Number of features."""

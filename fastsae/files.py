@@ -42,9 +42,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: not valid JSON ({error}). Restore it or use another copy."
-        ) from error
+        raise ValueError(f"{path} is damaged: not valid JSON ({error}). Restore it or use another copy.") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -60,9 +58,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         return load_file(path, device=device)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or truncated ({error}). Restore it or use another copy."
-        ) from error
+        raise ValueError(f"{path} is damaged or truncated ({error}). Restore it or use another copy.") from error
 
 
 def crc32(path: Path) -> int:

@@ -10,9 +10,7 @@ class Normalizer(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(
-        self, d_in: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, d_in: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.kind = "none"
         self.register_buffer("mean", torch.zeros(d_in, device=device, dtype=dtype))

@@ -31,7 +31,7 @@ def topk_encode(
     W_enc     float (d_sae, d_in)   gets a gradient
     b_enc     float (d_sae)         gets a gradient
     features  int64 (n,) ascending, optional: only these features compete
-    Returns values (B, k) in the dtype of x and indices (B, k) int64: strongest first, distinct, ties to the lower index.
+    Returns values (B, k) in the dtype of x, indices (B, k) int64: strongest first, distinct, ties to the lower index.
     Rows with fewer than k positive pre-activations are filled with entries of value 0, which pass no gradient. NaN
     ranks first, so it is seen and not lost. Exact and deterministic.
     """
@@ -65,7 +65,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str =
 
 
 def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: str = "auto") -> Tensor:
-    """z = (s^2 - q) / 2 with s = sum_j a_j V[i_j] and q = sum_j (a_j V[i_j])^2: all pairwise products of active features.
+    """z = (s^2 - q) / 2 with s = sum_j a_j V[i_j], q = sum_j (a_j V[i_j])^2: all pairwise products of active features.
 
     values (B, k) and V (d_sae, E) float, both get gradients; indices (B, k) int64. Returns z (B, E).
     """
@@ -119,9 +119,7 @@ _library.define(
 )
 
 
-def _topk_encode_fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None, backend: str
-) -> Any:
+def _topk_encode_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None, backend: str) -> Any:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
@@ -139,9 +137,7 @@ def _topk_encode_grad(ctx: Any, d_values: Tensor, _: Tensor) -> Any:
         backward = implementation(ctx.backend).topk_encode_backward
         d_x, _, d_b = backward(d_values, values, indices, x, W_enc, need_x, True, out)
         return d_x, None, d_b, None, None, None
-    grads = torch.ops.fastsae.topk_encode_backward(
-        d_values, values, indices, x, W_enc, need_x, need_W, ctx.backend
-    )
+    grads = torch.ops.fastsae.topk_encode_backward(d_values, values, indices, x, W_enc, need_x, need_W, ctx.backend)
     return *grads, None, None, None
 
 
@@ -184,9 +180,7 @@ def _sparse_decode_grad(ctx: Any, d_out: Tensor) -> Any:
     if need_W and (out := _claim(W_dec)):
         backward = implementation(ctx.backend).sparse_decode_backward
         return backward(d_out, values, indices, W_dec, True, out)[0], None, None, None
-    d_values, d_W = torch.ops.fastsae.sparse_decode_backward(
-        d_out, values, indices, W_dec, need_W, ctx.backend
-    )
+    d_values, d_W = torch.ops.fastsae.sparse_decode_backward(d_out, values, indices, W_dec, need_W, ctx.backend)
     return d_values, None, d_W, None
 
 
@@ -198,9 +192,7 @@ def _sparse_decode_backward_fake(
 
 # ---- pairwise_interaction -------------------------------------------------------------------------------------------
 
-_library.define(
-    "pairwise_interaction(Tensor values, Tensor indices, Tensor V, str backend) -> (Tensor, Tensor)"
-)
+_library.define("pairwise_interaction(Tensor values, Tensor indices, Tensor V, str backend) -> (Tensor, Tensor)")
 _library.define(
     "pairwise_interaction_backward(Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor V, str backend)"
     " -> (Tensor, Tensor)"
@@ -292,9 +284,7 @@ def _joint_decode_backward_fake(
     n: int,
     backend: str,
 ) -> Any:
-    return values.new_empty(values.shape), *(
-        None if w is None else w.new_empty(w.shape) for w in (W_dec, W_lin, V)
-    )
+    return values.new_empty(values.shape), *(None if w is None else w.new_empty(w.shape) for w in (W_dec, W_lin, V))
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -327,9 +317,7 @@ _register(
     _pairwise_interaction_save,
     _pairwise_interaction_grad,
 )
-_register(
-    "joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _joint_decode_save, _joint_decode_grad
-)
+_register("joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _joint_decode_save, _joint_decode_grad)
 
 
 def _claim(weight: Tensor) -> tuple[Tensor, bool] | None:
@@ -345,9 +333,7 @@ def _check_floats(where: str, **tensors: Tensor | None) -> None:
     first_name, first = next(iter(given.items()))
     for name, t in given.items():
         if not t.is_floating_point():
-            raise TypeError(
-                f"{where}: {name} must be a float tensor; got {t.dtype}. Convert it with .float()."
-            )
+            raise TypeError(f"{where}: {name} must be a float tensor; got {t.dtype}. Convert it with .float().")
         if t.device.type == "meta":
             raise TypeError(
                 f"{where}: {name} is on the meta device and holds no numbers; materialise it with .to_empty()."
@@ -362,9 +348,7 @@ def _check_floats(where: str, **tensors: Tensor | None) -> None:
             )
 
 
-def _check_shape(
-    where: str, name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str
-) -> None:
+def _check_shape(where: str, name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     fits = len(tensor.shape) == len(expected) and all(
         e is None or e == s for e, s in zip(expected, tensor.shape, strict=True)
     )

@@ -32,8 +32,8 @@ class Batches:
         self._stream: Any = activations if stateful else None
         if position is not None and (position["stream"] is not None) != stateful:
             raise ValueError(
-                "Trainer: the checkpoint was made with another kind of activations (a stream that can be set back, or a "
-                "plain iterable); resume with the same"
+                "Trainer: the checkpoint was made with another kind of activations (a stream that can be set back, or "
+                "a plain iterable); resume with the same"
             )
         if position is not None and stateful:
             self._stream.load_state_dict(position["stream"])
@@ -44,9 +44,7 @@ class Batches:
             if not stateful:
                 seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
                 if seen < self.drawn:
-                    raise ValueError(
-                        f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came"
-                    )
+                    raise ValueError(f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came")
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -70,9 +68,7 @@ class Batches:
         """At least n_rows of the rows to come (fewer if there are not as many), without moving."""
         state = self._stream.state_dict() if self._stream is not None else None
         seen: list[Tensor] = []
-        while (
-            sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, None)) is not None
-        ):
+        while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, None)) is not None:
             seen.append(batch)
         if self._stream is not None:
             self._stream.load_state_dict(state)
@@ -93,9 +89,7 @@ class Log:
         self._sinks = [_SINKS[name](config) for name in config.log_to]
         if self._path is not None:
             self._drop_lines_after(step)
-        self._bar = tqdm(
-            total=config.steps, initial=step, desc="train", unit="step", disable=not config.progress
-        )
+        self._bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not config.progress)
 
     def _drop_lines_after(self, step: int) -> None:
         """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
@@ -168,16 +162,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise OSError(
-            error.errno, f"Trainer: cannot write into run_dir {run_dir}: {error.strerror}"
-        ) from error
+        raise OSError(error.errno, f"Trainer: cannot write into run_dir {run_dir}: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(
-                f"Trainer: another process is training in {run_dir}; choose another run_dir"
-            ) from error
+            raise RuntimeError(f"Trainer: another process is training in {run_dir}; choose another run_dir") from error
         yield
 
 

@@ -160,7 +160,7 @@ class Trainer:
         return round(c.k_anneal_from + (k - c.k_anneal_from) * self.step / c.k_anneal_steps)
 
     def _auxk_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """Mean squared error of the dead features' own reconstruction of the residual (Gao et al. 2024, appendix A.2)."""
+        """How badly dead features alone reconstruct the residual: mean squared error (Gao et al. 2024, A.2)."""
         sae = self.sae
         dead = (self._rows_since_fired[:-1] >= self.config.dead_after_tokens).nonzero().squeeze(1)
         if len(dead) == 0:
@@ -176,9 +176,7 @@ class Trainer:
         fired = torch.where(values > 0, indices, self.sae.d_sae)
         self._rows_since_fired.index_fill_(0, fired.reshape(-1), 0)
 
-    def _metrics(
-        self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float
-    ) -> dict[str, float]:
+    def _metrics(self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
         variance = (x - x.mean(dim=0)).square().mean()
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)
         metrics: dict[str, float] = {
@@ -224,7 +222,8 @@ class Trainer:
     def _diverged(self, loss: float) -> str:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
         go_on = f"The last good checkpoint is {last}." if last else "There is no checkpoint."
-        return f"Trainer: the loss is {loss} at step {self.step}: training diverged. {go_on} Try a lower lr than {self.config.lr}."
+        advice = f"Try a lower lr than {self.config.lr}."
+        return f"Trainer: the loss is {loss} at step {self.step}: training diverged. {go_on} {advice}"
 
     def _measure_normalization(self, batches: Batches) -> None:
         normalizer, config = self.sae.normalizer, self.config

@@ -97,8 +97,6 @@ def _dataset_documents(spec: str) -> Iterator[Document]:
         ) from error
     for number, row in enumerate(rows):
         if "text" not in row:
-            raise ValueError(
-                f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'"
-            )
+            raise ValueError(f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'")
         if row["text"].strip():
             yield Document(f"{spec}/{number}", row["text"])

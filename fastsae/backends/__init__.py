@@ -60,15 +60,11 @@ def explain(x: Tensor, sae: Any) -> str:
         lines.append(f"plan: {rows} rows in chunks of {held}; {size:.0f} MiB of pre-activations held, reused")
     else:
         size = rows * sae.d_sae * dtype.itemsize / 2**20
-        lines.append(
-            f"plan: all {rows} rows at once; {size:.0f} MiB of pre-activations kept for the backward"
-        )
+        lines.append(f"plan: all {rows} rows at once; {size:.0f} MiB of pre-activations kept for the backward")
     for other in NAMES[1:]:
         if other != chosen:
             reason = refusal(other, x.device, dtype) or (
-                "it is the readable specification, and slow"
-                if other == "reference"
-                else f"{chosen!r} was asked for"
+                "it is the readable specification, and slow" if other == "reference" else f"{chosen!r} was asked for"
             )
             lines.append(f"not {other}: {reason}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ Its rule is to allocate nothing large: pre-activations live in one reused buffer
 gradients can be written into buffers that the caller owns. docs/decisions.md says what was measured.
 """
 
+import itertools
 import threading
 import warnings
 
@@ -104,13 +105,13 @@ def _select(blocks: Tensor, maxima: Tensor, k: int, group: int) -> tuple[Tensor,
     The k groups that come first by (maximum descending, id ascending) hold all k features that come first by
     (value descending, index ascending): before a feature of any other group there are k, one in each of these.
     """
-    n_blocks, rows, width = blocks.shape
+    rows, width = blocks.shape[1:]
     if group == 1:
         return _strongest(blocks.transpose(0, 1).reshape(rows, -1), None, k)
     row = torch.arange(rows).unsqueeze(1)
     candidates, ids = maxima, None
     sizes = (group, 8, 1) if group > 16 else (group, 1)
-    for size, part in zip(sizes, sizes[1:], strict=False):
+    for size, part in itertools.pairwise(sizes):
         _, kept = _strongest(candidates, ids, k)
         per_block = width // size
         place = (kept // per_block * rows + row) * per_block + kept % per_block
@@ -195,7 +196,7 @@ def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor) -> tuple[Te
 def pairwise_interaction_backward(
     d_z: Tensor, s: Tensor, values: Tensor, indices: Tensor, V: Tensor, out: Destination | None = None
 ) -> tuple[Tensor, Tensor]:
-    """d_values (B, k), d_V (d_sae, E): with t = d_z * s, d_a = t.V_i - a d_z.V_i^2 and d_V_i = sum a t - (sum a^2 d_z) V_i."""
+    """d_values (B, k): t . V_i - a d_z . V_i^2, and d_V (d_sae, E): sum a t - (sum a^2 d_z) V_i, with t = d_z * s."""
     t = d_z * s
     d_values = _gathered_dot(t, V, indices) - values * _gathered_dot(d_z, _squared(V), indices)
     order = feature_order(indices, len(V))
@@ -261,9 +262,7 @@ def _gathered_dot(rows: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     ).view(n, k)
 
 
-def _weight_gradient(
-    order: FeatureOrder, coefficients: Tensor, rows: Tensor, out: Destination | None
-) -> Tensor:
+def _weight_gradient(order: FeatureOrder, coefficients: Tensor, rows: Tensor, out: Destination | None) -> Tensor:
     """sum over a feature's entries of coefficient * rows[token]: (d_sae, width), in `out` if given."""
     d_sae = len(order.offsets) - 1
     weights = coefficients.reshape(-1)[order.entries]

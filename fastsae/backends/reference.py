@@ -46,11 +46,7 @@ def joint_decode(
     out = sparse_decode(values, indices, W_dec)
     if W_lin is not None:
         out = out + sparse_decode(values[:, :n], indices[:, :n], W_lin)
-    z = (
-        values.new_empty(len(values), 0)
-        if V is None
-        else pairwise_interaction(values[:, :n], indices[:, :n], V)
-    )
+    z = values.new_empty(len(values), 0) if V is None else pairwise_interaction(values[:, :n], indices[:, :n], V)
     return out, z
 
 

@@ -11,15 +11,11 @@ from fastsae.modules.topk import TopKSAE
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE)}
 
 
-def load(
-    folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None
-) -> SparseAutoencoder:
+def load(folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None) -> SparseAutoencoder:
     """Load a saved SAE of any architecture from `folder`."""
     architecture = read_description(Path(folder))["architecture"]
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 
 

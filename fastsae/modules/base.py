@@ -97,7 +97,7 @@ class SparseAutoencoder(nn.Module):
         """The k strongest features of each of the normalised activations x (..., d_in)."""
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"{type(self).__name__}: x must have d_in = {self.d_in} in its last dimension; got shape {tuple(x.shape)}. "
+                f"{type(self).__name__}: x must end in d_in = {self.d_in}; got shape {tuple(x.shape)}. "
                 "Is this the activation the SAE was made for?"
             )
         k = self.k if k is None else k

@@ -89,14 +89,14 @@ class JointSAE(SparseAutoencoder):
         linear = interaction = torch.zeros_like(identity)
         strongest = SparseCode(flat.values[:, :n], flat.indices[:, :n], self.d_sae)
         if self.W_lin is not None and self.b_lin is not None:
-            linear = (
-                ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
-            )
+            linear = ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
         if self.V is not None:
             z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
             interaction = self._interaction(z)
         return Components(*(part.view_as(x) for part in (identity, linear, interaction)))
 
     def _interaction(self, z: Tensor) -> Tensor:
-        assert self.W1 is not None and self.b1 is not None and self.W2 is not None and self.b2 is not None
-        return ops.interaction_mlp(z, self.W1, self.b1, self.W2, self.b2, self.config.dropout, self.training)
+        W1, b1, W2, b2 = self.W1, self.b1, self.W2, self.b2
+        if W1 is None or b1 is None or W2 is None or b2 is None:
+            raise RuntimeError("JointSAE: interaction=False, there is no pairwise pathway")
+        return ops.interaction_mlp(z, W1, b1, W2, b2, self.config.dropout, self.training)

@@ -1,0 +1,71 @@
+"""What a shape costs before anything is allocated: parameters, memory, floating-point operations, steps."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastsae.backends import cpu
+from fastsae.config import JointSAEConfig, TopKSAEConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counted, except for `activations_bytes`, which is an estimate."""
+
+    parameters: dict[str, int]
+    """Entries of each parameter."""
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    """Adam's two moments."""
+    pre_activations_bytes: int
+    """The one reused chunk of rows of pre-activations (CPU backend)."""
+    activations_bytes: int
+    """Estimate: tensors that grow with the batch: about ten (batch, d_in), two (batch, k) with their indices."""
+    flops_per_step: int
+    """Forward and backward: the encoder's matrix product, and the sparse sums over active features."""
+    steps: int
+    """Optimizer steps to see all tokens once."""
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_bytes(self) -> int:
+        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return held + self.pre_activations_bytes + self.activations_bytes
+
+
+def plan(
+    config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_000, dtype: torch.dtype = torch.float32
+) -> Plan:
+    """The plan for training `config` in `dtype` on batches of `batch_size` rows."""
+    if batch_size < 1 or tokens < 1:
+        raise ValueError(f"plan: expected batch_size and tokens of at least 1; got {batch_size} and {tokens}")
+    d_in, d_sae, k = config.d_in, config.d_sae, config.k
+    parameters = {"W_enc": d_sae * d_in, "b_enc": d_sae, "W_dec": d_sae * d_in}
+    if config.pre_bias:
+        parameters["b_dec"] = d_in
+    sparse = 2 * batch_size * k * d_in * 4  # decode, its two gradients, and the encoder's weight gradient
+    if isinstance(config, JointSAEConfig):
+        n, E = config.k_integration or 0, config.d_embedding
+        if config.linear:
+            parameters |= {"W_lin": d_sae * d_in, "b_lin": d_in}
+            sparse += 2 * batch_size * n * d_in * 3
+        if config.interaction:
+            parameters |= {"V": d_sae * E, "W1": E * E, "b1": E, "W2": d_in * E, "b2": d_in}
+            sparse += 2 * batch_size * n * E * 6 + 6 * batch_size * E * (E + d_in)
+    weights = sum(parameters.values()) * dtype.itemsize
+    held_rows = cpu.rows_per_chunk(batch_size, d_sae, k, dtype)
+    return Plan(
+        parameters=parameters,
+        weights_bytes=weights,
+        gradients_bytes=weights,
+        optimizer_bytes=2 * weights,
+        pre_activations_bytes=held_rows * d_sae * dtype.itemsize,
+        activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
+        flops_per_step=2 * batch_size * d_in * d_sae + sparse,
+        steps=math.ceil(tokens / batch_size),
+    )
