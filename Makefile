@@ -28,7 +28,6 @@ clean:
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
 	touch $@
 
 # One stamp per set of extras; a changed constraint or dependency installs again.

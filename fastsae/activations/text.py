@@ -52,13 +52,18 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
 
 def is_held_out(name: str, share: float = 0.05) -> bool:
     """Whether the document `name` belongs to the held-out split: a fixed `share` of all names, by their hash."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(_hash(name)[:8], "big") < share * 2**64
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _files_below(folder: Path, suffixes: set[str], skipped: set[str]) -> Iterator[Document]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
+    files = (p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
     kept = [p for p in files if not skipped.intersection(p.relative_to(folder).parts)]
+    # By hash, so that the first million tokens are a fair sample and not the first letters of the alphabet.
+    kept.sort(key=lambda p: _hash(p.relative_to(folder).as_posix()))
     if not kept:
         raise FileNotFoundError(f"read_documents: no {'/'.join(sorted(suffixes))} files below {folder}")
     for path in kept:
