@@ -1,0 +1,129 @@
+"""Shuffled batches from a source of activation blocks, with a position that can be stored."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Blocks of activation rows: an ActivationStore, or ModelActivations computed on the fly."""
+
+    d_in: int
+    block_rows: list[int]
+
+    def block(self, i: int) -> Tensor: ...
+
+
+class ActivationStream:
+    """An endless (or `epochs` long) iterator of shuffled (batch_size, d_in) batches.
+
+    Each epoch visits the blocks in a new order; blocks fill a buffer of about `buffer_rows` rows, whose rows are
+    permuted. Only the buffer is held in memory. Every row comes once an epoch; batches straddle buffers and epochs, and
+    only the last incomplete batch of a finite stream is dropped. state_dict / load_state_dict set the stream to a
+    position between two batches, exactly.
+    """
+
+    def __init__(
+        self, source: Source, batch_size: int, buffer_rows: int = 2**17, seed: int = 0, epochs: int | None = None
+    ) -> None:
+        n_rows = sum(source.block_rows)
+        if not 1 <= batch_size <= n_rows:
+            raise ValueError(
+                f"ActivationStream: batch_size must be between 1 and the source's {n_rows} rows; got {batch_size}"
+            )
+        self.source, self.batch_size, self.buffer_rows, self.seed, self.epochs = (
+            source,
+            batch_size,
+            buffer_rows,
+            seed,
+            epochs,
+        )
+        self._epoch = self._buffer_number = self._offset = 0
+        self._buffer: Tensor | None = None
+        self._buffer_key: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        parts: list[Tensor] = []
+        missing = self.batch_size
+        while missing:
+            if self._epoch == self.epochs:
+                raise StopIteration
+            buffer = self._filled()
+            part = buffer[self._offset : self._offset + missing]
+            missing -= len(part)
+            self._offset += len(part)
+            # Copied before the buffer is filled anew; a batch within one buffer is a view that its user may keep.
+            parts.append(part.clone())
+            if self._offset == len(buffer):
+                self._advance()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it is a position in."""
+        return {
+            "epoch": self._epoch,
+            "buffer": self._buffer_number,
+            "offset": self._offset,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "buffer_rows": self.buffer_rows,
+            "n_rows": sum(self.source.block_rows),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises ValueError if it is one of another stream."""
+        ours = self.state_dict()
+        position = {"epoch", "buffer", "offset"}
+        differing = [
+            f"{k} was {state.get(k)}, is {v}" for k, v in ours.items() if k not in position and state.get(k) != v
+        ]
+        if differing:
+            raise ValueError(f"ActivationStream: this position belongs to another stream: {'; '.join(differing)}")
+        self._epoch, self._buffer_number, self._offset = state["epoch"], state["buffer"], state["offset"]
+
+    def _advance(self) -> None:
+        self._offset = 0
+        self._buffer_number += 1
+        if self._buffer_number == len(self._buffers()):
+            self._buffer_number = 0
+            self._epoch += 1
+
+    def _buffers(self) -> list[list[int]]:
+        """The blocks of this epoch in their order, grouped into buffers."""
+        order = torch.randperm(len(self.source.block_rows), generator=self._generator("blocks", self._epoch)).tolist()
+        buffers: list[list[int]] = [[]]
+        rows = 0
+        for block in order:
+            if rows >= self.buffer_rows:
+                buffers.append([])
+                rows = 0
+            buffers[-1].append(block)
+            rows += self.source.block_rows[block]
+        return buffers
+
+    def _filled(self) -> Tensor:
+        key = (self._epoch, self._buffer_number)
+        if self._buffer is None or self._buffer_key != key:
+            self._buffer = None  # freed before the next one is made
+            blocks = self._buffers()[self._buffer_number]
+            n_rows = sum(self.source.block_rows[i] for i in blocks)
+            places = torch.randperm(n_rows, generator=self._generator("rows", *key))
+            buffer, lo = None, 0
+            for i in blocks:
+                rows = self.source.block(i)
+                buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
+                buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
+                lo += len(rows)
+            self._buffer, self._buffer_key = buffer, key
+        assert self._buffer is not None
+        return self._buffer
+
+    def _generator(self, *key: object) -> torch.Generator:
+        digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
