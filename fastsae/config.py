@@ -22,7 +22,7 @@ def _require(condition: bool, where: str, expected: str, got: Any) -> None:
 class TopKSAEConfig:
     """A TopK sparse autoencoder."""
 
-    d_in: tyro.conf.Suppress[int]  # the command line takes it from the hook
+    d_in: tyro.conf.Fixed[int]  # the command line takes it from the hook
     """Width of the activations."""
     d_sae: int
     """Number of features."""
@@ -59,13 +59,38 @@ class JointSAEConfig(TopKSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k_integration is None:
-            object.__setattr__(self, "k_integration", max(1, self.k // 2))
-        assert self.k_integration is not None
-        fits = 1 <= self.k_integration <= self.k
-        _require(fits, "JointSAEConfig.k_integration", f"between 1 and k = {self.k}", self.k_integration)
+        n = self.k_integration
+        fits = n is None or 1 <= n <= self.k
+        _require(fits, "JointSAEConfig.k_integration", f"None, or between 1 and k = {self.k}", n)
         _require(self.d_embedding >= 1, "JointSAEConfig.d_embedding", "at least 1", self.d_embedding)
         _require(0 <= self.dropout < 1, "JointSAEConfig.dropout", "in [0, 1)", self.dropout)
+
+    @property
+    def n(self) -> int:
+        """k_integration, resolved."""
+        return max(1, self.k // 2) if self.k_integration is None else self.k_integration
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which activations of which model on which text."""
+
+    model: str = "embedded"
+    """Language model: "embedded", a folder, or a name on the Hugging Face hub such as gpt2."""
+    hook: str = "blocks.2.hook_resid_post"
+    """TransformerLens name of the activation."""
+    text: str = "stdlib"
+    """Text: "stdlib", a file, a folder, or a Hugging Face dataset as name or name:configuration."""
+    tokens: int = 1_000_000
+    """Tokens of training text; fewer if the text ends. Seen again and again, shuffled anew, if training takes more."""
+    context: int = 256
+    """Tokens per window, BOS included."""
+    batch_size: int = 1024
+    """Activations per training step."""
+    buffer_rows: int = 131_072
+    """Activations that are held in memory and shuffled together."""
+    store: Path | None = None
+    """Folder to harvest the activations into, once; None computes them while training and stores nothing."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class TrainerConfig:
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a batch that holds NaN or infinity: stop the training, or skip the batch and count it."""
     seed: int = 0
-    """Seeds dropout, and whatever else draws random numbers while training."""
+    """Seeds dropout; on the command line also the SAE's initialisation and the order of the activations."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000

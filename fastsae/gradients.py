@@ -41,7 +41,7 @@ class GradientBuffers:
     def claim(self, weight: Tensor) -> tuple[Tensor, bool] | None:
         """The buffer for this weight's gradient and whether to add to it; None if the weight is not ours."""
         parameter = self._parameters.get(weight.data_ptr())
-        if parameter is None or parameter.shape != weight.shape:
+        if parameter is None or parameter.shape != weight.shape or parameter.stride() != weight.stride():
             return None
         if parameter.grad is not None:
             return parameter.grad, True

@@ -37,8 +37,13 @@ def topk_encode(
     """
     where = "topk_encode"
     _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc)
+    _check_shape(where, "W_enc", W_enc, (None, None), "(d_sae, d_in)")
     _check_shape(where, "x", x, (None, W_enc.shape[-1]), "(B, d_in) with d_in of W_enc")
     _check_shape(where, "b_enc", b_enc, (len(W_enc),), "(d_sae,) of W_enc")
+    if features is not None:
+        _check_shape(where, "features", features, (None,), "(n,)")
+        if features.dtype != torch.int64:
+            raise TypeError(f"{where}: features must be int64 indices; got {features.dtype}. Of a mask: .nonzero().")
     competing, what = (len(W_enc), "d_sae") if features is None else (len(features), "the number of features")
     if not 1 <= k <= competing:
         raise ValueError(f"{where}: k must be between 1 and {what} = {competing}; got {k}")
@@ -58,6 +63,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str =
     """
     _check_code("sparse_decode", values, indices)
     _check_floats("sparse_decode", values=values, W_dec=W_dec)
+    _check_shape("sparse_decode", "W_dec", W_dec, (None, None), "(d_sae, d_in)")
     name = choose(backend, values.device, values.dtype)
     if name == "reference":
         return reference.sparse_decode(values, indices, W_dec)
@@ -71,6 +77,7 @@ def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: st
     """
     _check_code("pairwise_interaction", values, indices)
     _check_floats("pairwise_interaction", values=values, V=V)
+    _check_shape("pairwise_interaction", "V", V, (None, None), "(d_sae, E)")
     name = choose(backend, values.device, values.dtype)
     if name == "reference":
         return reference.pairwise_interaction(values, indices, V)
@@ -95,6 +102,7 @@ def joint_decode(
     where = "joint_decode"
     _check_code(where, values, indices)
     _check_floats(where, values=values, W_dec=W_dec, W_lin=W_lin, V=V)
+    _check_shape(where, "W_dec", W_dec, (None, None), "(d_sae, d_in)")
     if W_lin is not None:
         _check_shape(where, "W_lin", W_lin, tuple(W_dec.shape), "that of W_dec")
     if V is not None:
@@ -211,7 +219,7 @@ def _pairwise_interaction_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _pairwise_interaction_grad(ctx: Any, d_z: Tensor, _: Tensor) -> Any:
     s, values, indices, V = ctx.saved_tensors
-    if out := _claim(V):
+    if ctx.needs_input_grad[2] and (out := _claim(V)):
         backward = implementation(ctx.backend).pairwise_interaction_backward
         return backward(d_z, s, values, indices, V, out)[0], None, None, None
     d_values, d_V = torch.ops.fastsae.pairwise_interaction_backward(d_z, s, values, indices, V, ctx.backend)
@@ -262,8 +270,8 @@ def _joint_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
 def _joint_decode_grad(ctx: Any, d_out: Tensor, d_z: Tensor, _: Tensor) -> Any:
     s, values, indices, W_dec, W_lin, V = ctx.saved_tensors
     arguments = (d_out, d_z, s, values, indices, W_dec, W_lin, V, ctx.n)
-    weights = (W_dec, W_lin, V)
-    out = tuple(None if w is None else _claim(w) for w in weights)
+    weights = zip((W_dec, W_lin, V), ctx.needs_input_grad[2:5], strict=True)
+    out = tuple(_claim(w) if w is not None and needed else None for w, needed in weights)
     if any(out):
         d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, out)
         d_weights = [None if claimed else grad for claimed, grad in zip(out, d_weights, strict=True)]

@@ -14,7 +14,7 @@ def clip_by_scaling(optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
     """
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]  # read by Adam.step
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]  # read by Adam.step
     return norm
 
 

@@ -50,7 +50,7 @@ def plan(
         parameters["b_dec"] = d_in
     sparse = 2 * batch_size * k * d_in * 4  # decode, its two gradients, and the encoder's weight gradient
     if isinstance(config, JointSAEConfig):
-        n, E = config.k_integration or 0, config.d_embedding
+        n, E = config.n, config.d_embedding
         if config.linear:
             parameters |= {"W_lin": d_sae * d_in, "b_lin": d_in}
             sparse += 2 * batch_size * n * d_in * 3

@@ -92,8 +92,8 @@ def check_hook(model: Any, hook_name: str) -> None:
 def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = torch.float32) -> ActivationStore:
     """Write all blocks of `source` into a store, a shard each, and open it.
 
-    An interrupted harvest goes on at the first missing shard; the store comes out the same to the bit. Raises ValueError
-    when `folder` holds another harvest.
+    An interrupted harvest goes on at the first missing shard; the store comes out the same to the bit. Raises
+    ValueError when `folder` holds another harvest.
     """
     writer = StoreWriter(Path(folder), source.identity() | {"dtype": str(dtype)[6:]}, source.windows.names)
     with tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:

@@ -60,7 +60,8 @@ def tokenize(
     """Cut documents into windows of `context` tokens (BOS included, the tail of a document shorter).
 
     tokenizer: a Hugging Face one, such as hangs on a TransformerLens model. Text is encoded once and never decoded.
-    max_tokens: stop after this many tokens of text. held_out: take only held-out documents, only the others, or (None) all.
+    max_tokens: stop after this many tokens of text.
+    held_out: True takes only held-out documents, False only the others, None all.
     Raises ValueError when no window comes out.
     """
     if tokenizer is None:

@@ -29,7 +29,8 @@ def _workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     pool: dict[tuple[str, torch.dtype], Tensor] = _thread.__dict__.setdefault("pool", {})
     size = torch.Size(shape).numel()
     if (name, dtype) not in pool or pool[name, dtype].numel() < size:
-        pool[name, dtype] = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # memory first used in inference mode must serve training later
+            pool[name, dtype] = torch.empty(size, dtype=dtype)
     return pool[name, dtype][:size].view(shape)
 
 

@@ -1,0 +1,37 @@
+"""Language models to take activations from: the embedded one, or any that TransformerLens can load."""
+
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = "embedded"
+
+
+def weights_folder() -> Path:
+    """Where the embedded model's weights, tokenizer, metrics and card lie."""
+    return Path(__file__).parent / "weights"
+
+
+def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
+    """A TransformerLens model (TransformerBridge, fp32, eval mode) with its tokenizer as `.tokenizer`.
+
+    name: "embedded" (offline), a folder as transformers saves it, or a name on the Hugging Face hub such as "gpt2".
+    Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub.
+    """
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ImportError("loading a language model needs TransformerLens: `pip install fastsae[lab]`") from error
+
+    logging.disable_progress_bar()
+    source = str(weights_folder()) if name == EMBEDDED else name
+    try:
+        model = TransformerBridge.boot_transformers(source, device=device)
+    except OSError as error:
+        raise OSError(
+            f"lm.load: {name!r} is neither 'embedded', nor a folder with a transformers model, nor a model that the "
+            f"Hugging Face hub gave ({error}). Check the name and the network."
+        ) from error
+    if name == EMBEDDED:
+        model.cfg.model_name = "fastsae-embedded"  # not the folder it happens to be installed in
+    return model.eval()

@@ -1,8 +1,8 @@
 """Train the embedded language model: `python -m fastsae.lm.train --out FOLDER`.
 
 A small GPT-2 on the sources and docstrings of the Python standard library, which every interpreter carries. Documents
-held out by `fastsae.activations.text.is_held_out` are neither trained on nor seen by the tokenizer; the held-out loss is
-stated beside that of a trigram model over the same tokens. The same seed on the same machine gives the same weights,
+held out by `fastsae.activations.text.is_held_out` are neither trained on nor seen by the tokenizer; the held-out loss
+is stated beside that of a trigram model over the same tokens. The same seed on the same machine gives the same weights,
 also when the training was interrupted and continued.
 """
 
@@ -159,7 +159,6 @@ def new_model(options: Options) -> Any:
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="sdpa",
     )
     return GPT2LMHeadModel(config)
 
@@ -262,7 +261,8 @@ embeddings), fp16. It exists so that everything in fastsae runs offline on a rea
 - **Text**: the sources and docstrings of the standard library of Python {m["python"]} (PSF licence), without tests and
   code pages: {m["train_documents"]} documents, {m["train_tokens"]:,} tokens to train on; {m["held_out_documents"]}
   documents, {m["held_out_tokens"]:,} tokens held out by a hash of their name.
-- **Tokenizer**: byte-level BPE of {o["vocabulary"]} tokens, trained on the training documents; `{BOS}` begins each window.
+- **Tokenizer**: byte-level BPE of {o["vocabulary"]} tokens, trained on the training documents; `{BOS}` begins each
+  window.
 - **Training**: `python -m fastsae.lm.train --out FOLDER --seed {o["seed"]}`: {o["steps"]} steps of {o["batch_size"]}
   windows ({m["presented_tokens"]:,} token presentations), AdamW, bf16 autocast, {m["minutes"]} minutes on
   {m["machine"]}, torch {m["torch"]}. The same seed on the same machine gives the same weights.

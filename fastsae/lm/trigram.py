@@ -26,7 +26,8 @@ class Trigram:
     def probability(self, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> np.ndarray:
         """P(w | u v), elementwise over arrays of token ids."""
         p = np.full(len(w), 1 / self.vocabulary)
-        for level, context in ((self.unigrams, np.zeros_like(v)), (self.bigrams, v), (self.trigrams, self._key(u, v))):
+        levels = ((self.unigrams, np.zeros_like(v)), (self.bigrams, v), (self.trigrams, self._key(u, v)))
+        for level, context in levels:
             p = level.interpolate(context, w, p)
         return p
 
@@ -41,7 +42,7 @@ class Trigram:
 
 
 class _Level:
-    """Counts of (context, word) pairs, discounted: c(context, word) - D over c(context), D freed for the level below."""
+    """Counts of (context, word) pairs, each less a discount D; what that frees goes to the level below."""
 
     def __init__(self, contexts: np.ndarray, words: np.ndarray, vocabulary: int) -> None:
         self.vocabulary = vocabulary

@@ -67,8 +67,7 @@ class JointSAE(SparseAutoencoder):
 
     @property
     def k_integration(self) -> int:
-        assert self.config.k_integration is not None  # the config resolved it
-        return self.config.k_integration
+        return self.config.n
 
     def decode(self, code: SparseCode) -> Tensor:
         flat = code.flatten()
