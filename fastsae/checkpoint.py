@@ -3,7 +3,8 @@
 run_dir/checkpoints/step_00001000/
     config.json weights.safetensors     the SAE, as save_pretrained writes it
     optimizer.safetensors               Adam's moments, dead-feature counters, random generator state
-    state.json                          step, position in the data, trainer config, checksums; written last
+    state.json                          step, position in the data, trainer config
+    checksums.json                      of all these files; written last
 """
 
 import os
@@ -37,14 +38,17 @@ def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Te
     parent.mkdir(parents=True, exist_ok=True)
     final, temporary = parent / f"step_{step:08d}", parent / f".step_{step:08d}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_by_a_killed_run in parent.glob(".step_*.tmp"):
+            shutil.rmtree(left_by_a_killed_run)
         sae.save_pretrained(temporary)
         files.write_tensors(temporary / "optimizer.safetensors", tensors)
-        checksums = {p.name: files.crc32(p) for p in sorted(temporary.iterdir())}
-        files.write_json(temporary / "state.json", {**state, "step": step, "checksums": checksums})
-        if final.exists():  # a damaged one that the run was resumed past
-            shutil.rmtree(final)
+        files.write_json(temporary / "state.json", {**state, "step": step})
+        files.write_json(temporary / "checksums.json", {p.name: files.crc32(p) for p in sorted(temporary.iterdir())})
+        replaced = parent / f".step_{step:08d}.old.tmp"
+        if final.exists():  # put out of the way whole, so that no kill leaves half of it in place
+            os.rename(final, replaced)
         os.rename(temporary, final)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = next(iter(folders(run_dir)), None)
@@ -73,10 +77,10 @@ def load(run_dir: Path) -> Checkpoint | None:
         return None
     newest, *older = found
     try:
-        state = files.read_json(newest / "state.json")
-        for name, expected in state["checksums"].items():
+        for name, expected in files.read_json(newest / "checksums.json").items():
             if files.crc32(newest / name) != expected:
                 raise ValueError(f"{newest / name} is damaged: its checksum is not the one that was stored")
+        state = files.read_json(newest / "state.json")
         weights = files.read_tensors(newest / "weights.safetensors")
         tensors = files.read_tensors(newest / "optimizer.safetensors")
     except (OSError, ValueError) as error:

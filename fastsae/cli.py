@@ -19,7 +19,7 @@ _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
 _FLAT = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.OmitSubcommandPrefixes,
-    tyro.conf.ConsolidateSubcommandArgs,
+    tyro.conf.CascadeSubcommandArgs,
     tyro.conf.SuppressFixed,
 )
 # d_in is not asked for: it is the width of the hook (train, demo), or given to `plan` on its own.
@@ -177,10 +177,18 @@ def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: Trainer
     sae = ARCHITECTURES[architecture](**to_dict(config))
     run = Trainer(sae, trainer)
     if trainer.run_dir:
-        trainer.run_dir.mkdir(parents=True, exist_ok=True)
-        files.write_json(trainer.run_dir / "data.json", to_dict(data))
+        _record(data, trainer.run_dir)
     run.fit(stream)
     return sae
+
+
+def _record(data: DataConfig, run_dir: Path) -> None:
+    """Leave in the run's folder what it was trained on; a folder that says otherwise is another run's."""
+    path = run_dir / "data.json"
+    if path.exists() and files.read_json(path) != to_dict(data):
+        raise ValueError(f"{path} says that this run was trained on other activations; choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, to_dict(data))
 
 
 def _measure(

@@ -155,6 +155,14 @@ class TrainerConfig:
         got = f"{self.warmup_steps} and {self.decay_steps} of {self.steps} steps"
         _require(fits, f"{where}.warmup_steps and decay_steps", "0 or more each, together at most steps", got)
         _require(self.auxk >= 0, f"{where}.auxk", "0 or more", self.auxk)
+        _require(self.dead_after_tokens >= 1, f"{where}.dead_after_tokens", "at least 1", self.dead_after_tokens)
+        _require(self.normalize_rows >= 2, f"{where}.normalize_rows", "at least 2", self.normalize_rows)
+        _require(self.k_anneal_steps >= 0, f"{where}.k_anneal_steps", "0 or more", self.k_anneal_steps)
+        kinds = ("none", "zscore", "scale")
+        _require(self.normalize in kinds, f"{where}.normalize", f"one of {', '.join(kinds)}", self.normalize)
+        _require(self.nonfinite in ("stop", "skip"), f"{where}.nonfinite", "'stop' or 'skip'", self.nonfinite)
+        for sink in self.log_to:
+            _require(sink in ("tensorboard", "wandb"), f"{where}.log_to", "'tensorboard' or 'wandb'", sink)
         _require(self.log_every >= 1, f"{where}.log_every", "at least 1", self.log_every)
         _require(self.checkpoint_every >= 1, f"{where}.checkpoint_every", "at least 1", self.checkpoint_every)
         clip = self.clip_grad_norm
@@ -178,4 +186,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
             raise ValueError(f"{cls.__name__}: unknown option {key!r}.{hint}")
+    for name, field in known.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"{cls.__name__}: option {name!r} is missing")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,7 +1,9 @@
 """Files that are either whole or absent: atomic writes, and reads that name the damaged file."""
 
+import errno
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +48,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
+    """Write a safetensors file. Raises OSError, on a full disk too."""
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda p: save_file(contiguous, p))
+    try:
+        write_atomically(path, lambda p: save_file(contiguous, p))
+    except SafetensorError as error:  # safetensors tells the system's error number in its text only
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -330,7 +330,9 @@ _register("joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _join
 
 def _claim(weight: Tensor) -> tuple[Tensor, bool] | None:
     buffers = gradients.active()
-    return None if buffers is None else buffers.claim(weight)
+    if buffers is None or torch.compiler.is_compiling():  # a weight that is being traced has no memory to look up
+        return None
+    return buffers.claim(weight)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from fastsae import files
 from fastsae.config import TrainerConfig
 
+_NOTHING = "Trainer: activations gave no batch at all"
+
 
 class Batches:
     """An iterator over activations that knows its position.
@@ -51,7 +53,11 @@ class Batches:
 
     def __next__(self) -> Tensor:
         self._before_last = self.position()
-        batch = next(self._iterator)
+        batch = next(self._iterator, None)
+        if batch is None:
+            if self.drawn == 0:
+                raise ValueError(_NOTHING)
+            raise StopIteration
         self.drawn += 1
         return batch
 
@@ -64,11 +70,15 @@ class Batches:
             "stream": self._stream.state_dict() if self._stream is not None else None,
         }
 
-    def peek(self, n_rows: int) -> Tensor:
-        """At least n_rows of the rows to come (fewer if there are not as many), without moving."""
+    def peek(self, n_rows: int, check: Callable[[Tensor, int], object]) -> Tensor:
+        """At least n_rows of the rows to come (fewer if there are not as many), without moving.
+
+        `check` is called with each batch and its number, and raises if it is not what it should be.
+        """
         state = self._stream.state_dict() if self._stream is not None else None
         seen: list[Tensor] = []
         while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, None)) is not None:
+            check(batch, self.drawn + len(seen) + 1)
             seen.append(batch)
         if self._stream is not None:
             self._stream.load_state_dict(state)
@@ -76,7 +86,7 @@ class Batches:
         else:
             self._iterator = itertools.chain(seen, self._iterator)
         if not seen:
-            raise ValueError("Trainer: activations gave no batch at all")
+            raise ValueError(_NOTHING)
         return torch.cat(seen)
 
 

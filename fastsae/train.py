@@ -80,30 +80,35 @@ class Trainer:
             if self.config.run_dir is not None:
                 stack.enter_context(locked(self.config.run_dir))
                 resumed = self._open_run(self.config.run_dir)
-            batches = Batches(activations, resumed)
-            self._measure_normalization(batches)
+            batches = Batches(activations, resumed.state["data"] if resumed else None)
+            if resumed is not None:  # after the batches: drawing them again may have taken random numbers
+                self._restore_random_state(resumed)
+            elif self.step == 0:
+                self._prepare(batches)
             interrupted = stack.enter_context(interrupt_flag())
             log = stack.enter_context(Log(self.config, self.step))
+            stack.callback(self.sae.eval)
             self.sae.train()
             metrics = self._loop(batches, log, interrupted)
-            self.sae.eval()
         if self.config.run_dir is not None:
             self.sae.save_pretrained(self.config.run_dir / "sae")
         return TrainResult(self.step, metrics, self.config.run_dir)
 
     def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
-        config, metrics = self.config, log.last
+        config, metrics, loss = self.config, log.last, None
         rows_before, since = self.rows_seen, time.perf_counter()
         while self.step < config.steps:
             raw = next(batches, None)
             if raw is None:
                 warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
+                self._save(batches.position(), loss)
                 break
             x = self._checked(raw, batches)
             if x is None:
                 continue
             x = self.sae.normalizer(x)
             output, grad_norm = self._train_step(x)
+            loss = output.loss
             if self.step % config.log_every == 0 or self.step == config.steps:
                 rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
                 metrics = self._metrics(x, output, grad_norm, rate)
@@ -114,7 +119,7 @@ class Trainer:
             log.advance()
             stop = interrupted()
             if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                self._save(batches.position(), output.loss)
+                self._save(batches.position(), loss)
                 rows_before, since = self.rows_seen, time.perf_counter()
             if stop:
                 where = f"; saved, continue with resume=True in {config.run_dir}" if config.run_dir else ""
@@ -199,12 +204,7 @@ class Trainer:
 
     def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
         """The batch as the SAE wants it; None to skip it."""
-        where = f"Trainer: batch {batches.drawn} of the activations"
-        if not isinstance(raw, Tensor) or raw.dim() != 2 or raw.shape[1] != self.sae.d_in or len(raw) == 0:
-            got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{where}: expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}")
-        if not raw.is_floating_point():
-            raise TypeError(f"{where}: expected a float tensor; got {raw.dtype}")
+        where = self._check_form(raw, batches.drawn)
         x = raw.to(self.sae.W_enc)
         finite = x.isfinite()
         if finite.all():
@@ -219,42 +219,60 @@ class Trainer:
             f"{column}. Nothing was trained on it. Look at where these activations come from, or set nonfinite='skip'."
         )
 
+    def _check_form(self, raw: Tensor, number: int) -> str:
+        """Raise unless batch `number` is a float (B, d_in) tensor; returns how an error message names it."""
+        where = f"Trainer: batch {number} of the activations"
+        if not isinstance(raw, Tensor) or raw.dim() != 2 or raw.shape[1] != self.sae.d_in or len(raw) == 0:
+            got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"{where}: expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}")
+        if not raw.is_floating_point() or raw.is_meta:
+            raise TypeError(f"{where}: expected a float tensor that holds numbers; got {raw.dtype} on {raw.device}")
+        return where
+
     def _diverged(self, loss: float) -> str:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
         go_on = f"The last good checkpoint is {last}." if last else "There is no checkpoint."
         advice = f"Try a lower lr than {self.config.lr}."
         return f"Trainer: the loss is {loss} at step {self.step}: training diverged. {go_on} {advice}"
 
-    def _measure_normalization(self, batches: Batches) -> None:
+    def _prepare(self, batches: Batches) -> None:
+        """What a new run does to the SAE before the first step: measure the normalisation, bring W_dec to norm 1."""
         normalizer, config = self.sae.normalizer, self.config
-        if self.step == 0 and normalizer.kind == "none" and config.normalize != "none":
-            normalizer.measure(batches.peek(config.normalize_rows), config.normalize)
+        if normalizer.kind == "none" and config.normalize != "none":
+            sample = batches.peek(config.normalize_rows, self._check_form)
+            if config.nonfinite == "skip":
+                sample = sample[sample.isfinite().all(dim=1)]
+            normalizer.measure(sample, config.normalize)
+        if config.unit_norm_decoder:
+            normalize_rows_(self.sae.W_dec)
 
     # ---- runs on disk -----------------------------------------------------------------------------------------------
 
-    def _open_run(self, run_dir: Path) -> dict[str, Any] | None:
-        """Write the run's config, or load the run that is there; returns the position of the data, if resumed."""
+    def _open_run(self, run_dir: Path) -> checkpoint.Checkpoint | None:
+        """Write the run's config, or load the run that is there and return its checkpoint."""
         found = checkpoint.load(run_dir) if self.config.resume else None
         if found is not None:
-            return self._restore(found)
+            self._restore(found)
+            return found
         if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
             raise FileExistsError(
                 f"Trainer: {run_dir} already holds a run. Continue it with resume=True, or choose another run_dir."
             )
-        description = {
-            "trainer": to_dict(self.config),
-            "architecture": self.sae.architecture,
-            "sae": to_dict(self.sae.config),
-        }
-        files.write_json(run_dir / "run.json", description)
+        files.write_json(run_dir / "run.json", self._description())
         return None
 
-    def _restore(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
-        state, ours = found.state, to_dict(self.config)
+    def _description(self) -> dict[str, dict[str, Any]]:
+        """What a run and its continuation must have in common."""
+        sae = {"architecture": self.sae.architecture, "dtype": str(self.sae.W_enc.dtype)[6:]}
+        return {"trainer": to_dict(self.config), "sae": sae | to_dict(self.sae.config)}
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        state, ours = found.state, self._description()
         differing = [
-            f"{name} was {then!r}, is {ours.get(name)!r}"
-            for name, then in state["trainer"].items()
-            if name not in _FREE_ON_RESUME and json.dumps(ours.get(name)) != json.dumps(then)
+            f"{name} was {then!r}, is {ours[part].get(name)!r}"
+            for part in ours
+            for name, then in state[part].items()
+            if name not in _FREE_ON_RESUME and json.dumps(ours[part].get(name)) != json.dumps(then)
         ]
         if differing:
             raise ValueError(
@@ -271,13 +289,15 @@ class Trainer:
             state["batches_skipped"],
         )
         self._rows_since_fired.copy_(found.tensors["rows_since_fired"])
-        for name, p in self._trained.items():
-            moments = {key: found.tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self._optimizer.state[p] = {key: t.to(p.device) for key, t in moments.items()}
+        for key, t in found.tensors.items():
+            moment, _, name = key.partition("/")
+            if name:  # a run that was stopped before its first step has no moments
+                self._optimizer.state[self._trained[name]][moment] = t.to(self.sae.W_enc.device)
+
+    def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:
         torch.set_rng_state(found.tensors["rng_cpu"])
         if self.sae.W_enc.is_cuda:
             torch.cuda.set_rng_state(found.tensors["rng_cuda"], self.sae.W_enc.device)
-        return state["data"]
 
     def _save(self, data: dict[str, Any], loss: Tensor | None) -> None:
         if self.config.run_dir is None:
@@ -293,7 +313,7 @@ class Trainer:
             "rows_seen": self.rows_seen,
             "batches_skipped": self.batches_skipped,
             "normalization": self.sae.normalizer.kind,
-            "trainer": to_dict(self.config),
             "data": data,
+            **self._description(),
         }
         checkpoint.save(self.config.run_dir, self.step, self.sae, tensors, state)

@@ -160,7 +160,7 @@ def topk_encode_backward(
         d_W_enc = _weight_gradient(feature_order(indices, len(W_enc)), d_pre, x, out)
     # bf16 would lose the small terms of a long sum.
     sums = torch.promote_types(x.dtype, torch.float32)
-    d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.view(-1), d_pre.reshape(-1).to(sums))
+    d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.reshape(-1), d_pre.reshape(-1).to(sums))
     return d_x, d_W_enc, d_b_enc.to(x.dtype)
 
 

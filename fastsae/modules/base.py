@@ -100,6 +100,10 @@ class SparseAutoencoder(nn.Module):
                 f"{type(self).__name__}: x must end in d_in = {self.d_in}; got shape {tuple(x.shape)}. "
                 "Is this the activation the SAE was made for?"
             )
+        if not x.is_floating_point() or x.is_meta:  # b_dec would turn whole numbers into floats, without a word
+            raise TypeError(
+                f"{type(self).__name__}: x must be a float tensor that holds numbers; got {x.dtype} on {x.device}"
+            )
         k = self.k if k is None else k
         rows = x.reshape(-1, self.d_in)
         if self.b_dec is not None:
@@ -154,7 +158,12 @@ class SparseAutoencoder(nn.Module):
                 f"expected {cls.architecture!r}. fastsae.load(folder) picks the class by itself."
             )
         weights = files.read_tensors(folder / "weights.safetensors", str(device or "cpu"))
-        config = from_dict(cls.config_class, description["config"])
+        try:
+            config = from_dict(cls.config_class, description["config"])
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        if "W_enc" not in weights:
+            raise ValueError(f"{folder / 'weights.safetensors'} holds no W_enc: these are not the weights of an SAE")
         arguments: dict[str, Any] = {"backend": backend, "device": device, "dtype": weights["W_enc"].dtype}
         sae = cls(**to_dict(config), **arguments)
         try:

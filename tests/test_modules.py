@@ -1,0 +1,305 @@
+"""The modules: names, shapes, initialisation, pathways, saving and loading."""
+
+import json
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.config import JointSAEConfig, TopKSAEConfig, from_dict, to_dict
+from fastsae.normalize import Normalizer
+
+BOTH = pytest.mark.parametrize("make", [fastsae.TopKSAE, fastsae.JointSAE], ids=["topk", "joint"])
+
+
+def shapes(sae) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in sae.named_parameters()}
+
+
+def test_parameters_of_topk():
+    expected = {"W_enc": (30, 8), "b_enc": (30,), "W_dec": (30, 8), "b_dec": (8,)}
+    assert shapes(fastsae.TopKSAE(8, 30, 4)) == expected
+    del expected["b_dec"]
+    assert shapes(fastsae.TopKSAE(8, 30, 4, pre_bias=False)) == expected
+
+
+def test_parameters_of_joint():
+    plain = {"W_enc": (30, 8), "b_enc": (30,), "W_dec": (30, 8)}
+    linear = {"W_lin": (30, 8), "b_lin": (8,)}
+    interaction = {"V": (30, 5), "W1": (5, 5), "b1": (5,), "W2": (8, 5), "b2": (8,)}
+    assert shapes(fastsae.JointSAE(8, 30, 4, d_embedding=5)) == plain | linear | interaction
+    assert shapes(fastsae.JointSAE(8, 30, 4, interaction=False)) == plain | linear
+    assert shapes(fastsae.JointSAE(8, 30, 4, d_embedding=5, linear=False)) == plain | interaction
+    assert "b_dec" in shapes(fastsae.JointSAE(8, 30, 4, pre_bias=True))
+
+
+def test_the_papers_initialisation():
+    sae = fastsae.JointSAE(64, 10_000, 4)
+    bound = 10_000**-0.5
+    assert sae.W_dec.abs().max() <= bound
+    assert sae.W_dec.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+    for name, std in {"W_lin": 0.01, "V": 0.05, "W1": 0.01, "W2": 0.01}.items():
+        assert sae.get_parameter(name).std().item() == pytest.approx(std, rel=0.05)
+    for name in ("b_enc", "b_lin", "b1", "b2"):
+        assert (sae.get_parameter(name) == 0).all()
+
+
+@BOTH
+def test_unit_initialisation(make):
+    sae = make(16, 100, 4, init="unit")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(100))
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+
+
+@BOTH
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3), (2, 1, 3, 2), (0,)], ids=str)
+def test_any_leading_dimensions(make, leading):
+    sae = make(8, 50, 4).eval()
+    x = torch.randn(*leading, 8)
+    output = sae(x)
+    assert output.reconstruction.shape == x.shape
+    assert output.code.values.shape == (*leading, 4)
+    assert output.loss.shape == ()
+    flat = sae(x.reshape(-1, 8))
+    torch.testing.assert_close(output.reconstruction.reshape(-1, 8), flat.reconstruction)
+    torch.testing.assert_close(sae.components(x).identity.shape, x.shape)
+
+
+@BOTH
+def test_wrong_width(make):
+    with pytest.raises(ValueError, match=r"x must end in d_in = 8; got shape \(3, 9\)"):
+        make(8, 50, 4)(torch.randn(3, 9))
+    with pytest.raises(ValueError, match=r"d_in = 8"):
+        make(8, 50, 4)(torch.tensor(1.0))
+
+
+@BOTH
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("pre_bias", [True, False])
+def test_components_add_up(make, backend, pre_bias):
+    sae = make(8, 50, 6, pre_bias=pre_bias, backend=backend).eval()
+    for p in sae.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(11, 8)
+    parts = sae.components(x)
+    torch.testing.assert_close(parts.identity + parts.linear + parts.interaction, sae(x).reconstruction)
+    if make is fastsae.JointSAE:
+        assert parts.linear.abs().min() > 0
+        assert parts.interaction.abs().min() > 0
+
+
+def test_reconstruction_by_the_equations():
+    sae = fastsae.JointSAE(8, 50, 6, k_integration=4, d_embedding=5).double().eval()
+    for p in sae.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    a, i = torch.relu(x @ sae.W_enc.T + sae.b_enc).topk(6)
+    identity = torch.einsum("bk,bkd->bd", a, sae.W_dec[i])
+    linear = torch.einsum("bk,bkd->bd", a[:, :4], sae.W_lin[i[:, :4]]) + sae.b_lin
+    terms = a[:, :4, None] * sae.V[i[:, :4]]
+    z = sum(terms[:, p] * terms[:, q] for p in range(4) for q in range(p))
+    interaction = torch.relu(z @ sae.W1.T + sae.b1) @ sae.W2.T + sae.b2
+    output = sae(x)
+    torch.testing.assert_close(output.reconstruction, identity + linear + interaction)
+    torch.testing.assert_close(output.loss, (identity + linear + interaction - x).square().mean())
+
+
+def test_with_one_active_feature_the_interaction_is_constant():
+    sae = fastsae.JointSAE(8, 50, 6, k_integration=1).eval()
+    for p in sae.parameters():
+        torch.nn.init.normal_(p)
+    constant = sae.W2 @ torch.relu(sae.b1) + sae.b2
+    torch.testing.assert_close(
+        sae.components(torch.randn(5, 8)).interaction, constant.expand(5, 8), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_with_n_equal_to_k_the_linear_pathway_is_a_second_decoder():
+    sae = fastsae.JointSAE(8, 50, 6, k_integration=6)
+    sae(torch.randn(20, 8)).loss.backward()
+    assert torch.equal(sae.W_lin.grad, sae.W_dec.grad)
+
+
+def test_k_integration_is_half_of_k_unless_said():
+    assert fastsae.JointSAE(8, 50, 7).k_integration == 3
+    assert fastsae.JointSAE(8, 50, 1).k_integration == 1
+    assert fastsae.JointSAE(8, 50, 7, k_integration=5).k_integration == 5
+
+
+def test_dropout_only_while_training():
+    sae = fastsae.JointSAE(8, 50, 6, dropout=0.5)
+    for p in sae.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(9, 8)
+    assert not torch.equal(sae(x).reconstruction, sae(x).reconstruction)
+    sae.eval()
+    assert torch.equal(sae(x).reconstruction, sae(x).reconstruction)
+
+
+# ---- saving ----
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_round_trip(make, dtype, tmp_path):
+    sae = make(8, 50, 6, dtype=dtype).eval()
+    sae.normalizer.measure(torch.randn(100, 8) * 3 + 1, "zscore")
+    sae.save_pretrained(tmp_path)
+    for loaded in (make.from_pretrained(tmp_path), fastsae.load(tmp_path)):
+        assert type(loaded) is make
+        assert not loaded.training
+        assert loaded.config == sae.config
+        assert loaded.normalizer.kind == "zscore"
+        assert loaded.state_dict().keys() == sae.state_dict().keys()
+        for name, t in loaded.state_dict().items():
+            assert t.dtype == dtype
+            assert torch.equal(t, sae.state_dict()[name])
+        raw = torch.randn(4, 8, dtype=dtype)
+        assert torch.equal(loaded.reconstruct(raw), sae.reconstruct(raw))
+
+
+def test_reconstruct_takes_and_returns_raw_activations():
+    sae = fastsae.TopKSAE(8, 50, 6).eval()
+    raw = torch.randn(200, 8) * torch.arange(1.0, 9.0) + 100
+    sae.normalizer.measure(raw, "zscore")
+    normalised = (raw - raw.mean(0)) / raw.std(0)
+    torch.testing.assert_close(sae.normalizer(raw), normalised, rtol=1e-4, atol=1e-4)
+    expected = sae(normalised).reconstruction * raw.std(0) + raw.mean(0)
+    torch.testing.assert_close(sae.reconstruct(raw), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_another_architecture(tmp_path):
+    fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds architecture 'topk', expected 'joint'"):
+        fastsae.JointSAE.from_pretrained(tmp_path)
+
+
+def test_an_unknown_option_names_the_nearest(tmp_path):
+    folder = fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    description = json.loads((folder / "config.json").read_text())
+    description["config"]["d_sea"] = 3
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"unknown option 'd_sea'. Did you mean 'd_sae'"):
+        fastsae.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "there is no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), ValueError, r"config.json is damaged: not valid JSON"),
+        (lambda f: (f / "config.json").write_text("{}"), ValueError, "is no fastsae config"),
+        (lambda f: (f / "weights.safetensors").unlink(), FileNotFoundError, "weights.safetensors does not exist"),
+        (
+            lambda f: (f / "weights.safetensors").write_bytes((f / "weights.safetensors").read_bytes()[:-9]),
+            ValueError,
+            "weights.safetensors is damaged or truncated",
+        ),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("50", "60")),
+            ValueError,
+            "weights.safetensors does not fit",
+        ),
+        (
+            lambda f: (f / "config.json").write_text(
+                (f / "config.json").read_text().replace('"format": 1', '"format": 2')
+            ),
+            ValueError,
+            "has format 2, this fastsae reads format 1",
+        ),
+    ],
+)
+def test_damaged_folders(damage, error, message, tmp_path):
+    folder = fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    damage(folder)
+    with pytest.raises(error, match=message):
+        fastsae.load(folder)
+
+
+def test_a_folder_of_an_unknown_architecture(tmp_path):
+    folder = fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"topk"', '"gated"'))
+    with pytest.raises(ValueError, match="holds architecture 'gated'; known here: topk, joint"):
+        fastsae.load(folder)
+
+
+# ---- config, normalizer, code ----
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fastsae.TopKSAE(8, 50, 51), r"TopKSAEConfig.k: expected between 1 and d_sae = 50; got 51"),
+        (lambda: fastsae.TopKSAE(0, 50, 5), "TopKSAEConfig.d_in"),
+        (lambda: fastsae.TopKSAE(8, 50, 5, init="xavier"), "expected 'paper' or 'unit'; got 'xavier'"),
+        (
+            lambda: fastsae.JointSAE(8, 50, 5, k_integration=6),
+            r"k_integration: expected None, or between 1 and k = 5; got 6",
+        ),
+        (lambda: fastsae.JointSAE(8, 50, 5, dropout=1.0), r"dropout: expected in \[0, 1\); got 1.0"),
+        (lambda: fastsae.JointSAE(8, 50, 5, d_embedding=0), "d_embedding"),
+    ],
+)
+def test_impossible_configs(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_forced_backend_that_cannot_serve_says_so_at_once():
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve this call: its Triton kernels"):
+        fastsae.TopKSAE(8, 50, 5, backend="cuda")
+
+
+@pytest.mark.parametrize("config", [TopKSAEConfig(8, 50, 5), JointSAEConfig(8, 50, 5, k_integration=2, linear=False)])
+def test_configs_survive_json(config):
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("kind", ["zscore", "scale", "none"])
+def test_normalizer_inverts(kind):
+    normalizer = Normalizer(6)
+    sample = torch.randn(500, 6) * torch.arange(1.0, 7.0) - 20
+    normalizer.measure(sample, kind)
+    torch.testing.assert_close(normalizer.invert(normalizer(sample)), sample)
+    normalised = normalizer(sample)
+    if kind == "zscore":
+        torch.testing.assert_close(normalised.std(0), torch.ones(6))
+        torch.testing.assert_close(normalised.mean(0), torch.zeros(6), rtol=0, atol=1e-4)
+    elif kind == "scale":
+        torch.testing.assert_close(normalised.square().mean(), torch.tensor(1.0))
+    else:
+        assert normalised is sample
+
+
+def test_normalizer_leaves_a_constant_dimension_finite():
+    sample = torch.randn(50, 3)
+    sample[:, 1] = 7.0
+    normalizer = Normalizer(3)
+    normalizer.measure(sample, "zscore")
+    assert (normalizer(sample)[:, 1] == 0).all()
+
+
+def test_normalizer_refuses_bad_samples():
+    sample = torch.randn(50, 3)
+    sample[4, 2] = torch.inf
+    with pytest.raises(ValueError, match="first at row 4, dimension 2"):
+        Normalizer(3).measure(sample, "zscore")
+    with pytest.raises(ValueError, match="at least 2 rows of width 3"):
+        Normalizer(3).measure(torch.randn(1, 3), "zscore")
+    with pytest.raises(ValueError, match="expected 'zscore', 'scale' or 'none'; got 'minmax'"):
+        Normalizer(3).measure(torch.randn(9, 3), "minmax")
+
+
+def test_sparse_code():
+    code = fastsae.SparseCode(torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([[4, 1], [1, 0]]), 5)
+    assert code.to_dense().tolist() == [[0, 1, 0, 0, 2], [0, 3, 0, 0, 0]]
+    assert code.firing_counts().tolist() == [0, 2, 0, 0, 1]
+    order = code.feature_order()
+    assert order.offsets.tolist() == [0, 1, 3, 3, 3, 4]
+    assert order.tokens.tolist() == [1, 0, 1, 0]
+    assert order.entries.tolist() == [3, 1, 2, 0]
+    with pytest.raises(ValueError, match="must have one shape"):
+        fastsae.SparseCode(torch.zeros(2, 3), torch.zeros(2, 2), 5)

@@ -1,0 +1,392 @@
+"""The CPU backend against the specification: every operation, every gradient, every awkward shape."""
+
+import pytest
+import torch
+from helpers import CASES, Case, assert_matches
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsae
+from fastsae import ops
+from fastsae.backends import cpu, explain, reference
+from fastsae.gradients import GradientBuffers
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+NAMES = ("x", "W_enc", "b_enc", "W_dec", "W_lin", "V")
+
+
+def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {n: inputs[n].to(dtype or inputs[n].dtype).detach().clone().requires_grad_() for n in NAMES}
+
+
+def positive(pre: Tensor) -> Tensor:
+    return torch.relu(pre)
+
+
+# ---- topk_encode ----------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@every_case
+def test_topk_encode_is_the_exact_selection(case: Case, dtype: torch.dtype):
+    p = case.inputs(dtype)
+    values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
+    assert indices.dtype == torch.int64
+    assert values.dtype == dtype
+    activations = positive(p["x"].double() @ p["W_enc"].double().T + p["b_enc"].double())
+    exact = case.kind in ("ties", "constant") or case.B == 0
+    rounding = 0.0 if exact else 8 * torch.finfo(dtype).eps * (1 + activations.abs().max().item())
+    torch.testing.assert_close(values.double(), activations.gather(1, indices), rtol=0, atol=rounding)
+    assert all(len(set(row)) == case.K for row in indices.tolist()), "indices repeat within a row"
+    assert (values[:, :-1] >= values[:, 1:]).all(), "not strongest first"
+    left_out = activations.scatter(1, indices, -1.0).amax(dim=1)
+    assert (left_out <= values[:, -1].double() + rounding).all(), "a feature left out beats one that was kept"
+    equal = values[:, :-1] == values[:, 1:]
+    assert (indices[:, :-1] < indices[:, 1:])[equal].all(), "ties are not in the order of their indices"
+
+
+@every_case
+def test_topk_encode_takes_the_same_features_as_the_reference(case: Case):
+    p = case.inputs(torch.float64)
+    ours = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
+    theirs = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="reference")
+    assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.kind in ("ties", "constant", "all negative")], ids=lambda c: c.name
+)
+def test_ties_go_to_the_lower_index_in_the_fast_dtypes_too(case: Case, dtype: torch.dtype):
+    p = case.inputs(dtype)
+    ours = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
+    theirs = reference.topk_encode(p["x"].double(), p["W_enc"].double(), p["b_enc"].double(), case.K)
+    assert torch.equal(ours[1], theirs[1])
+
+
+@every_case
+def test_chunks_of_rows_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch):
+    p = case.inputs(torch.float32)
+    whole = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
+    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 3 * 4 * case.M)
+    chunked = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
+    assert torch.equal(whole[1], chunked[1])
+    torch.testing.assert_close(whole[0], chunked[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("M", [100, 3000, 40000])
+def test_nan_is_seen(sign: float, M: int):
+    x, W = torch.randn(4, 8), torch.randn(M, 8)
+    x[2, 3] = torch.tensor(float("nan")).copysign(torch.tensor(sign))
+    values, _ = ops.topk_encode(x, W, torch.zeros(M), 4, backend="cpu")
+    assert values[2].isnan().all()
+    assert values[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("M", [300, 5000])
+def test_features_restricts_who_competes(M: int):
+    x, W, b = torch.randn(6, 16), torch.randn(M, 16), torch.randn(M)
+    features = torch.randperm(M)[: M // 3].sort().values
+    values, indices = ops.topk_encode(x, W, b, 5, features=features, backend="cpu")
+    mask = torch.full((M,), -torch.inf)
+    mask[features] = 0.0
+    expected = torch.relu(x @ W.T + b + mask).topk(5)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.isin(indices, features).all()
+    theirs = ops.topk_encode(x, W, b, 5, features=features, backend="reference")
+    assert torch.equal(indices, theirs[1])
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def joint(p: dict[str, Tensor], case: Case, backend: str, indices: Tensor | None = None) -> dict[str, Tensor]:
+    """Encode, decode and all gradients. `indices` fixes the selection, so that dtypes can be compared."""
+    if indices is None:
+        values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend=backend)
+    else:
+        values = positive(p["x"] @ p["W_enc"].T + p["b_enc"]).gather(1, indices)
+    out, z = ops.joint_decode(values, indices, p["W_dec"], p["W_lin"], p["V"], case.N, backend=backend)
+    return {"values": values, "indices": indices, "out": out, "z": z}
+
+
+@every_dtype
+@every_case
+def test_every_gradient(case: Case, dtype: torch.dtype):
+    inputs = case.inputs(dtype)
+    results = {}
+    ours = leaves(inputs)
+    results["ours"] = joint(ours, case, "cpu")
+    kept = results["ours"]["indices"]
+    exact, eager = leaves(inputs, torch.float64), leaves(inputs)
+    results["exact"], results["eager"] = joint(exact, case, "reference", kept), joint(eager, case, "reference", kept)
+    for r in results.values():
+        ((r["out"] * inputs["g_out"].to(r["out"])).sum() + (r["z"] * inputs["g_z"].to(r["z"])).sum()).backward()
+    s = (results["exact"]["values"][:, : case.N, None] * exact["V"][kept[:, : case.N]]).sum(1)
+    scales = {"z": s.square().max().item() if s.numel() else 0.0}
+    for name in ("values", "out", "z"):
+        parts = (results[who][name].detach() for who in ("ours", "exact", "eager"))
+        assert_matches(name, *parts, scale=scales.get(name))
+    for name in NAMES:
+        assert_matches(f"d_{name}", *(p[name].grad for p in (ours, exact, eager)), scale=gradient_scale(name, exact, s))
+
+
+def gradient_scale(name: str, exact: dict[str, Tensor], s: Tensor) -> float | None:
+    """d_V and what hangs on d_values are differences (s - a v): their rounding is that of the larger terms."""
+    grad = exact[name].grad
+    assert grad is not None
+    if name in ("V", "x", "W_enc", "b_enc") and grad.numel() and s.numel():
+        return max(grad.abs().max().item(), 4 * s.square().max().item())
+    return None
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.B], ids=lambda c: c.name)
+def test_gradients_by_the_formulas_of_the_paper(case: Case):
+    p = leaves(case.inputs(torch.float64))
+    r = joint(p, case, "cpu")
+    delta, d_u = torch.randn_like(r["out"]), torch.randn_like(r["z"])
+    torch.autograd.backward((r["out"], r["z"]), (delta, d_u))
+    values, indices, n = r["values"].detach(), r["indices"], case.N
+    expected = {name: torch.zeros_like(p[name]) for name in NAMES}
+    for b in range(case.B):
+        S = sum(values[b, j] * p["V"][indices[b, j]] for j in range(n)).detach()
+        for j, f in enumerate(indices[b].tolist()):
+            a = values[b, j]
+            d_a = p["W_dec"][f] @ delta[b]
+            expected["W_dec"][f] += a * delta[b]
+            if j < n:
+                v = p["V"][f]
+                d_a = d_a + p["W_lin"][f] @ delta[b] + (d_u[b] * v * (S - a * v)).sum()
+                expected["W_lin"][f] += a * delta[b]
+                expected["V"][f] += a * d_u[b] * (S - a * v.detach())
+            d_h = d_a.detach() * (a > 0)
+            expected["b_enc"][f] += d_h
+            expected["W_enc"][f] += d_h * p["x"][b].detach()
+            expected["x"][b] += d_h * p["W_enc"][f].detach()
+    for name in NAMES:
+        torch.testing.assert_close(
+            p[name].grad, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend: str):
+    case = Case("gradcheck", 4, 5, 40, 6, 3, 4)
+    p = leaves(case.inputs(torch.float64))
+
+    def f(*tensors: Tensor) -> tuple[Tensor, ...]:
+        r = joint(dict(zip(NAMES, tensors, strict=True)), case, backend)
+        return r["values"], r["out"], r["z"]
+
+    assert torch.autograd.gradcheck(f, tuple(p.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_repeated_features_within_a_row_add_up(dtype: torch.dtype):
+    indices = torch.tensor([[3, 3, 1], [0, 2, 0]])
+    grads = {}
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(1)
+        values = torch.rand(2, 3, dtype=dtype).requires_grad_()
+        W, V = torch.randn(5, 4, dtype=dtype).requires_grad_(), torch.randn(5, 6, dtype=dtype).requires_grad_()
+        out = ops.sparse_decode(values, indices, W, backend=backend)
+        z = ops.pairwise_interaction(values, indices, V, backend=backend)
+        (out.square().sum() + z.square().sum()).backward()
+        grads[backend] = (out, z, values.grad, W.grad, V.grad)
+    for ours, theirs in zip(grads["cpu"], grads["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_strided_and_expanded_inputs_and_gradients():
+    x = torch.randn(6, 32, dtype=torch.float64)[:, ::2].requires_grad_()
+    W = torch.randn(16, 300, dtype=torch.float64).T.requires_grad_()
+    results = {}
+    for backend in ("cpu", "reference"):
+        values, indices = ops.topk_encode(x, W, torch.zeros(300).double(), 4, backend=backend)
+        out = ops.sparse_decode(values[:, :3], indices[:, :3], W, backend=backend)
+        grads = torch.autograd.grad(out, (x, W), torch.ones(1, 1).double().expand_as(out), retain_graph=True)
+        transposed = torch.autograd.grad(out, (x, W), torch.arange(96.0).double().view(16, 6).T)
+        results[backend] = (out, *grads, *transposed)
+    for ours, theirs in zip(results["cpu"], results["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_same_bits_every_run():
+    case = Case("determinism", 64, 32, 4000, 16, 8, 8)
+    inputs = case.inputs(torch.float32)
+    runs = []
+    for _ in range(5):
+        p = leaves(inputs)
+        r = joint(p, case, "cpu")
+        torch.autograd.backward((r["out"], r["z"]), (inputs["g_out"], inputs["g_z"]))
+        runs.append([r["values"], r["out"], r["z"], *(p[name].grad for name in NAMES)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# ---- torch integration ----------------------------------------------------------------------------------------------
+
+
+def samples() -> list[tuple[str, tuple]]:
+    x, W, b = torch.randn(5, 8).requires_grad_(), torch.randn(60, 8).requires_grad_(), torch.randn(60).requires_grad_()
+    V, W2 = torch.randn(60, 3).requires_grad_(), torch.randn(60, 8).requires_grad_()
+    values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), 4)
+    values = values.requires_grad_()
+    g, gz, gv = torch.randn(5, 8), torch.randn(5, 3), torch.randn(5, 4)
+    s = torch.randn(5, 3)
+    plain = values.detach()
+    return [
+        ("topk_encode", (x, W, b, 4, None, "cpu")),
+        ("topk_encode", (x, W, b, 4, torch.arange(0, 60, 2), "cpu")),
+        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), True, True, "cpu")),
+        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), False, False, "cpu")),
+        ("sparse_decode", (values, indices, W, "cpu")),
+        ("sparse_decode_backward", (g, plain, indices, W.detach(), True, "cpu")),
+        ("pairwise_interaction", (values, indices, V, "cpu")),
+        ("pairwise_interaction_backward", (gz, s, plain, indices, V.detach(), "cpu")),
+        ("joint_decode", (values, indices, W, W2, V, 2, "cpu")),
+        ("joint_decode", (values, indices, W, None, None, 2, "cpu")),
+        ("joint_decode_backward", (g, gz, s, plain, indices, W.detach(), W2.detach(), V.detach(), 2, "cpu")),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(samples())), ids=[name for name, _ in samples()])
+def test_opcheck(number: int):
+    name, arguments = samples()[number]
+    torch.library.opcheck(getattr(torch.ops.fastsae, name).default, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("architecture", ["topk", "joint"])
+def test_torch_compile_in_one_graph(architecture: str, compiler: str):
+    torch.compiler.reset()
+    make = {"topk": fastsae.TopKSAE, "joint": fastsae.JointSAE}[architecture]
+    sae = make(16, 500, 6).eval()
+    x = torch.randn(9, 16)
+    sae(x).loss.backward()
+    eager = {name: p.grad for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    torch.compile(sae, fullgraph=True, backend=compiler)(x).loss.backward()
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(p.grad, eager[name], rtol=1e-4, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- gradient buffers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_gradient_buffers_hold_the_ordinary_gradients(dtype: torch.dtype):
+    sae = fastsae.JointSAE(16, 700, 6, pre_bias=True, dtype=dtype).eval()
+    x = torch.randn(33, 16, dtype=dtype)
+    sae(x).loss.backward()
+    ordinary = {name: p.grad for name, p in sae.named_parameters()}
+    buffers = GradientBuffers(sae.parameters())
+    places = []
+    for _ in range(2):
+        with buffers:
+            sae(x).loss.backward()
+        for name, p in sae.named_parameters():
+            torch.testing.assert_close(p.grad, ordinary[name], msg=lambda m, name=name: f"{name}: {m}")
+        large = [p.grad for n, p in sae.named_parameters() if n in ("W_enc", "W_dec", "W_lin", "V")]
+        places.append([g.data_ptr() for g in large])
+        for g in large:
+            g.fill_(torch.nan)  # what a buffer held before must not matter
+    assert places[0] == places[1]
+
+
+def test_gradients_of_a_weight_used_twice_add_up_in_its_buffer():
+    W = torch.randn(50, 8).requires_grad_()
+    values, indices = torch.rand(4, 3), torch.randint(50, (4, 3))
+
+    def loss() -> Tensor:
+        twice = ops.sparse_decode(values, indices, W) + ops.sparse_decode(2 * values, indices.flip(0), W)
+        return twice.square().sum() + W.square().sum()
+
+    loss().backward()
+    expected, W.grad = W.grad, None
+    with GradientBuffers([W]):
+        loss().backward()
+    torch.testing.assert_close(W.grad, expected)
+
+
+def test_gradient_buffers_are_one_at_a_time():
+    buffers = GradientBuffers([])
+    with buffers, pytest.raises(RuntimeError, match="already active"), GradientBuffers([]):
+        pass
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.layout == torch.strided and "out" not in (kwargs or {}):
+                self.elements = max(self.elements, t.numel())
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["topk", "joint"])
+def test_no_tensor_of_batch_by_dictionary(architecture: str, monkeypatch: pytest.MonkeyPatch):
+    B, D, M, K = 512, 8, 8192, 4
+    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 4 * M * 16)
+    make = {"topk": fastsae.TopKSAE, "joint": fastsae.JointSAE}[architecture]
+    arguments = {} if architecture == "topk" else {"d_embedding": 8}
+    sae = make(D, M, K, **arguments)
+    with LargestTensor() as spy:
+        sae(torch.randn(B, D)).loss.backward()
+    assert 0 < spy.elements <= B * M // 16
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+X, W, BIAS = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20)
+CODE = reference.topk_encode(X, W, BIAS, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.topk_encode(X[:, :5], W, BIAS, 3), ValueError, r"x must have shape \(\*, 8\).*got \(4, 5\)"),
+        (lambda: ops.topk_encode(X[0], W, BIAS, 3), ValueError, r"x must have shape"),
+        (lambda: ops.topk_encode(X, W, BIAS[:3], 3), ValueError, r"b_enc must have shape \(20\)"),
+        (lambda: ops.topk_encode(X, W, BIAS, 21), ValueError, "k must be between 1 and d_sae = 20; got 21"),
+        (lambda: ops.topk_encode(X, W, BIAS, 0), ValueError, "got 0"),
+        (lambda: ops.topk_encode(X, W, BIAS, 4, features=torch.arange(3)), ValueError, "number of features = 3"),
+        (lambda: ops.topk_encode(X.long(), W, BIAS, 3), TypeError, "x must be a float tensor; got torch.int64"),
+        (lambda: ops.topk_encode(X.to("meta"), W, BIAS, 3), TypeError, "meta device"),
+        (lambda: ops.topk_encode(X.double(), W, BIAS, 3), TypeError, "x is torch.float64 but W_enc is torch.float32"),
+        (lambda: ops.topk_encode(X, W, BIAS, 3, backend="gpu"), ValueError, "expected one of auto, reference"),
+        (lambda: ops.topk_encode(X, W, BIAS, 3, backend="cuda"), RuntimeError, "'cuda' cannot serve this call"),
+        (lambda: ops.topk_encode(X.half(), W.half(), BIAS.half(), 3, backend="cpu"), RuntimeError, "these are float16"),
+        (lambda: ops.sparse_decode(CODE[0], CODE[1][:, :2], W), ValueError, r"must both be \(B, k\)"),
+        (lambda: ops.sparse_decode(CODE[0], CODE[1].int(), W), TypeError, "indices must be int64"),
+        (lambda: ops.joint_decode(*CODE, W, W, None, 4), ValueError, "n must be between 1 and k = 3; got 4"),
+        (lambda: ops.joint_decode(*CODE, W, W[:5], None, 2), ValueError, "W_lin must have shape"),
+        (lambda: ops.joint_decode(*CODE, W, W, W[:5], 2), ValueError, "V must have shape"),
+        (lambda: ops.pairwise_interaction(*CODE, W.double()), TypeError, "but V is torch.float64"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_fp16_is_served_by_the_reference():
+    values, _ = ops.topk_encode(X.half(), W.half(), BIAS.half(), 3)
+    assert values.dtype == torch.float16
+
+
+def test_explain_names_the_backend_and_why_not_the_others():
+    sae = fastsae.TopKSAE(1024, 65536, 64, device="cpu")
+    text = explain(torch.empty(2048, 1024), sae)
+    assert "backend: cpu" in text
+    assert "chunks of 1024; 256 MiB" in text
+    assert "not cuda: its Triton kernels are not part of this version" in text
+    sae.backend = "reference"
+    assert "not cpu: 'reference' was asked for" in explain(torch.empty(2048, 1024), sae)
