@@ -20,15 +20,18 @@ class GradientBuffers:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = {p.data_ptr(): p for p in parameters if p.requires_grad}
-        self._buffers: dict[int, Tensor] = {}
+        self._parameters = list(parameters)
+        self._by_address: dict[int, Tensor] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
 
     def __enter__(self) -> "GradientBuffers":
         global _active
         if _active is not None:
             raise RuntimeError("GradientBuffers: already active; use one at a time")
-        for p in self._parameters.values():
+        for p in self._parameters:
             p.grad = None
+        # Looked up anew: .to() moves a parameter, and another one may come to lie where it was.
+        self._by_address = {p.data_ptr(): p for p in self._parameters if p.requires_grad}
         _active = self
         return self
 
@@ -40,16 +43,16 @@ class GradientBuffers:
 
     def claim(self, weight: Tensor) -> tuple[Tensor, bool] | None:
         """The buffer for this weight's gradient and whether to add to it; None if the weight is not ours."""
-        parameter = self._parameters.get(weight.data_ptr())
+        parameter = self._by_address.get(weight.data_ptr())
         if parameter is None or parameter.shape != weight.shape or parameter.stride() != weight.stride():
             return None
         if parameter.grad is not None:
             return parameter.grad, True
-        key = weight.data_ptr()
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(parameter, requires_grad=False)
-        parameter.grad = self._buffers[key]
-        return parameter.grad, False
+        buffer = self._buffers.get(parameter)
+        if buffer is None or buffer.dtype != parameter.dtype or buffer.device != parameter.device:
+            buffer = self._buffers[parameter] = torch.empty_like(parameter, requires_grad=False)
+        parameter.grad = buffer
+        return buffer, False
 
 
 # Not thread-local: on CUDA autograd runs backward in a thread of its own.

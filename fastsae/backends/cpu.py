@@ -259,7 +259,7 @@ def _gathered_dot(rows: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     offsets = torch.arange(0, n * k, k)
     bags = torch.arange(n).repeat_interleave(k)
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows.contiguous(), weight, indices.reshape(-1), offsets, bags, 0
+        rows.contiguous(), weight, indices.reshape(-1).contiguous(), offsets, bags, 0
     ).view(n, k)
 
 

@@ -1,0 +1,184 @@
+"""Gradient buffers under odd use, and a look inside the operations for tensors of the size batch x dictionary."""
+
+import pytest
+import torch
+from helpers import assert_matches
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastsae
+from fastsae import gradients, ops
+from fastsae.backends import cpu
+from fastsae.gradients import GradientBuffers
+
+CODE = torch.rand(6, 4), torch.randint(30, (6, 4))
+
+
+def weight(*shape: int) -> Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+def gradients_of(sae: fastsae.JointSAE, x: Tensor) -> dict[str, Tensor | None]:
+    sae.zero_grad()
+    sae(x).loss.backward()
+    return {name: p.grad for name, p in sae.named_parameters()}
+
+
+def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_detached_weight_gets_no_gradient():
+    W_dec, W_lin, V = weight(30, 5), weight(30, 5), weight(30, 3)
+    values = CODE[0].clone().requires_grad_()
+    with GradientBuffers([W_dec, W_lin, V]):
+        out, z = ops.joint_decode(values, CODE[1], W_dec.detach(), W_lin, V.detach(), 2, "cpu")
+        z = z + ops.pairwise_interaction(values, CODE[1], V.detach(), "cpu")
+        (out.sum() + z.sum() + ops.sparse_decode(values, CODE[1], W_dec.detach(), "cpu").sum()).backward()
+    assert W_dec.grad is None
+    assert V.grad is None
+    assert W_lin.grad is not None
+
+
+def test_a_transposed_view_of_a_square_weight_is_another_layout():
+    W, indices = weight(8, 8), torch.randint(8, (6, 4))
+    coefficient = torch.randn(6, 8)
+    (expected,) = torch.autograd.grad((ops.sparse_decode(CODE[0], indices, W.T, "reference") * coefficient).sum(), W)
+    with GradientBuffers([W]):
+        (ops.sparse_decode(CODE[0], indices, W.T, "cpu") * coefficient).sum().backward()
+    torch.testing.assert_close(W.grad, expected)
+
+
+@pytest.mark.parametrize("size", range(4096, 4096 + 640, 64))
+def test_parameters_may_move_after_the_buffers_were_made(size: int):
+    """A cast frees the old memory, and another parameter may come to lie there."""
+    sae = fastsae.TopKSAE(64, size, 4)
+    buffers = GradientBuffers(sae.parameters())
+    sae.double().float()
+    x = torch.randn(8, 64)
+    expected = gradients_of(sae, x)
+    with buffers:
+        sae(x).loss.backward()
+    assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+    sae.bfloat16()
+    with buffers:
+        sae(x.bfloat16()).loss.backward()
+    assert {p.grad.dtype for p in sae.parameters() if p.grad is not None} == {torch.bfloat16}
+
+
+def test_a_frozen_parameter_gets_none_and_the_next_step_starts_anew():
+    sae = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval()
+    buffers, x = GradientBuffers(sae.parameters()), torch.randn(5, 8)
+    with buffers:
+        sae(x).loss.backward()
+    sae.W_lin.requires_grad_(False)
+    expected = gradients_of(sae, x)
+    with buffers:
+        sae(x).loss.backward()
+    assert sae.W_lin.grad is None
+    assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+
+
+def test_two_backwards_in_one_step_add_up_and_outside_gradients_are_ordinary():
+    sae = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval()
+    x, y = torch.randn(5, 8), torch.randn(7, 8)
+    expected = {
+        name: a + b for (name, a), b in zip(gradients_of(sae, x).items(), gradients_of(sae, y).values(), strict=True)
+    }
+    buffers = GradientBuffers(sae.parameters())
+    with buffers:
+        sae(x).loss.backward()
+        sae(y).loss.backward()
+    assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+    kept = {name: p.grad.data_ptr() for name, p in sae.named_parameters()}
+    outside = gradients_of(sae, x)
+    assert all(outside[name].data_ptr() != kept[name] for name in ("W_enc", "W_dec", "W_lin", "V"))
+
+
+def test_an_error_in_the_step_lets_the_buffers_go():
+    with pytest.raises(ZeroDivisionError), GradientBuffers([weight(3, 3)]):
+        raise ZeroDivisionError
+    assert gradients.active() is None
+
+
+def test_a_compiled_sae_inside_the_buffers():
+    torch.compiler.reset()
+    sae = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval()
+    x = torch.randn(5, 8)
+    expected = gradients_of(sae, x)
+    sae.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with GradientBuffers(sae.parameters()):
+            sae(x).loss.backward()
+        assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_rows_of_no_token_hold_zeros_whatever_the_buffer_held(dtype: torch.dtype):
+    W = torch.randn(500, 4).to(dtype).requires_grad_()
+    values, indices = torch.rand(3, 2).to(dtype), torch.tensor([[7, 8], [8, 400], [7, 9]])
+    buffers = GradientBuffers([W])
+    for rows in (3, 0, 3):
+        with buffers:
+            ops.sparse_decode(values[:rows], indices[:rows], W, "cpu").sum().backward()
+        assert W.grad is not None
+        used = {7, 8, 400, 9} if rows else set()
+        assert set(W.grad.ne(0).any(dim=1).nonzero().flatten().tolist()) == used
+        W.grad.fill_(torch.nan)
+
+
+class Inside(TorchDispatchMode):
+    """The largest number of elements of any tensor made, inside fastsae's operations too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.operations = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastsae":
+            self.operations.add(func.__name__.split(".")[0])
+            with self:  # a mode is off while it handles a call; the work of ours is to be seen
+                return getattr(cpu, func.__name__.split(".")[0])(*args[:-1])
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.layout == torch.strided]
+        self.elements = max([self.elements, *(t.numel() for t in made)])
+        return result
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["autograd", "trainer"])
+@pytest.mark.parametrize("architecture", ["topk", "joint"])
+def test_nothing_of_batch_times_dictionary_is_made(architecture: str, plain: bool, monkeypatch: pytest.MonkeyPatch):
+    B, D, M, k = 512, 8, 8192, 4
+    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 4 * M * 16)
+    monkeypatch.setattr(cpu._thread, "pool", {}, raising=False)
+    make = {"topk": fastsae.TopKSAE, "joint": lambda *a: fastsae.JointSAE(*a, d_embedding=8)}[architecture]
+    sae, x = make(D, M, k), torch.randn(B, D)
+    trainer = fastsae.Trainer(
+        sae, fastsae.TrainerConfig(steps=1, auxk=8, clip_grad_norm=1.0, unit_norm_decoder=True, dead_after_tokens=5)
+    )
+    trainer._rows_since_fired[: M // 2] = 10
+    with Inside() as inside:
+        if plain:
+            sae(x).loss.backward()
+        else:
+            output, _ = trainer._train_step(x)
+            trainer._metrics(x, output, None, 1.0)
+    assert "topk_encode" in inside.operations
+    assert M * D <= inside.elements <= B * M // 16, f"a tensor of {inside.elements} elements was made"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_many_small_terms_are_not_lost(dtype: torch.dtype):
+    """A feature active on 20 000 tokens: a bf16 running sum would stop growing at 256."""
+    B = 20_000
+    x, W, b = torch.ones(B, 1), torch.full((1, 1), 0.5), torch.zeros(1)
+    exact, eager, ours = (
+        [t.to(kind).detach().requires_grad_() for t in (x, W, b)] for kind in (torch.float64, dtype, dtype)
+    )
+    for backend, leaves in (("reference", exact), ("reference", eager), ("cpu", ours)):
+        ops.topk_encode(*leaves, 1, backend=backend)[0].sum().backward()
+    for name, got, want, theirs in zip(("x", "W_enc", "b_enc"), ours, exact, eager, strict=True):
+        assert_matches(f"d_{name}", got.grad, want.grad, theirs.grad)

@@ -1,0 +1,249 @@
+"""Where the operations could go wrong unseen: numbers that are none, odd memory, and torch's own modes."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_matches
+from torch import Tensor
+
+import fastsae
+from fastsae import ops
+from fastsae.backends import cpu
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+BACKENDS = ("cpu", "reference")
+
+
+def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]:
+    """The rule in plain Python: NaN first, then by value, then by index."""
+
+    def rank(entry: tuple[float, int]) -> tuple[bool, float, int]:
+        value, index = entry
+        is_nan = value != value
+        return (not is_nan, 0.0 if is_nan else -value, index)
+
+    rows = [sorted(zip(row, features, strict=True), key=rank)[:k] for row in pre.relu().double().tolist()]
+    values = torch.tensor([[v for v, _ in row] for row in rows], dtype=torch.float64).view(-1, k)
+    return values, torch.tensor([[i for _, i in row] for row in rows], dtype=torch.int64).view(-1, k)
+
+
+@every_dtype
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Small whole numbers, so that every dtype computes the same, with ties, NaN, infinities, subsets and chunks."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    B, D, M = draw.choice([0, 1, 5]), draw.choice([1, 3, 16]), int(2 ** draw.uniform(0, 12.5))
+    k = min(M, draw.choice([1, 2, 7, 100]))
+    x, W = torch.randint(-2, 3, (B, D)).to(dtype), torch.randint(-1, 2, (M, D)).to(dtype)
+    b = torch.randint(-3, draw.choice([-2, 1, 4]), (M,)).to(dtype)
+    if draw.random() < 0.4:
+        b[draw.randrange(M)] = draw.choice([torch.nan, -torch.nan, torch.inf, -torch.inf])
+    if draw.random() < 0.4 and B:
+        x[draw.randrange(B), draw.randrange(D)] = draw.choice([torch.nan, -torch.nan, torch.inf])
+    features = torch.randperm(M)[: draw.randint(k, M)].sort().values if draw.random() < 0.4 else None
+    competing = torch.arange(M) if features is None else features
+    expected = strongest((x @ W.T + b)[:, competing], competing.tolist(), k)
+    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", draw.choice([1, 50_000, 2**28]))
+    for backend in BACKENDS:
+        values, indices = ops.topk_encode(x, W, b, k, features, backend)
+        torch.testing.assert_close(indices, expected[1], rtol=0, atol=0, msg=lambda m, who=backend: f"{who}: {m}")
+        torch.testing.assert_close(values.double(), expected[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_table_reaches_every_way_of_ranking():
+    """The random shapes above must not all take one path."""
+    assert {cpu._group_size(m, k, torch.float32) for m in (40, 300, 5000) for k in (1, 2, 7, 100)} == {1, 8, 16, 32, 64}
+    assert cpu.rows_per_chunk(100, 5000, 2, torch.float32) == 100
+
+
+def test_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    pre_activations = cpu._pre_activations
+    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(cpu, "_pre_activations", lambda x, *rest: (seen.append(len(x)), pre_activations(x, *rest))[1])
+    ops.topk_encode(torch.randn(5, 4), torch.randn(3000, 4), torch.randn(3000), 2, backend="cpu")
+    assert seen == [1] * 5
+
+
+@pytest.mark.parametrize("M", [70, 3000])
+def test_gradients_of_a_subset_are_those_of_a_dictionary_without_the_others(M: int):
+    x, W, b = (t.double().requires_grad_() for t in (torch.randn(9, 6), torch.randn(M, 6), torch.randn(M)))
+    features = torch.randperm(M)[: M // 2].sort().values
+    weight = torch.rand(9, 4, dtype=torch.float64)
+    values, _ = ops.topk_encode(x, W, b, 4, features, "cpu")
+    ours = torch.autograd.grad((values * weight).sum(), (x, W, b))
+    expected = torch.autograd.grad(
+        (ops.topk_encode(x, W[features], b[features], 4, backend="reference")[0] * weight).sum(), (x, W, b)
+    )
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, every second column of a wider tensor."""
+    wide = torch.full((t.shape[0], 2 * t.shape[1]), 7, dtype=t.dtype)
+    wide[:, ::2] = t
+    return wide[:, ::2]
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_odd_strides_everywhere(n: int, dtype: torch.dtype):
+    values, indices = torch.rand(7, 5).to(dtype), torch.randint(11, (7, 5))
+    weights = [torch.randn(11, width).to(dtype) for width in (6, 6, 3)]
+    gradients = torch.randn(7, 6).to(dtype), torch.randn(7, 3).to(dtype)
+
+    def run(backend: str, kind: torch.dtype, lay=lambda t: t) -> list[Tensor]:
+        leaves = [lay(t.to(kind)).detach().requires_grad_() for t in (values, *weights)]
+        a, i = leaves[0], lay(indices)
+        out, z = ops.joint_decode(a, i, *leaves[1:], n, backend=backend)
+        extra = ops.sparse_decode(a[:, :1], i[:, :1], leaves[1], backend)
+        more = ops.pairwise_interaction(a[:, ::2], i[:, ::2], leaves[3], backend)
+        d_out, d_z = (lay(g.to(kind)) for g in gradients)
+        torch.autograd.backward((out, z, extra, more), (d_out, d_z, d_out, d_z))
+        return [
+            out.detach(),
+            z.detach(),
+            extra.detach(),
+            more.detach(),
+            *(t.grad for t in leaves if t.grad is not None),
+        ]
+
+    ours, exact, eager = run("cpu", dtype, strided), run("reference", torch.float64), run("reference", dtype)
+    assert len(ours) == len(exact) == 8
+    for number, (got, want, theirs) in enumerate(zip(ours, exact, eager, strict=True)):
+        # Squares of sums, and their gradients, are differences of terms about this large.
+        assert_matches(f"result {number}", got, want, theirs, scale=4 * want.abs().max().item() + 10)
+
+
+@every_dtype
+def test_a_feature_repeated_within_a_row(dtype: torch.dtype):
+    indices = torch.tensor([[2, 2, 2, 0], [1, 1, 1, 1]])
+    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 4.0]], dtype=dtype, requires_grad=True)
+    W = torch.arange(6.0).view(3, 2).to(dtype).requires_grad_()
+    ops.sparse_decode(values, indices, W, "cpu").backward(torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=dtype))
+    assert W.grad is not None
+    assert values.grad is not None
+    assert W.grad.tolist() == [[4, 0], [0, 16], [6, 0]]
+    assert values.grad.tolist() == [[4, 4, 4, 0], [6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_whole_joint_step_by_the_formulas_of_the_paper(p: float, backend: str):
+    """docs/architecture.md, the equations, and their gradients by hand; b_dec as the SAE convention has it."""
+    sae = fastsae.JointSAE(
+        6, 40, 5, k_integration=3, d_embedding=4, dropout=p, pre_bias=True, backend=backend, dtype=torch.float64
+    )
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    torch.manual_seed(5)
+    keep = F.dropout(torch.ones(8, 4, dtype=torch.float64), p)  # the mask the step below will draw
+    torch.manual_seed(5)
+    output = sae(x)
+    output.loss.backward()
+
+    with torch.no_grad():
+        w = dict(sae.named_parameters())
+        h = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+        A = torch.zeros_like(h).scatter(1, output.code.indices, output.code.values)  # dense code
+        J = torch.zeros_like(h).scatter(1, output.code.indices[:, :3], output.code.values[:, :3])
+        S, Q = J @ w["V"], J.square() @ w["V"].square()
+        u = keep * (S.square() - Q) / 2
+        z = u @ w["W1"].T + w["b1"]
+        g = z.relu()
+        y = A @ w["W_dec"] + w["b_dec"] + J @ w["W_lin"] + w["b_lin"] + g @ w["W2"].T + w["b2"]
+        torch.testing.assert_close(output.reconstruction, y)
+        delta = 2 * (y - x) / y.numel()
+        dz = delta @ w["W2"] * (z > 0)
+        du = dz @ w["W1"] * keep
+        t = du * S
+        in_J = torch.zeros_like(h).scatter(1, output.code.indices[:, :3], 1.0)
+        da = delta @ w["W_dec"].T + in_J * (delta @ w["W_lin"].T + t @ w["V"].T - J * (du @ w["V"].square().T))
+        dh = da * (A > 0)
+        expected = {
+            "W_enc": dh.T @ (x - w["b_dec"]),
+            "b_enc": dh.sum(0),
+            "W_dec": A.T @ delta,
+            "b_dec": delta.sum(0) - (dh @ w["W_enc"]).sum(0),
+            "W_lin": J.T @ delta,
+            "b_lin": delta.sum(0),
+            "V": J.T @ t - (J.square().T @ du) * w["V"],
+            "W1": dz.T @ u,
+            "b1": dz.sum(0),
+            "W2": delta.T @ g,
+            "b2": delta.sum(0),
+        }
+    assert expected.keys() == w.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(w[name].grad, grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- torch's modes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+def test_an_evaluation_first_does_not_spoil_the_training(mode, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu._thread, "pool", {}, raising=False)  # the workspaces are made inside the mode
+    sae = fastsae.JointSAE(8, 300, 4)
+    x = torch.randn(5, 8)
+    with mode():
+        sae(x)
+    sae(x).loss.backward()
+    assert sae.W_enc.grad is not None
+    assert sae.W_enc.grad.abs().sum() > 0
+
+
+def test_autocast_leaves_the_sums_in_fp32():
+    sae = fastsae.JointSAE(8, 300, 4, interaction=False)
+    x = torch.randn(5, 8)
+    expected = sae(x).reconstruction
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sae(x)
+    torch.testing.assert_close(output.reconstruction, expected)
+
+
+def test_gradients_of_gradients_are_refused_by_the_fast_backend():
+    values, indices = torch.rand(3, 2, dtype=torch.float64), torch.randint(9, (3, 2))
+    W = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiation"):
+        (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "cpu").pow(3).sum(), W, create_graph=True)
+    (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "reference").pow(3).sum(), W, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), W)[0].abs().sum() > 0
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+X, W, BIAS, CODE = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20), (torch.rand(4, 3), torch.randint(20, (4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.topk_encode(X, W[0], BIAS, 1), ValueError, r"W_enc must have shape \(\*, \*\), \(d_sae, d_in\)"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.rand(20) > 0.5), TypeError, r"int64 indices; got torch.bool"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.arange(4).int()), TypeError, r"int64 indices; got torch.int32"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.arange(4).view(2, 2)), ValueError, r"features must have shape"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.tensor([0, 20])), IndexError, "20"),
+        (lambda: ops.sparse_decode(*CODE, W[0]), ValueError, "W_dec must have shape"),
+        (lambda: ops.sparse_decode(CODE[0], CODE[1] + 20, W), RuntimeError, r"\[0, 20\)"),
+        (lambda: ops.sparse_decode(CODE[0], CODE[1] - 20, W), RuntimeError, r"\[0, 20\)"),
+        (lambda: ops.sparse_decode(CODE[0].long(), CODE[1], W), TypeError, "values must be a float tensor"),
+        (lambda: ops.sparse_decode(*CODE, W.to("meta")), TypeError, "W_dec is on the meta device"),
+        (lambda: ops.pairwise_interaction(*CODE, W[0]), ValueError, "V must have shape"),
+        (lambda: ops.joint_decode(*CODE, W[0], None, None, 1), ValueError, "W_dec must have shape"),
+        (lambda: ops.joint_decode(*CODE, W, W.double(), None, 1), TypeError, "W_lin is torch.float64"),
+        (lambda: ops.joint_decode(*CODE, W, None, None, 0), ValueError, "n must be between 1 and k = 3; got 0"),
+        (lambda: fastsae.TopKSAE(8, 20, 3)(X.long()), TypeError, "x must be a float tensor that holds numbers"),
+        (lambda: fastsae.TopKSAE(8, 20, 3)(X.to("meta")), TypeError, "got torch.float32 on meta"),
+        (lambda: fastsae.JointSAE(8, 20, 3)(X.double()), TypeError, "x is torch.float64 but W_enc is torch.float32"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

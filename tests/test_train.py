@@ -1,0 +1,564 @@
+"""The Trainer: what it optimises, and that nothing is lost."""
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import checkpoint, files
+from fastsae.config import TrainerConfig
+from fastsae.train import Trainer
+
+D, M, K = 12, 60, 4
+
+
+def activations(n: int | None = None, batch: int = 32, seed: int = 7) -> Iterator[Tensor]:
+    """Sparse combinations of planted directions."""
+    generator = torch.Generator().manual_seed(seed)
+    planted = torch.randn(30, D, generator=generator)
+    for _ in itertools.count() if n is None else range(n):
+        code = torch.rand(batch, 30, generator=generator) * (torch.rand(batch, 30, generator=generator) < 0.1)
+        yield code @ planted
+
+
+class Stream:
+    """A stream that can be set back."""
+
+    def __init__(self) -> None:
+        self.i = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Tensor:
+        self.i += 1
+        return torch.randn(32, D, generator=torch.Generator().manual_seed(self.i)).abs()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"i": self.i}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.i = state["i"]
+
+
+def config(**changes) -> TrainerConfig:
+    return TrainerConfig(
+        **({"steps": 10, "lr": 1e-2, "normalize_rows": 64, "log_every": 1, "progress": False} | changes)
+    )
+
+
+def joint() -> fastsae.JointSAE:
+    torch.manual_seed(3)
+    return fastsae.JointSAE(D, M, K, d_embedding=6)
+
+
+def weights(sae) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in sae.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# ---- optimisation ----
+
+
+def test_planted_features_are_found():
+    torch.manual_seed(0)
+    d, n = 32, 48
+    planted = torch.nn.functional.normalize(torch.randn(n, d), dim=1)
+
+    def stream() -> Iterator[Tensor]:
+        while True:
+            active = torch.zeros(512, n).scatter_(1, torch.rand(512, n).topk(3).indices, 1.0)
+            yield (active * (0.5 + torch.rand(512, n))) @ planted
+
+    sae = fastsae.TopKSAE(d, 96, 3, init="unit")
+    result = Trainer(sae, config(steps=800, lr=3e-3, decay_steps=200, normalize="none", log_every=100)).fit(stream())
+    assert result.metrics["fvu"] < 0.05
+    cosines = planted @ torch.nn.functional.normalize(sae.W_dec.detach(), dim=1).T
+    assert (cosines.amax(dim=1) > 0.95).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("make", [lambda: fastsae.TopKSAE(D, M, K), joint], ids=["topk", "joint"])
+def test_steps_equal_plain_autograd_with_adam(make, clip):
+    batches = list(activations(5))
+    ours, plain = make(), make()
+    plain.load_state_dict(ours.state_dict())
+    ours.eval(), plain.eval()
+    trainer = Trainer(ours, config(clip_grad_norm=clip, normalize="none"))
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, eps=1e-8)
+    for x in batches:
+        trainer._train_step(x)
+        plain(x).loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_reference_backend_trains_the_same():
+    results = []
+    for backend in ("cpu", "reference"):
+        sae = fastsae.TopKSAE(D, M, K, backend=backend, dtype=torch.float64)
+        torch.manual_seed(1)
+        torch.nn.init.normal_(sae.W_dec)
+        with torch.no_grad():
+            sae.W_enc.copy_(sae.W_dec)
+        Trainer(sae, config(steps=20)).fit(activations())
+        results.append(sae.W_dec.detach())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_schedule_counts_real_steps():
+    trainer = Trainer(joint(), config(steps=20, lr=1.0, warmup_steps=4, decay_steps=5, lr_end=0.5))
+    rates = [trainer.learning_rate(step) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[5:16] == [1.0] * 11
+    assert rates[16:] == pytest.approx([0.9, 0.8, 0.7, 0.6])
+
+
+def test_the_logged_rate_is_the_one_used(monkeypatch):
+    used = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (used.append(self.param_groups[0]["lr"]), step(self)))
+    sae, logged = joint(), []
+    trainer = Trainer(sae, config(steps=6, warmup_steps=3, decay_steps=2))
+    monkeypatch.setattr("fastsae.train.Log.write", lambda self, metrics: logged.append(metrics["lr"]))
+    trainer.fit(activations())
+    assert used == logged == [trainer.learning_rate(step) for step in range(6)]
+
+
+def test_auxk_moves_dead_features_and_only_them():
+    torch.manual_seed(0)
+    sae = fastsae.TopKSAE(D, M, K, pre_bias=False)
+    with torch.no_grad():
+        sae.b_enc[: M // 2] = -100.0  # these never fire
+    trainer = Trainer(sae, config(auxk=8, dead_after_tokens=1, normalize="none", lr=1e-3))
+    trainer._rows_since_fired[: M // 2] = 10
+    before = weights(sae)
+    with torch.no_grad():
+        sae.b_enc[: M // 2] = -3.0  # weak: not among the k strongest, but able to explain the residual
+    x = next(activations(batch=256)).abs() * 3
+    trainer._train_step(x)
+    moved = (sae.W_dec != before["W_dec"]).any(dim=1)
+    assert moved[: M // 2].any()
+    without = fastsae.TopKSAE(D, M, K, pre_bias=False)
+    without.load_state_dict(before)
+    with torch.no_grad():
+        without.b_enc[: M // 2] = -3.0
+    Trainer(without, config(normalize="none", lr=1e-3))._train_step(x)
+    assert not (without.W_dec != before["W_dec"]).any(dim=1)[: M // 2].any()
+    torch.testing.assert_close(sae.W_dec[M // 2 :], without.W_dec[M // 2 :])
+
+
+def test_auxk_loss_is_the_dead_features_own_reconstruction_of_the_residual():
+    sae = fastsae.TopKSAE(D, M, K)
+    trainer = Trainer(sae, config(auxk=3, dead_after_tokens=5))
+    dead = torch.tensor([1, 5, 9, 33])
+    trainer._rows_since_fired[dead] = 5
+    x, residual_of = torch.randn(9, D), torch.randn(9, D)
+    activation = torch.relu((x - sae.b_dec) @ sae.W_enc[dead].T + sae.b_enc[dead])
+    a, i = activation.topk(3)
+    expected = ((torch.einsum("bk,bkd->bd", a, sae.W_dec[dead[i]]) - (x - residual_of)) ** 2).mean()
+    torch.testing.assert_close(trainer._auxk_loss(x, residual_of), expected)
+
+
+def test_unit_norm_decoder():
+    sae = fastsae.TopKSAE(D, M, K, init="unit")
+    Trainer(sae, config(unit_norm_decoder=True)).fit(activations())
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(M))
+
+
+def test_parallel_gradient_is_removed():
+    W = torch.nn.functional.normalize(torch.randn(5000, D), dim=1)
+    grad = torch.randn(5000, D)
+    expected = grad - (grad * W).sum(1, keepdim=True) * W
+    fastsae.train.remove_parallel_(grad, W)
+    torch.testing.assert_close(grad, expected)
+    assert (grad * W).sum(1).abs().max() < 1e-5
+
+
+def test_k_comes_down():
+    seen = []
+    sae = fastsae.TopKSAE(D, M, K)
+    sae.register_forward_hook(lambda module, args, output: seen.append(output.code.k))
+    Trainer(sae, config(steps=7, k_anneal_from=12, k_anneal_steps=4)).fit(activations())
+    assert seen == [12, 10, 8, 6, 4, 4, 4]
+
+
+def test_seeds():
+    runs = []
+    for seed in (0, 0, 1):
+        sae = joint()
+        torch.manual_seed(99)
+        state = torch.get_rng_state()
+        Trainer(sae, config(seed=seed)).fit(activations())
+        assert torch.equal(torch.get_rng_state(), state), "the global generator was moved"
+        runs.append(weights(sae))
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(runs[0]["W1"], runs[2]["W1"])
+
+
+def test_normalisation_is_measured_on_the_first_rows_which_are_trained_on_too():
+    batches = list(activations(10))
+    sae, drawn = joint(), []
+    Trainer(sae, config()).fit(drawn.append(x) or x for x in batches)
+    assert len(drawn) == 10
+    first = torch.cat(batches[:2])
+    torch.testing.assert_close(sae.normalizer.mean, first.mean(0))
+    torch.testing.assert_close(sae.normalizer.scale, first.std(0))
+
+
+def test_dead_features_are_counted():
+    sae = fastsae.TopKSAE(D, M, K, pre_bias=False)
+    with torch.no_grad():
+        sae.b_enc[:15] = -1e6
+    result = Trainer(sae, config(lr=1e-9, normalize="none")).fit(activations())
+    fired = torch.zeros(M, dtype=torch.bool)
+    for x in activations(10):
+        fired[sae.encode(x).indices.unique()] = True
+    assert result.metrics["dead_share"] == pytest.approx(1 - fired.double().mean().item())
+    assert result.metrics["dead_share"] >= 0.25
+
+
+# ---- the log ----
+
+
+def test_metrics_lines(tmp_path):
+    sae = joint()
+    result = Trainer(sae, config(run_dir=tmp_path / "run", log_every=4, clip_grad_norm=1.0)).fit(activations())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    assert [line["rows"] for line in lines] == [128, 256, 320]
+    assert lines[-1] == result.metrics
+    wanted = {"loss", "fvu", "l0", "dead_share", "lr", "rows_per_second", "grad_norm"}
+    assert wanted <= lines[0].keys()
+    assert all(math.isfinite(line[name]) for line in lines for name in wanted)
+    assert_same(weights(fastsae.load(tmp_path / "run" / "sae")), weights(sae))
+
+
+def test_other_loggers(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path)
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, step))
+
+        def flush(self):
+            pass
+
+    class Wandb:
+        @staticmethod
+        def init(**arguments):
+            return Wandb()
+
+        def log(self, metrics, step):
+            seen.append(("wandb", step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("m", (), {"SummaryWriter": Writer}))
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    run = config(run_dir=tmp_path, steps=2, log_to=("tensorboard", "wandb"))
+    Trainer(joint(), run).fit(activations())
+    assert {("loss", 1), ("loss", 2), ("fvu", 2), ("wandb", 1), ("wandb", 2)} <= set(seen)
+
+
+# ---- checkpoints and resuming ----
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    Trainer(joint(), config(run_dir=tmp_path, checkpoint_every=3)).fit(activations())
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step_00000010", "step_00000009"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("data", [activations, Stream], ids=["iterable", "stream"])
+def test_resume_is_bitwise(data, tmp_path, monkeypatch):
+    options = {
+        "steps": 12,
+        "auxk": 4,
+        "dead_after_tokens": 64,
+        "warmup_steps": 3,
+        "decay_steps": 4,
+        "clip_grad_norm": 0.1,
+    }
+    whole = joint()
+    uninterrupted = Trainer(whole, config(**options, run_dir=tmp_path / "a")).fit(data())
+
+    cut = Trainer(joint(), config(**options, run_dir=tmp_path / "b", checkpoint_every=5))
+    step = cut._train_step
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 8 else step(x))
+    with pytest.raises(pytest.fail.Exception):
+        cut.fit(data())
+    assert checkpoint.folders(tmp_path / "b")[0].name == "step_00000005"
+    again = joint()
+    with torch.no_grad():
+        again.W_dec.zero_()  # everything must come from the checkpoint
+    resumed = Trainer(again, config(**options, run_dir=tmp_path / "b", resume=True, checkpoint_every=5)).fit(data())
+    assert_same(weights(whole), weights(again))
+    assert resumed.metrics | {"rows_per_second": 0} == uninterrupted.metrics | {"rows_per_second": 0}
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+RUN = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, str(Path({tests!r})))
+    from test_train import *
+    Trainer(joint(), config(steps={steps}, run_dir={run_dir!r}, checkpoint_every=3, resume=True)).fit(activations())
+""")
+
+
+def start(run_dir: Path, steps: int) -> subprocess.Popen:
+    script = RUN.format(tests=str(Path(__file__).parent), steps=steps, run_dir=str(run_dir))
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the subprocess did not get there"
+        time.sleep(0.005)
+
+
+def test_sigkill_at_any_moment(tmp_path):
+    steps = 150
+    whole = joint()
+    Trainer(whole, config(steps=steps)).fit(activations())
+    run_dir = tmp_path / "run"
+    for kill in range(3):
+        process = start(run_dir, steps)
+        done = max((int(p.name[5:]) for p in checkpoint.folders(run_dir)), default=0)
+
+        def further(process: subprocess.Popen = process, done: int = done) -> bool:
+            newest = next(iter(checkpoint.folders(run_dir)), None)
+            return process.poll() is not None or (newest is not None and int(newest.name[5:]) > done + 20)
+
+        wait_for(further)
+        time.sleep(0.003 * kill)  # also inside the writing of a checkpoint, which takes a few milliseconds
+        process.kill()
+        process.wait()
+    finished = start(run_dir, steps)
+    assert finished.wait(timeout=120) == 0, finished.stderr.read()
+    assert_same(weights(fastsae.load(run_dir / "sae")), weights(whole))
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies(path: Path, value) -> None:
+        if path.name == "state.json" and value.get("step") == 6:
+            raise Killed
+        write_json(path, value)
+
+    write_json = files.write_json
+    monkeypatch.setattr(files, "write_json", dies)
+    with pytest.raises(Killed):
+        Trainer(joint(), config(run_dir=tmp_path, checkpoint_every=3)).fit(activations())
+    assert [p.name for p in checkpoint.folders(tmp_path)] == ["step_00000003"]
+    monkeypatch.undo()
+    whole, again = joint(), joint()
+    Trainer(whole, config()).fit(activations())
+    Trainer(again, config(run_dir=tmp_path, resume=True)).fit(activations())
+    assert_same(weights(whole), weights(again))
+
+
+def test_sigint_saves_and_exits(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, 100_000)
+    wait_for(lambda: checkpoint.folders(run_dir))
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "continue with resume=True" in stderr
+    found = re.search(r"training stopped at step (\d+)", stderr)
+    assert found, stderr
+    assert checkpoint.folders(run_dir)[0].name == f"step_{int(found[1]):08d}"
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(path, tensors):
+        if "step_00000006" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, tensors)
+
+    write = files.write_tensors
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left on device; the last good checkpoint is .*step_00000003"):
+        Trainer(joint(), config(run_dir=tmp_path, checkpoint_every=3)).fit(activations())
+    assert checkpoint.load(tmp_path).state["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "config.json", "state.json"])
+@pytest.mark.parametrize("how", ["truncated", "one byte flipped", "missing"])
+def test_damaged_checkpoints_are_named_and_the_previous_one_offered(name, how, tmp_path):
+    Trainer(joint(), config(run_dir=tmp_path, checkpoint_every=5)).fit(activations())
+    damaged = checkpoint.folders(tmp_path)[0] / name
+    content = bytearray(damaged.read_bytes())
+    if how == "missing":
+        damaged.unlink()
+    elif how == "truncated":
+        damaged.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) * 2 // 3] ^= 0x55
+        damaged.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"(?s)step_00000010.*{name}.*delete .*step_00000010 to go on from step_00000005"
+    ):
+        Trainer(joint(), config(run_dir=tmp_path, resume=True)).fit(activations())
+
+
+def test_resume_with_another_configuration_names_what_differs(tmp_path):
+    Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
+    with pytest.raises(ValueError, match=r"another configuration: lr was 0.01, is 0.5$"):
+        Trainer(joint(), config(run_dir=tmp_path, resume=True, lr=0.5)).fit(activations())
+    with pytest.raises(ValueError, match="architecture was 'joint', is 'topk'"):
+        Trainer(fastsae.TopKSAE(D, M, K), config(run_dir=tmp_path, resume=True)).fit(activations())
+    with pytest.raises(ValueError, match="another kind of activations"):
+        Trainer(joint(), config(run_dir=tmp_path, resume=True)).fit(Stream())
+
+
+def test_a_finished_run_resumes_to_its_end(tmp_path):
+    first = Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
+    again = Trainer(joint(), config(run_dir=tmp_path, resume=True)).fit(activations())
+    assert again.steps == first.steps == 10
+    assert again.metrics == first.metrics
+
+
+def test_a_folder_that_holds_a_run(tmp_path):
+    Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
+    with pytest.raises(FileExistsError, match=r"already holds a run. Continue it with resume=True"):
+        Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    process = start(tmp_path, 100_000)
+    try:
+        wait_for(lambda: checkpoint.folders(tmp_path))
+        with pytest.raises(RuntimeError, match="another process is training in"):
+            Trainer(joint(), config(run_dir=tmp_path, resume=True)).fit(activations())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_unwritable_run_dir(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write into run_dir .*file"):
+        Trainer(joint(), config(run_dir=tmp_path / "file" / "run")).fit(activations())
+
+
+# ---- bad activations ----
+
+
+def spoiled(n: int, at: int) -> Iterator[Tensor]:
+    for i, x in enumerate(activations(n)):
+        if i == at:
+            x[3, 5] = torch.nan
+            x[4, 1] = torch.inf
+        yield x
+
+
+def test_nan_stops_with_its_position_and_nothing_trained_on_it(tmp_path):
+    sae, clean = joint(), joint()
+    message = r"batch 6 of the activations holds 2 values that are NaN or infinite, the first at row 3, dimension 5"
+    with pytest.raises(FloatingPointError, match=message):
+        Trainer(sae, config(run_dir=tmp_path)).fit(spoiled(20, 5))
+    Trainer(clean, config(steps=5)).fit(activations())
+    assert_same(weights(sae), weights(clean))
+    again = joint()
+    Trainer(again, config(run_dir=tmp_path, resume=True, nonfinite="skip")).fit(spoiled(20, 5))
+    skipped = joint()
+    Trainer(skipped, config()).fit(x for i, x in enumerate(activations()) if i != 5)
+    assert_same(weights(again), weights(skipped))
+
+
+def test_nan_batches_can_be_skipped_and_are_counted():
+    result = Trainer(joint(), config(nonfinite="skip")).fit(spoiled(20, 5))
+    assert result.steps == 10
+    assert result.metrics["batches_skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (
+            [torch.randn(4, D), torch.randn(4, D + 1)],
+            ValueError,
+            rf"batch 2 .*expected a \(B, {D}\) tensor.*got \(4, 13\)",
+        ),
+        ([torch.randn(4, D), torch.randn(0, D)], ValueError, "B at least 1"),
+        (
+            [torch.randn(4, D), torch.ones(4, D, dtype=torch.int64)],
+            TypeError,
+            "expected a float tensor that holds numbers; got torch.int64",
+        ),
+        ([torch.randn(4, D), "text"], ValueError, "got str"),
+        ([], ValueError, "activations gave no batch at all"),
+    ],
+    ids=["width", "empty", "integer", "no tensor", "nothing"],
+)
+def test_bad_batches(batches, error, message):
+    with pytest.raises(error, match=message):
+        Trainer(joint(), config(normalize="zscore" if not batches else "none")).fit(batches)
+
+
+def test_activations_that_end_early(tmp_path):
+    with pytest.warns(UserWarning, match=r"activations ended after 4 of 10 steps"):
+        result = Trainer(joint(), config(run_dir=tmp_path, log_every=3)).fit(activations(4))
+    assert result.steps == 4
+    assert checkpoint.load(tmp_path).state["step"] == 4
+
+
+def test_divergence_stops_and_names_the_last_good_checkpoint(tmp_path):
+    run = config(lr=1e18, run_dir=tmp_path, steps=50, checkpoint_every=1, normalize="none")
+    with pytest.raises(
+        FloatingPointError, match=r"training diverged. The last good checkpoint is .*step_0.*Try a lower lr"
+    ):
+        Trainer(joint(), run).fit(x * 1e10 for x in activations())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "TrainerConfig.steps: expected at least 1; got 0"),
+        ({"lr": 0.0}, "TrainerConfig.lr"),
+        ({"warmup_steps": 6, "decay_steps": 5}, "6 and 5 of 10 steps"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm: expected None or above 0"),
+        ({"resume": True}, "resume and log_to need a run_dir"),
+        ({"log_every": 0}, "log_every"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"auxk": -1}, "auxk"),
+    ],
+)
+def test_impossible_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_k_anneal_from_must_be_above_k():
+    with pytest.raises(ValueError, match="k_anneal_from"):
+        Trainer(joint(), config(k_anneal_from=2))
