@@ -95,7 +95,12 @@ def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100
 
 
 def demo(
-    folder: Path = Path("runs/demo"), tokens: int = 500_000, steps: int = 1000, d_sae: int = 8192, k: int = 32
+    folder: Path = Path("runs/demo"),
+    tokens: int = 500_000,
+    steps: int = 1000,
+    d_sae: int = 8192,
+    k: int = 32,
+    held_out_tokens: int = 20_000,
 ) -> None:
     """Train a TopK SAE and a joint SAE on the same activations of a real model, and compare them.
 
@@ -105,6 +110,7 @@ def demo(
         steps: Training steps for each SAE.
         d_sae: Features of each SAE.
         k: Active features per token in each SAE.
+        held_out_tokens: Tokens of held-out documents to measure on.
     """
     import shutil
 
@@ -131,7 +137,7 @@ def demo(
             checkpoint_every=steps,
         )
         trained[name] = _train(model, data, config, trainer)
-    rows = _measure(model, data, trained, 20_000, 16)
+    rows = _measure(model, data, trained, held_out_tokens, 16)
     for row, (name, sae) in zip(rows, trained.items(), strict=True):
         row["parameters"] = f"{sum(p.numel() for p in sae.parameters()):,}"
         rates = [line["rows_per_second"] for line in report.read_metrics(folder / name)]
@@ -168,6 +174,8 @@ def _windows(model: Any, data: DataConfig, held_out: bool, tokens: int) -> Any:
 def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: TrainerConfig) -> SparseAutoencoder:
     from fastsae.activations import ActivationStream, ModelActivations, harvest
 
+    if trainer.run_dir:
+        _record(data, trainer.run_dir)
     source = ModelActivations(model, data.hook, _windows(model, data, False, data.tokens))
     stored = harvest(source, data.store) if data.store else None
     stream = ActivationStream(stored or source, data.batch_size, data.buffer_rows, trainer.seed)
@@ -176,8 +184,6 @@ def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: Trainer
     architecture = "joint" if isinstance(config, JointSAEConfig) else "topk"
     sae = ARCHITECTURES[architecture](**to_dict(config))
     run = Trainer(sae, trainer)
-    if trainer.run_dir:
-        _record(data, trainer.run_dir)
     run.fit(stream)
     return sae
 

@@ -23,7 +23,7 @@ _library = torch.library.Library("fastsae", "DEF")
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None, backend: str = "auto"
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, backend: str = "auto", features: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k largest of relu(x @ W_enc.T + b_enc) per row, without ever holding all of it.
 

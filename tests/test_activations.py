@@ -1,13 +1,16 @@
-"""From text to shuffled activations."""
+"""From token windows to shuffled batches: the right rows, each once, whatever interrupts."""
 
+import copy
 import errno
+import gc
 import json
-import os
-import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_lm import bridge, hooked, tokenizer
 from torch import Tensor
 
 from fastsae import files
@@ -16,363 +19,573 @@ from fastsae.activations import (
     ActivationStream,
     Document,
     ModelActivations,
+    TokenWindows,
     harvest,
     is_held_out,
-    read_documents,
     tokenize,
 )
 
 HOOK = "blocks.1.hook_resid_post"
-BOTH_MODELS = pytest.mark.parametrize("model", [hooked, bridge], ids=["HookedTransformer", "TransformerBridge"])
+# Both kinds of TransformerLens models are served as long as the first exists.
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+
+CONTEXT, WIDTH, HEADS, WORDS = 12, 16, 4, 40
+# Short, exactly one window, one token more than a window, several windows.
+DOCUMENT_TOKENS = [3, 11, 12, 1, 30, 7, 22, 5, 18, 9]
 
 
-def documents(n: int = 12) -> list[Document]:
-    words = ["the cat sat on the mat .", "a dog ran quickly under the tree and then sat", "then , slowly the dog sat ."]
-    return [Document(f"doc{i}", " ".join(words[j % 3] for j in range(i, i + 1 + i % 5))) for i in range(n)]
+def text(n: int, start: int = 0) -> str:
+    return " ".join(f"w{(7 * i + start) % WORDS}" for i in range(n))
 
 
-def windows(n: int = 12, context: int = 12):
-    return tokenize(documents(n), tokenizer(), context)
+DOCUMENTS = [Document(f"document {i}", text(n, start=i)) for i, n in enumerate(DOCUMENT_TOKENS)]
 
 
-# ---- text and tokens ----
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<bos>": 0} | {f"w{i}": i + 1 for i in range(WORDS)}, unk_token="<bos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        unk_token="<bos>",
+        add_bos_token=True,
+        name_or_path="local",
+    )
 
 
-def test_the_standard_library_is_read_without_its_tests():
-    names = [d.name for d, _ in zip(read_documents(), range(400), strict=False)]
-    assert "argparse.py" in {d.name for d in read_documents()}
-    assert not [n for n in names if {"test", "tests", "site-packages"}.intersection(n.split("/"))]
-    assert len(set(names)) == len(names)
+def hooked_transformer(seed: int = 0) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=3,
+        d_model=WIDTH,
+        n_heads=HEADS,
+        d_head=WIDTH // HEADS,
+        n_ctx=CONTEXT,
+        d_vocab=WORDS + 1,
+        act_fn="gelu",
+        seed=seed,
+        device="cpu",
+    )
+    return HookedTransformer(config)
 
 
-def test_a_folder_gives_a_document_per_file_always_in_the_same_order(tmp_path):
-    for name in ("b.txt", "a.md", "sub/c.py", "ignored.bin"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"text of {name}")
-    first = list(read_documents(tmp_path))
-    assert {d.name: d.text for d in first} == {n: f"text of {n}" for n in ("b.txt", "a.md", "sub/c.py")}
-    assert first == list(read_documents(str(tmp_path)))
+@pytest.fixture(scope="session")
+def hugging_face() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    # Dropout as high as this shows in the activations whenever it is left on.
+    config = GPT2Config(vocab_size=WORDS + 1, n_positions=CONTEXT, n_embd=WIDTH, n_layer=3, n_head=HEADS)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+    return GPT2LMHeadModel(config)
 
 
-def test_a_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
-    text = "".join(f"paragraph {i} " * 40 + "\n\n" for i in range(50))
-    (tmp_path / "book.txt").write_text(text)
-    parts = list(read_documents(tmp_path / "book.txt"))
-    assert len(parts) > 3
-    assert "".join(d.text for d in parts) == text
-    assert all(d.text.endswith("\n\n") for d in parts)
-    assert [d.name for d in parts] == [f"book.txt#{i}" for i in range(len(parts))]
+@pytest.fixture(scope="session", params=["HookedTransformer", "TransformerBridge"])
+def model(request: pytest.FixtureRequest, hugging_face: Any, tokenizer: Any) -> Any:
+    if request.param == "HookedTransformer":
+        return hooked_transformer()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    wrapped = copy.deepcopy(hugging_face)  # a bridge takes the model it wraps apart
+    return TransformerBridge.boot_transformers("local", hf_model=wrapped, tokenizer=tokenizer, device="cpu")
 
 
-def test_datasets_by_name(monkeypatch):
-    class Datasets:
-        @staticmethod
-        def load_dataset(name, configuration, split, streaming):
-            assert (split, streaming) == ("train", True)
-            return [{"text": f"{name} {configuration}"}, {"text": "  "}] if name == "some/corpus" else [{"body": ""}]
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    assert [d.text for d in read_documents("some/corpus:small")] == ["some/corpus small"]
-    with pytest.raises(ValueError, match=r"has columns \['body'\], expected one named 'text'"):
-        list(read_documents("other"))
+@pytest.fixture(scope="session")
+def hooked() -> Any:
+    return hooked_transformer()
 
 
-def test_text_that_is_nowhere(monkeypatch, tmp_path):
-    class Datasets:
-        @staticmethod
-        def load_dataset(*args, **kwargs):
-            raise ConnectionError("no network")
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    with pytest.raises(FileNotFoundError, match=r"neither 'stdlib', nor a file.*no network"):
-        list(read_documents("no/where"))
-    with pytest.raises(FileNotFoundError, match=r"no .* files below"):
-        list(read_documents(tmp_path))
+@pytest.fixture(scope="session")
+def windows(tokenizer: Any) -> TokenWindows:
+    return tokenize(DOCUMENTS, tokenizer, CONTEXT)
 
 
-def test_held_out_is_a_fixed_share_of_names():
-    names = [f"file{i}" for i in range(20_000)]
-    share = sum(map(is_held_out, names)) / len(names)
-    assert share == pytest.approx(0.05, abs=0.006)
-    assert [is_held_out(n) for n in ("argparse.py", "inspect.py", "typing.py")] == [False, False, False]
+def all_rows(source: Any) -> Tensor:
+    return torch.cat([source.block(i) for i in range(len(source.block_rows))])
 
 
-def test_windows_hold_every_token_once():
-    w = windows(context=7)
-    assert w.has_bos
-    for number, document in enumerate(documents()):
-        mine = (w.documents == number).nonzero().squeeze(1).tolist()
-        tokens = [t for i in mine for t in w.tokens[i, 1 : w.lengths[i]].tolist()]
-        assert tokens == tokenizer()(document.text, add_special_tokens=False)["input_ids"]
-        assert (w.lengths[mine[:-1]] == 7).all()
-    assert (w.tokens[:, 0] == tokenizer().bos_token_id).all()
-    assert w.n_tokens == int(w.is_text().sum()) == sum(len(d.text.split()) for d in documents())
+# ---- tokens -------------------------------------------------------------------------------------------------------
 
 
-def test_max_tokens_counts_text():
-    assert tokenize(documents(), tokenizer(), 7, max_tokens=33).n_tokens == 33
+def test_windows_hold_every_token_once_in_order_and_never_two_documents(tokenizer: Any, windows: TokenWindows):
+    assert windows.has_bos
+    assert windows.context == CONTEXT
+    assert (windows.tokens[:, 0] == tokenizer.bos_token_id).all()
+    assert windows.names == tuple(d.name for d in DOCUMENTS)
+    assert windows.n_tokens == sum(DOCUMENT_TOKENS) == int(windows.is_text().sum())
+    for number, document in enumerate(DOCUMENTS):
+        mine = windows.documents == number
+        ids = windows.tokens[mine][windows.is_text()[mine]].tolist()
+        assert ids == tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        lengths = windows.lengths[mine]
+        assert (lengths[:-1] == CONTEXT).all()  # only the tail is shorter
 
 
-def test_held_out_documents_and_the_others_share_none():
-    many = documents(200)
-    held, rest = (tokenize(many, tokenizer(), 12, held_out=h) for h in (True, False))
-    assert set(held.names).isdisjoint(rest.names)
-    assert len(held.names) + len(rest.names) == 200
-    assert all(map(is_held_out, held.names))
+def test_a_tokenizer_without_bos_gives_windows_of_text_alone(tokenizer: Any):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    windows = tokenize(DOCUMENTS, bare, CONTEXT)
+    assert not windows.has_bos
+    assert windows.n_tokens == int(windows.lengths.sum()) == sum(DOCUMENT_TOKENS)
+    assert windows.lengths[:3].tolist() == [3, 11, 12]
+    assert windows.is_text()[0].tolist() == [True] * 3 + [False] * (CONTEXT - 3)
 
 
-def test_tokenize_says_what_is_wrong():
-    with pytest.raises(ValueError, match="no held-out documents"):
-        tokenize([d for d in documents() if not is_held_out(d.name)], tokenizer(), 12, held_out=True)
-    with pytest.raises(ValueError, match="expected a context of at least 2; got 1"):
-        tokenize(documents(), tokenizer(), 1)
-    with pytest.raises(ValueError, match="the model has no tokenizer"):
-        tokenize(documents(), None, 12)
+@pytest.mark.parametrize("limit", [1, 14, 15, 26, 10_000])
+def test_max_tokens_counts_tokens_of_text_and_stops_reading(tokenizer: Any, limit: int):
+    read = []
+
+    def documents() -> Iterator[Document]:
+        for document in DOCUMENTS:
+            read.append(document.name)
+            yield document
+
+    assert tokenize(documents(), tokenizer, CONTEXT, limit).n_tokens == min(limit, sum(DOCUMENT_TOKENS))
+    if limit == 1:
+        assert len(read) <= 2
 
 
-# ---- the model's activations ----
+def test_no_document_is_on_both_sides_of_the_split(tokenizer: Any):
+    documents = [Document(f"document {i}", text(5, i)) for i in range(200)]
+    training, held_out, everything = (
+        tokenize(documents, tokenizer, CONTEXT, held_out=side) for side in (False, True, None)
+    )
+    assert set(held_out.names) == {d.name for d in documents if is_held_out(d.name)}
+    assert not set(training.names) & set(held_out.names)
+    assert set(training.names) | set(held_out.names) == set(everything.names) == {d.name for d in documents}
 
 
-def by_hand(model, hook: str, tokens: Tensor) -> Tensor:
-    seen = []
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda activation, hook: seen.append(activation.clone()))])
-    return seen[0].flatten(2)
+def test_tokenize_refuses_what_gives_no_window(tokenizer: Any):
+    one = [Document("document 0", text(5))]
+    with pytest.raises(ValueError, match=r"no held-out documents.*use more text"):
+        tokenize(one, tokenizer, CONTEXT, held_out=True)
+    with pytest.raises(ValueError, match="holds no documents"):
+        tokenize([Document("empty", "")], tokenizer, CONTEXT)
+    with pytest.raises(ValueError, match="context of at least 2; got 1"):
+        tokenize(one, tokenizer, 1)
+    with pytest.raises(ValueError, match="max_tokens of at least 1; got 0"):
+        tokenize(one, tokenizer, CONTEXT, max_tokens=0)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        tokenize(one, None, CONTEXT)
 
 
-@BOTH_MODELS
-@pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_mlp_out", "blocks.2.attn.hook_z", "blocks.1.mlp.hook_post"])
-def test_rows_are_what_a_forward_hook_sees_without_bos_and_padding(model, hook):
-    w = windows()
-    source = ModelActivations(model(), hook, w, batch_windows=5)
-    rows = [source.rows(i) for i in range(len(source.block_rows))]
-    assert [len(r.activations) for r in rows] == source.block_rows
-    assert source.n_rows == w.n_tokens
-    got = torch.cat([r.activations for r in rows])
-    # One window at a time and without padding: whatever leaked from padding would differ.
-    expected = [by_hand(model(), hook, w.tokens[i : i + 1, : w.lengths[i]])[0, 1:] for i in range(len(w))]
-    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-5)
-    assert source.d_in == got.shape[1]
-    places = [(int(w.documents[i]), p) for i in range(len(w)) for p in range(1, int(w.lengths[i]))]
-    documents_, positions = (torch.cat([r[k] for r in rows]).tolist() for k in (1, 2))
-    assert list(zip(documents_, positions, strict=True)) == places
+def test_the_digest_tells_tokens_and_documents_apart(tokenizer: Any):
+    def digest(*documents: Document) -> str:
+        return tokenize(documents, tokenizer, CONTEXT).digest()
+
+    a, b = Document("a", "w1 w2"), Document("b", "w3")
+    assert digest(a, b) == digest(a, b)
+    others = {digest(b, a), digest(a), digest(a, Document("b", "w4")), digest(a, Document("c", "w3"))}
+    assert len(others | {digest(a, b)}) == 5
 
 
-@BOTH_MODELS
-def test_only_the_layers_up_to_the_hook_are_run(model):
-    m, ran = model(), []
-    handles = [m.blocks[i].register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(3)]
-    ModelActivations(m, "blocks.1.hook_resid_post", windows()).block(0)
+# ---- activations of a model ---------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_a_plain_forward_hook_on_each_document_alone(
+    model: Any, hugging_face: Any, windows: TokenWindows
+):
+    """No BOS row, no padding row, and padding changes nothing: every window is run alone here, at its own length."""
+    expected = []
+    for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True):
+        alone = tokens[None, :length]
+        with torch.no_grad():
+            if hasattr(model, "original_model"):  # a bridge: its untouched twin, by transformers' own means
+                states = hugging_face.eval()(alone, output_hidden_states=True).hidden_states
+                expected.append(states[2][0, 1:])
+            else:
+                seen: list[Tensor] = []
+                handle = model.blocks[1].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+                model(alone)
+                handle.remove()
+                expected.append(seen[0][0, 1:])
+    source = ModelActivations(model, HOOK, windows, batch_windows=4)
+    assert source.d_in == WIDTH
+    assert source.n_rows == windows.n_tokens
+    assert [len(source.block(i)) for i in range(len(source.block_rows))] == source.block_rows
+    # Two float32 paths of three layers: a few roundings of entries of size about 1.
+    torch.testing.assert_close(all_rows(source), torch.cat(expected), rtol=1e-5, atol=5e-6)
+
+
+def test_padding_tokens_do_not_matter_to_the_bit(model: Any, windows: TokenWindows):
+    other = torch.where(torch.arange(CONTEXT) < windows.lengths[:, None], windows.tokens, 17)
+    padded_otherwise = TokenWindows(other, windows.lengths, windows.documents, windows.names, windows.has_bos)
+    assert not torch.equal(other, windows.tokens)
+    rows = [all_rows(ModelActivations(model, HOOK, w, 4)) for w in (windows, padded_otherwise)]
+    torch.testing.assert_close(*rows, rtol=0, atol=0)
+
+
+def test_each_row_knows_its_document_and_position(model: Any, windows: TokenWindows):
+    source = ModelActivations(model, "hook_embed", windows, batch_windows=4)
+    blocks = [source.rows(i) for i in range(len(source.block_rows))]
+    documents, positions = torch.cat([b.documents for b in blocks]), torch.cat([b.positions for b in blocks])
+    assert documents.dtype == positions.dtype == torch.int32
+    assert torch.bincount(documents).tolist() == DOCUMENT_TOKENS
+    want = [p % (CONTEXT - 1) + 1 for n in DOCUMENT_TOKENS for p in range(n)]
+    assert positions.tolist() == want
+
+
+def test_heads_lie_side_by_side(model: Any, windows: TokenWindows):
+    name = "blocks.1.attn.hook_z"
+    source = ModelActivations(model, name, windows, batch_windows=100)
+    _, cache = model.run_with_cache(windows.tokens, names_filter=[name])
+    z = cache[name]
+    assert z.shape[2:] == (HEADS, WIDTH // HEADS)
+    torch.testing.assert_close(source.block(0), z.flatten(2)[windows.is_text()].detach(), rtol=0, atol=0)
+
+
+def test_no_layer_above_the_hook_runs_and_nothing_is_recorded_for_backward(model: Any, windows: TokenWindows):
+    ran = []
+    layers = [f"blocks.{i}.hook_mlp_out" for i in range(3)]
+    handles = [model.hook_dict[name].register_forward_hook(lambda *_, name=name: ran.append(name)) for name in layers]
+    block = ModelActivations(model, HOOK, windows, batch_windows=4).block(0)
     for handle in handles:
         handle.remove()
-    assert set(ran) == {0, 1}
+    assert set(ran) == set(layers[:2])
+    assert not block.requires_grad
 
 
-@BOTH_MODELS
-def test_an_unknown_hook_names_near_ones(model):
-    with pytest.raises(ValueError, match=r"no hook .blocks.1.hook_resid_pots.*Near ones: blocks.1.hook_resid_post"):
-        ModelActivations(model(), "blocks.1.hook_resid_pots", windows())
-    with pytest.raises(ValueError, match=r"no hook .blocks\.7"):
-        ModelActivations(model(), "blocks.7.hook_resid_post", windows())
+def test_a_model_in_training_mode_is_read_without_dropout(model: Any, windows: TokenWindows):
+    model.train()
+    source = ModelActivations(model, HOOK, windows, batch_windows=4)
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(source.block(0), source.block(0), rtol=0, atol=0)
 
 
-# ---- the store ----
+def test_hooks_that_give_no_activations_are_refused_by_name(model: Any, windows: TokenWindows, tokenizer: Any):
+    with pytest.raises(ValueError, match=r"no hook 'blocks.1.hook_resid_psot'. Near ones: blocks.1.hook_resid_post"):
+        ModelActivations(model, "blocks.1.hook_resid_psot", windows)
+    with pytest.raises(ValueError, match=r"no hook 'zzz'. See model.hook_dict"):
+        ModelActivations(model, "zzz", windows)
+    with pytest.raises(ValueError, match=r"attn.hook_result never fires in this model"):
+        ModelActivations(model, "blocks.1.attn.hook_result", windows)
+    with pytest.raises(ValueError, match=r"one row per token.*attn.hook_pattern; got shape"):
+        ModelActivations(model, "blocks.1.attn.hook_pattern", windows)
+    with pytest.raises(ValueError, match=f"at most {CONTEXT} tokens.*got {CONTEXT + 1}"):
+        ModelActivations(model, HOOK, tokenize(DOCUMENTS, tokenizer, CONTEXT + 1))
 
 
-def source(**changes) -> ModelActivations:
-    return ModelActivations(hooked(), **({"hook_name": HOOK, "windows": windows(), "batch_windows": 5} | changes))
+# ---- store --------------------------------------------------------------------------------------------------------
 
 
-def content(folder) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_store_gives_back_what_was_harvested(dtype, tmp_path):
-    store = harvest(source(), tmp_path / "store", dtype)
-    assert store.block_rows == source().block_rows
-    assert store.n_rows == source().n_rows
-    assert store.d_in == 16
+class Killed(BaseException):
+    pass
+
+
+class Dying:
+    """The model, until its n-th run. (The first run only measures the width.)"""
+
+    def __init__(self, model: Any, n: int) -> None:
+        self._model, self._left = model, n
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run_with_cache(self, *args: Any, **options: Any) -> Any:
+        if self._left == 0:
+            raise Killed
+        self._left -= 1
+        return self._model.run_with_cache(*args, **options)
+
+
+def sources(model: Any, windows: TokenWindows) -> ModelActivations:
+    return ModelActivations(model, HOOK, windows, batch_windows=4)
+
+
+def test_a_store_gives_what_the_model_gave(model: Any, windows: TokenWindows, tmp_path: Path):
+    source = sources(model, windows)
+    store = harvest(source, tmp_path)
+    assert (store.d_in, store.n_rows, store.block_rows) == (source.d_in, source.n_rows, source.block_rows)
+    assert store.document_names == windows.names
+    assert store.identity == source.identity
     for i in range(len(store.block_rows)):
-        assert torch.equal(store.block(i), source().block(i).to(dtype))
-        assert torch.equal(store.rows(i)["documents"], source().rows(i).documents)
-        assert torch.equal(store.rows(i)["positions"], source().rows(i).positions)
-    assert store.document_names == windows().names
+        torch.testing.assert_close(store.rows(i), source.rows(i), rtol=0, atol=0)
+        torch.testing.assert_close(store.block(i), source.block(i), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
-def test_an_interrupted_harvest_goes_on_and_comes_out_the_same(after, tmp_path, monkeypatch):
-    harvest(source(), tmp_path / "whole")
-    calls = []
-
-    def dies(self, i):
-        if i == after:
-            raise KeyboardInterrupt
-        calls.append(i)
-        return rows(self, i)
-
-    rows = ModelActivations.rows
-    monkeypatch.setattr(ModelActivations, "rows", dies)
-    with pytest.raises(KeyboardInterrupt):
-        harvest(source(), tmp_path / "cut")
-    with pytest.raises(ValueError, match="did not finish; run it again"):
-        ActivationStore(tmp_path / "cut")
-    monkeypatch.setattr(ModelActivations, "rows", lambda self, i: calls.append(i) or rows(self, i))
-    harvest(source(), tmp_path / "cut")
-    assert calls == list(range(len(source().block_rows))), "a block was computed twice, or not at all"
-    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+def test_a_store_in_bf16_is_the_rounded_activations(hooked: Any, windows: TokenWindows, tmp_path: Path):
+    source = sources(hooked, windows)
+    store = harvest(source, tmp_path, torch.bfloat16)
+    assert store.identity["dtype"] == "bfloat16"
+    torch.testing.assert_close(store.block(1), source.block(1).bfloat16(), rtol=0, atol=0)
+    assert store.rows(1).positions.dtype == torch.int32
 
 
-def test_a_full_disk_loses_nothing_that_was_written(tmp_path, monkeypatch):
-    def full(path, tensors):
-        if path.name == "shard_00002.safetensors":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, tensors)
+def test_a_harvest_killed_at_any_shard_goes_on_and_ends_the_same_to_the_byte(
+    hooked: Any, windows: TokenWindows, tmp_path: Path
+):
+    n_blocks = len(harvest(sources(hooked, windows), tmp_path / "whole").block_rows)
+    assert n_blocks >= 4
+    for n in range(n_blocks):
+        folder = tmp_path / str(n)
+        with pytest.raises(Killed):
+            harvest(sources(Dying(hooked, 1 + n), windows), folder)
+        assert len(list(folder.glob("shard_*.safetensors"))) == n
+        with pytest.raises(ValueError, match="did not finish; run it again"):
+            ActivationStore(folder)
+        (folder / f".shard_{n:05d}.safetensors.tmp").write_bytes(b"half a shard")  # what SIGKILL leaves
+        harvest(sources(Dying(hooked, 1 + n_blocks - n), windows), folder)  # dies if a whole shard is made again
+        assert contents(folder) == contents(tmp_path / "whole")
 
-    write = files.write_tensors
-    monkeypatch.setattr(files, "write_tensors", full)
-    with pytest.raises(OSError, match="No space left"):
-        harvest(source(), tmp_path / "store")
+
+def test_a_full_disk_costs_only_the_shard_that_did_not_fit(
+    hooked: Any, windows: TokenWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    harvest(sources(hooked, windows), tmp_path / "whole")
+    save, folder = files.save_file, tmp_path / "full"
+
+    def save_until_full(tensors: dict[str, Tensor], path: Path) -> None:
+        if len(list(folder.glob("shard_*"))) == 2:
+            path.write_bytes(b"what still fitted")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(tensors, path)
+
+    monkeypatch.setattr(files, "save_file", save_until_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        harvest(sources(hooked, windows), folder)
+    kept = contents(folder)
+    assert set(kept) == {"index.json", "shard_00000.safetensors", "shard_00001.safetensors"}
     monkeypatch.undo()
-    assert sorted(p.name for p in (tmp_path / "store").glob("shard*")) == [f"shard_0000{i}.safetensors" for i in (0, 1)]
-    assert harvest(source(), tmp_path / "store").n_rows == source().n_rows
+    harvest(sources(hooked, windows), folder)
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hook_name": "blocks.0.hook_resid_post"}, "hook_name is 'blocks.1.hook_resid_post' there, 'blocks.0"),
-        ({"windows": windows(11)}, "n_rows is .* tokens is"),
-    ],
-)
-def test_a_folder_of_another_harvest_says_what_differs(changes, message, tmp_path):
-    harvest(source(), tmp_path)
-    with pytest.raises(ValueError, match=rf"holds another harvest: .*{message}"):
-        harvest(source(**changes), tmp_path)
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("how", ["truncated", "one byte flipped", "missing"])
-def test_a_damaged_shard_is_named_with_what_to_do(how, tmp_path):
-    harvest(source(), tmp_path)
-    shard = tmp_path / "shard_00001.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-5] ^= 1
-    shard.unlink() if how == "missing" else shard.write_bytes(data[:-9] if how == "truncated" else data)
-    with pytest.raises(ValueError, match=r"shard_00001.safetensors.*Delete it and run the harvest again"):
-        ActivationStore(tmp_path).block(1)
-    shard.unlink(missing_ok=True)
-    assert torch.equal(harvest(source(), tmp_path).block(1), source().block(1))
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
 
 
-def test_no_store(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no activation store"):
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_shard_is_named_and_can_be_made_again(
+    hooked: Any, windows: TokenWindows, tmp_path: Path, damage: Any
+):
+    store = harvest(sources(hooked, windows), tmp_path)
+    whole, shard = contents(tmp_path), tmp_path / "shard_00002.safetensors"
+    damage(shard)
+    store.block(1)
+    with pytest.raises(
+        ValueError, match=r"shard_00002.safetensors.*Delete the file if it is there, and run the harvest again"
+    ):
+        store.block(2)
+    if shard.exists():  # harvesting over it does not make it pass for whole
+        with pytest.raises(ValueError, match=r"shard_00002.safetensors is damaged"):
+            harvest(sources(hooked, windows), tmp_path).block(2)
+        shard.unlink()
+    harvest(sources(hooked, windows), tmp_path).block(2)
+    assert contents(tmp_path) == whole
+
+
+def test_a_shard_truncated_while_the_harvest_was_unfinished_is_named_too(
+    hooked: Any, windows: TokenWindows, tmp_path: Path
+):
+    with pytest.raises(Killed):
+        harvest(sources(Dying(hooked, 3), windows), tmp_path)
+    truncate(tmp_path / "shard_00001.safetensors")
+    with pytest.raises(ValueError, match=r"shard_00001.safetensors is damaged.*Delete the file"):
+        harvest(sources(hooked, windows), tmp_path).block(1)
+
+
+def test_a_finished_harvest_is_not_computed_or_written_again(hooked: Any, windows: TokenWindows, tmp_path: Path):
+    harvest(sources(hooked, windows), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*")}
+    harvest(sources(Dying(hooked, 1), windows), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*")} == before
+
+
+def test_a_folder_with_another_harvest_is_left_alone_and_says_what_differs(
+    hooked: Any, windows: TokenWindows, tokenizer: Any, tmp_path: Path
+):
+    harvest(sources(hooked, windows), tmp_path)
+    before = contents(tmp_path)
+    other_text = tokenize(DOCUMENTS[::-1], tokenizer, CONTEXT)
+    for differs, source in {
+        "hook_name is 'blocks.1.hook_resid_post' there, 'blocks.1.hook_mlp_out' now": ModelActivations(
+            hooked, "blocks.1.hook_mlp_out", windows, 4
+        ),
+        "tokens is": sources(hooked, other_text),
+        "weights is": sources(hooked_transformer(seed=1), windows),  # of the same name and shape
+        "batch_windows is 4 there, 5 now": ModelActivations(hooked, HOOK, windows, 5),
+    }.items():
+        with pytest.raises(ValueError, match=f"holds another harvest: .*{differs}"):
+            harvest(source, tmp_path)
+    with pytest.raises(ValueError, match="dtype is 'float32' there, 'bfloat16' now"):
+        harvest(sources(hooked, windows), tmp_path, torch.bfloat16)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_is_no_store_is_refused(hooked: Any, windows: TokenWindows, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"holds no activation store: there is no index.json"):
         ActivationStore(tmp_path)
-    harvest(source(), tmp_path)
-    index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps(index | {"format": 9}))
-    with pytest.raises(ValueError, match="has format 9"):
-        ActivationStore(tmp_path)
+    harvest(sources(hooked, windows), tmp_path)
+    index = tmp_path / "index.json"
+    for written, message in {"{": "not valid JSON", "[]": "format list", '{"format": 99}': "format 99"}.items():
+        index.write_text(written)
+        with pytest.raises(ValueError, match=rf"index.json is .*{message}"):
+            ActivationStore(tmp_path)
+        with pytest.raises(ValueError, match=rf"index.json is .*{message}"):
+            harvest(sources(hooked, windows), tmp_path)
+    index.unlink()
+    with pytest.raises(ValueError, match="shards of an unknown harvest"):
+        harvest(sources(hooked, windows), tmp_path)
 
 
-# ---- the stream ----
+# ---- stream -------------------------------------------------------------------------------------------------------
 
 
-class Numbers:
-    """A source whose rows are their own numbers; counts what is alive."""
+class Numbered:
+    """Blocks of uneven size whose rows are numbered."""
 
-    d_in = 2
-
-    def __init__(self, *block_rows: int) -> None:
-        self.block_rows = list(block_rows)
-        self.read: list[int] = []
+    d_in = 3
+    block_rows = (13, 7, 20, 1, 16, 9, 14, 20)
+    n_rows = sum(block_rows)
 
     def block(self, i: int) -> Tensor:
-        self.read.append(i)
-        start = sum(self.block_rows[:i])
-        return torch.arange(start, start + self.block_rows[i]).float().unsqueeze(1).expand(-1, 2)
+        first = sum(self.block_rows[:i])
+        return torch.arange(first, first + self.block_rows[i]).float()[:, None].repeat(1, self.d_in)
 
 
-SIZES = (10, 3, 17, 1, 8, 20, 6)
+class Watched(Numbered):
+    """Counts the rows that are in memory when a block is asked for."""
+
+    most_held = 0
+
+    def block(self, i: int) -> Tensor:
+        self.most_held = max(self.most_held, self._held())
+        return super().block(i)
+
+    def _held(self) -> int:
+        """Rows of all memory that float tensors of this width hold, views counted by what they keep alive."""
+        tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.dtype == torch.float32]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if t.dim() == 2 and t.shape[1] == self.d_in
+        }
+        return sum(storages.values()) // (4 * self.d_in)
 
 
-@pytest.mark.parametrize("buffer_rows", [1, 15, 30, 1000])
-@pytest.mark.parametrize("batch_size", [1, 4, 13])
-def test_every_row_once_an_epoch(batch_size, buffer_rows):
-    stream = ActivationStream(Numbers(*SIZES), batch_size, buffer_rows, epochs=3)
-    rows = torch.cat(list(stream))[:, 0].int().tolist()
-    n = sum(SIZES)
-    assert len(rows) == 3 * n // batch_size * batch_size
-    assert sorted(rows[:n]) == list(range(n))
-    assert sorted(rows[n : 2 * n]) == list(range(n))
-    assert rows[:n] != rows[n : 2 * n]
-    assert rows[:n] != list(range(n))
+def numbers(batches: Any) -> list[list[int]]:
+    return [batch[:, 0].int().tolist() for batch in batches]
 
 
-def test_rows_of_different_blocks_are_mixed():
-    stream = ActivationStream(Numbers(*[100] * 10), 100, 1000)
-    blocks = next(stream)[:, 0].int() // 100
-    assert len(blocks.unique()) == 10
+@pytest.mark.parametrize("batch_size", [1, 6, 20, 33, 100])
+@pytest.mark.parametrize("buffer_rows", [1, 30, 1000])
+def test_every_row_comes_once_an_epoch_in_a_new_order(batch_size: int, buffer_rows: int):
+    batches = numbers(ActivationStream(Numbered(), batch_size, buffer_rows, epochs=3))
+    assert {len(batch) for batch in batches} == {batch_size}
+    assert len(batches) == 3 * Numbered.n_rows // batch_size
+    rows = [row for batch in batches for row in batch]
+    first, second = rows[: Numbered.n_rows], rows[Numbered.n_rows : 2 * Numbered.n_rows]
+    assert sorted(first) == sorted(second) == list(range(Numbered.n_rows))
+    assert first != second
 
 
-def test_seeds_of_the_stream():
-    a, b, c = (torch.cat(list(ActivationStream(Numbers(*SIZES), 4, 30, seed=s, epochs=1))) for s in (0, 0, 1))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
+def test_rows_are_mixed_within_the_buffer_and_blocks_over_the_epoch():
+    rows = [row for batch in numbers(ActivationStream(Numbered(), 5, 1000, epochs=1)) for row in batch]
+    neighbours = sum(abs(a - b) == 1 for a, b in pairwise(rows))
+    assert neighbours < 10  # 99 in order; two expected of a permutation
+    by_block = [row for batch in numbers(ActivationStream(Numbered(), 1, 1, epochs=1)) for row in batch]
+    starts = [sum(Numbered.block_rows[:i]) for i in range(len(Numbered.block_rows))]
+    order = [max(s for s in starts if s <= row) for row in by_block]
+    assert list(dict.fromkeys(order)) != starts
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 5, 9, 16, 17, 30])
-def test_the_stream_continues_exactly(after):
+def test_the_seed_decides_the_order():
+    runs = [numbers(ActivationStream(Numbered(), 10, 30, seed=seed, epochs=2)) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize(("batch_size", "buffer_rows"), [(7, 30), (50, 20), (20, 1000)])
+def test_a_stream_set_back_goes_on_with_the_same_bits_from_every_batch(batch_size: int, buffer_rows: int):
     def stream() -> ActivationStream:
-        return ActivationStream(Numbers(*SIZES), 4, 25, epochs=3)
+        return ActivationStream(Numbered(), batch_size, buffer_rows, seed=3, epochs=3)
 
-    whole = list(stream())
-    first = stream()
-    for _ in range(after):
-        next(first)
-    state = json.loads(json.dumps(first.state_dict()))
-    second = stream()
-    second.load_state_dict(state)
-    rest = list(second)
-    assert len(rest) == len(whole) - after
-    assert all(torch.equal(a, b) for a, b in zip(rest, whole[after:], strict=True))
-    first.load_state_dict(stream().state_dict())
-    assert torch.equal(next(first), whole[0]), "a stream that is set back starts over"
+    running, states = stream(), []
+    whole = []
+    for batch in running:
+        states.append(json.loads(json.dumps(running.state_dict())))
+        whole.append(batch)
+    assert {state["epoch"] for state in states} >= {0, 1, 2}
+    for done, state in enumerate(states, start=1):
+        resumed = stream()
+        resumed.load_state_dict(state)
+        assert numbers(resumed) == numbers(whole[done:])
+    running.load_state_dict(states[0])  # backwards, in a stream that has a buffer filled
+    assert numbers(running) == numbers(whole[1:])
 
 
-def test_only_the_buffer_is_read():
-    numbers = Numbers(*[10] * 20)
-    stream = ActivationStream(numbers, 5, 30)
+def test_no_more_than_the_buffer_and_a_block_is_held():
+    gc.collect()
+    source = Watched()
+    batch_size, buffer_rows = 6, 30
+    for batch in ActivationStream(source, batch_size, buffer_rows, epochs=2):
+        del batch
+    # The buffer ends with a whole block; when its last block is asked for, a part of a batch waits beside it.
+    assert buffer_rows <= source.most_held <= buffer_rows + max(source.block_rows) + batch_size
+
+
+def test_the_first_block_is_read_with_the_first_batch_and_not_before():
+    source = Numbered()
+    asked: list[int] = []
+    source.block = lambda i, block=source.block: (asked.append(i), block(i))[1]  # type: ignore[method-assign]
+    stream = ActivationStream(source, 5, 20)
+    assert asked == []
     next(stream)
-    assert len(numbers.read) == 3
-    for _ in range(5):
-        next(stream)
-    assert len(numbers.read) == 3
-    next(stream)
-    assert len(numbers.read) == 6
+    assert 1 <= len(asked) <= 5
 
 
-def test_batches_stay_what_they_were():
-    stream = ActivationStream(Numbers(*SIZES), 4, 10, epochs=2)
-    batch = next(stream)
-    copy = batch.clone()
-    list(stream)
-    assert torch.equal(batch, copy)
+def test_on_the_fly_and_through_the_store_are_the_same_stream(model: Any, windows: TokenWindows, tmp_path: Path):
+    source = sources(model, windows)
+    store = harvest(source, tmp_path)
+    fly, stored = (ActivationStream(s, 9, 50, seed=1, epochs=2) for s in (source, store))
+    first = next(fly)
+    torch.testing.assert_close(first, next(stored), rtol=0, atol=0)
+    stored.load_state_dict(fly.state_dict())  # so a run may go on from the store
+    rest = list(fly)
+    torch.testing.assert_close(rest, list(stored), rtol=0, atol=0)
+    epoch = torch.cat([first, *rest])[: source.n_rows]
+    everything = all_rows(store)
+    want = torch.unique(everything, dim=0, return_counts=True)
+    assert len(want[0]) > len(everything) / 2
+    torch.testing.assert_close(torch.unique(epoch, dim=0, return_counts=True), want, rtol=0, atol=0)
 
 
-def test_a_position_of_another_stream():
-    state = ActivationStream(Numbers(*SIZES), 4, 25).state_dict()
-    with pytest.raises(ValueError, match="another stream: batch_size was 4, is 5"):
-        ActivationStream(Numbers(*SIZES), 5, 25).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"n_rows was 65, is 60"):
-        ActivationStream(Numbers(*[10] * 6), 4, 25).load_state_dict(state)
+def test_a_position_in_another_stream_or_source_is_refused(hooked: Any, windows: TokenWindows):
+    state = ActivationStream(Numbered(), 7, 30, seed=3).state_dict()
+    for message, other in {
+        "seed was 3, is 4": ActivationStream(Numbered(), 7, 30, seed=4),
+        "batch_size was 7, is 8": ActivationStream(Numbered(), 8, 30, seed=3),
+        "buffer_rows was 30, is 31": ActivationStream(Numbered(), 7, 31, seed=3),
+        "n_rows was 100, is": ActivationStream(sources(hooked, windows), 7, 30, seed=3),
+    }.items():
+        with pytest.raises(ValueError, match=f"belongs to another stream: .*{message}"):
+            other.load_state_dict(state)
+    state = ActivationStream(sources(hooked, windows), 7, 30).state_dict()
+    same_shape = ActivationStream(ModelActivations(hooked, "blocks.0.hook_resid_post", windows, 4), 7, 30)
+    with pytest.raises(ValueError, match=r"hook_name was blocks.1.hook_resid_post, is blocks.0.hook_resid_post"):
+        same_shape.load_state_dict(state)
 
 
-def test_too_few_rows_for_a_batch():
-    with pytest.raises(ValueError, match="between 1 and the source's 65 rows; got 66"):
-        ActivationStream(Numbers(*SIZES), 66)
-
-
-def test_on_the_fly_and_through_the_store_are_the_same_stream(tmp_path):
-    live = ActivationStream(source(), 8, 40, seed=3, epochs=2)
-    stored = ActivationStream(harvest(source(), tmp_path), 8, 40, seed=3, epochs=2)
-    assert all(torch.equal(a, b) for a, b in zip(live, stored, strict=True))
+def test_a_stream_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be between 1 and the source's 100 rows; got 101"):
+        ActivationStream(Numbered(), 101)
+    with pytest.raises(ValueError, match="got 0"):
+        ActivationStream(Numbered(), 0)
+    with pytest.raises(ValueError, match="buffer_rows must be at least 1; got 0"):
+        ActivationStream(Numbered(), 5, 0)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastsae
 from fastsae.config import JointSAEConfig, TopKSAEConfig, from_dict, to_dict
@@ -89,6 +90,21 @@ def test_components_add_up(make, backend, pre_bias):
     if make is fastsae.JointSAE:
         assert parts.linear.abs().min() > 0
         assert parts.interaction.abs().min() > 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_components_have_the_gradients_of_the_whole(n):
+    sae = fastsae.JointSAE(8, 50, 6, k_integration=n, d_embedding=5, dtype=torch.float64, dropout=0.0)
+    for p in sae.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(11, 8, dtype=torch.float64)
+    parts = sae.components(x)
+    torch.nn.functional.mse_loss(parts.identity + parts.linear + parts.interaction, x).backward()
+    grads = {name: p.grad for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    sae(x).loss.backward()
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_reconstruction_by_the_equations():
@@ -207,6 +223,16 @@ def test_an_unknown_option_names_the_nearest(tmp_path):
             ),
             ValueError,
             "has format 2, this fastsae reads format 1",
+        ),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"k": 6,', "")),
+            ValueError,
+            r"config.json: TopKSAEConfig: option 'k' is missing",
+        ),
+        (
+            lambda f: save_file({"weight": torch.zeros(3)}, f / "weights.safetensors"),
+            ValueError,
+            "weights.safetensors holds no W_enc",
         ),
     ],
 )

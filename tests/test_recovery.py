@@ -1,5 +1,6 @@
 """Whatever ends a run, and at whichever operation on the disk: it can be resumed, and to the same bits."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -47,7 +48,8 @@ class Disk:
                 if self.count == self.last:
                     self._half(name, args)
                 raise Killed
-            return operation(*args, **kwargs)
+            # Flushing is counted but not done: what it is for cannot be seen here, and it takes most of the time.
+            return None if name == "fsync" else operation(*args, **kwargs)
 
         return counted
 
@@ -62,7 +64,7 @@ class Disk:
                 file.write(b"\x08\x00\x00")
 
 
-RUN = {"steps": 5, "checkpoint_every": 1}
+RUN = {"steps": 3, "checkpoint_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -72,29 +74,29 @@ def uninterrupted() -> dict[str, Tensor]:
     return weights(sae)
 
 
-def n_operations(run_dir: Path) -> int:
+def train(run_dir: Path, last: int | None = None, resume: bool = False) -> dict[str, Tensor]:
+    """A run of three steps on a disk that ends after `last` operations."""
+    sae = joint()
     with pytest.MonkeyPatch.context() as patch:
-        disk = Disk(patch)
-        Trainer(joint(), config(**RUN, run_dir=run_dir)).fit(activations())
-    return disk.count
+        Disk(patch, last)
+        Trainer(sae, config(**RUN, run_dir=run_dir, resume=resume)).fit(activations())
+    return weights(sae)
 
 
 def test_a_kill_at_every_operation_on_the_disk(uninterrupted, tmp_path):
-    total = n_operations(tmp_path / "whole")
-    for last in range(1, total + 1):
+    for last in itertools.count(1):
         run_dir = tmp_path / str(last)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            Disk(patch, last)
-            Trainer(joint(), config(**RUN, run_dir=run_dir)).fit(activations())
-        sae = joint()
-        Trainer(sae, config(**RUN, run_dir=run_dir, resume=True)).fit(activations())
-        assert_same(weights(sae), uninterrupted)
+        try:
+            train(run_dir, last)
+            break
+        except Killed:
+            assert_same(train(run_dir, resume=True), uninterrupted)
         assert_same(weights(fastsae.load(run_dir / "sae")), uninterrupted)
         steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert steps == [1, 2, 3, 4, 5]
-        left = {p.name for p in (run_dir / "checkpoints").iterdir()}
-        assert {"step_00000004", "step_00000005"} <= left
+        assert steps == [1, 2, 3]
+        assert [p.name for p in checkpoint.folders(run_dir)][:2] == ["step_00000003", "step_00000002"]
         shutil.rmtree(run_dir)
+    assert last > 80
 
 
 def test_what_a_killed_checkpoint_left_is_tidied_by_the_next(tmp_path):
@@ -112,10 +114,8 @@ def test_replacing_a_checkpoint_of_the_same_step_never_leaves_half_of_it(tmp_pat
         checkpoint.save(run_dir, 2, joint(), {}, {})
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(patch, last)
-            try:
+            with contextlib.suppress(Killed):
                 checkpoint.save(run_dir, 2, joint(), {}, {})
-            except Killed:
-                pass
         found = checkpoint.load(run_dir)
         assert found is not None
         assert found.state["step"] in (1, 2)
@@ -130,17 +130,17 @@ def test_a_disk_that_refuses_more_bytes(uninterrupted, tmp_path):
 
     def limited() -> Iterator[Tensor]:
         for i, x in enumerate(activations()):
-            if i == 3:
+            if i == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
             yield x
 
     run = config(**RUN, run_dir=tmp_path)
     try:
-        with pytest.raises(OSError, match=r"could not write checkpoint .*step_00000004: File too large; the last good"):
+        with pytest.raises(OSError, match=r"could not write checkpoint .*step_00000003: File too large; the last good"):
             Trainer(joint(), run).fit(limited())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000002", "step_00000003"]
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000001", "step_00000002"]
     sae = joint()
     Trainer(sae, config(**RUN, run_dir=tmp_path, resume=True)).fit(activations())
     assert_same(weights(sae), uninterrupted)
@@ -170,14 +170,15 @@ def interrupting(times: int) -> Iterator[Tensor]:
         yield x
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(uninterrupted, tmp_path):
-    sae, handler, state = joint(), signal.getsignal(signal.SIGINT), torch.get_rng_state()
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
+    sae, handler = joint(), signal.getsignal(signal.SIGINT)
+    state = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt, match="stopped at step 4; saved, continue with resume=True in"):
         Trainer(sae, config(steps=5, run_dir=tmp_path, normalize_rows=32)).fit(interrupting(1))
     assert checkpoint.folders(tmp_path)[0].name == "step_00000004"
     assert not sae.training, "dropout must not stay on"
     assert signal.getsignal(signal.SIGINT) is handler
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state() if sae.training else state) or True
+    assert torch.equal(torch.get_rng_state(), state)
     assert gradients.active() is None
     again = joint()
     Trainer(again, config(steps=5, run_dir=tmp_path, resume=True, normalize_rows=32)).fit(activations())
@@ -198,6 +199,11 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
 # ---- resuming what is not quite the same ----------------------------------------------------------------------------
 
 
+def killed_after(stream, n: int) -> Iterator[Tensor]:
+    yield from itertools.islice(stream, n)
+    raise Killed
+
+
 class Shuffled:
     """Activations in the order of torch's own shuffling, which draws on the global generator."""
 
@@ -214,16 +220,8 @@ def test_a_shuffling_loader_is_resumed_in_its_order(normalize: str, tmp_path):
     options = {"steps": 9, "checkpoint_every": 2, "normalize": normalize}
     whole, cut, resumed = joint(), joint(), joint()
     Trainer(whole, config(**options)).fit(Shuffled())
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        save = checkpoint.save
-
-        def dies(run_dir, step, *rest):
-            if step == 6:
-                raise Killed
-            save(run_dir, step, *rest)
-
-        patch.setattr(checkpoint, "save", dies)
-        Trainer(cut, config(**options, run_dir=tmp_path)).fit(Shuffled())
+    with pytest.raises(Killed):
+        Trainer(cut, config(**options, run_dir=tmp_path)).fit(killed_after(Shuffled(), 5))
     Trainer(resumed, config(**options, run_dir=tmp_path, resume=True)).fit(Shuffled())
     assert_same(weights(resumed), weights(whole))
 
@@ -262,10 +260,10 @@ def test_a_run_stopped_before_its_first_step_can_be_resumed(tmp_path):
 
 
 def test_activations_that_ended_can_be_gone_on_with(uninterrupted, tmp_path):
-    with pytest.warns(UserWarning, match="activations ended after 3 of 5 steps"):
-        Trainer(joint(), config(steps=5, run_dir=tmp_path)).fit(activations(3))
+    with pytest.warns(UserWarning, match="activations ended after 2 of 3 steps"):
+        Trainer(joint(), config(steps=3, run_dir=tmp_path)).fit(activations(2))
     sae = joint()
-    Trainer(sae, config(steps=5, run_dir=tmp_path, resume=True)).fit(activations())
+    Trainer(sae, config(steps=3, run_dir=tmp_path, resume=True)).fit(activations())
     assert_same(weights(sae), uninterrupted)
 
 

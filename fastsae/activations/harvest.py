@@ -1,45 +1,44 @@
 """Activations of a language model at one hook: computed block by block, on the fly or into a store."""
 
 import difflib
+import hashlib
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.activations.store import ActivationStore, StoreWriter
+from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows
-
-
-class Rows(NamedTuple):
-    """Activation rows and where each comes from."""
-
-    activations: Tensor
-    """(rows, d_in)"""
-    documents: Tensor
-    """(rows,) int32: index of the document"""
-    positions: Tensor
-    """(rows,) int32: position in the window"""
 
 
 class ModelActivations:
     """The activations of `model` at `hook_name` over token windows, without BOS and padding: a source of blocks.
 
-    model: anything with TransformerLens' run_with_cache and hook_dict (HookedTransformer, TransformerBridge). Only the
-    layers up to the hook are run. A hook with a head axis gives its heads side by side in one row.
-    Raises ValueError for an unknown hook, naming the nearest known ones.
+    model: anything with TransformerLens' run_with_cache and hook_dict (HookedTransformer, TransformerBridge); it is put
+    into eval mode. Only the layers up to the hook are run. A hook with a head axis gives its heads side by side in one
+    row. Raises ValueError for an unknown hook, naming the nearest known ones, for a hook that never fires or has no row
+    per token, and for windows longer than the model reads.
     """
 
     def __init__(self, model: Any, hook_name: str, windows: TokenWindows, batch_windows: int = 32) -> None:
         self.model, self.hook_name, self.windows, self.batch_windows = model, hook_name, windows, batch_windows
         check_hook(model, hook_name)
+        if windows.context > model.cfg.n_ctx:
+            raise ValueError(
+                f"ModelActivations: expected windows of at most {model.cfg.n_ctx} tokens, the model's context; got "
+                f"{windows.context}. Use a shorter context."
+            )
+        model.eval()  # dropout would make every pass over the same tokens another one
         layer = re.match(r"blocks\.(\d+)\.", hook_name)
         self._stop_at_layer = int(layer[1]) + 1 if layer else None
         self._batches = [slice(lo, lo + batch_windows) for lo in range(0, len(windows), batch_windows)]
         self.block_rows = [int(windows.is_text(batch).sum()) for batch in self._batches]
-        self.d_in = self._run(windows.tokens[:1, :2]).shape[-1]
+        probe = self._run(windows.tokens[:1, :2])
+        self.d_in, self.dtype = probe.shape[-1], probe.dtype
 
     @property
     def n_rows(self) -> int:
@@ -61,11 +60,14 @@ class ModelActivations:
             is_text.nonzero()[:, 1].to(torch.int32),
         )
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a store of these activations must agree in."""
+        """What the rows and their order depend on: a store, or a position in a stream, must agree in it."""
         return {
             "model": str(getattr(self.model.cfg, "model_name", "unnamed")),
+            "weights": _weights_digest(self.model),
             "hook_name": self.hook_name,
+            "dtype": str(self.dtype)[6:],
             "d_in": self.d_in,
             "context": self.windows.context,
             "n_rows": self.n_rows,
@@ -78,7 +80,19 @@ class ModelActivations:
         _, cache = self.model.run_with_cache(
             tokens.to(self.model.cfg.device), names_filter=[self.hook_name], stop_at_layer=self._stop_at_layer
         )
-        return cache[self.hook_name].flatten(2)
+        if self.hook_name not in cache:
+            raise ValueError(
+                f"ModelActivations: {self.hook_name} never fires in this model; hooks such as attn.hook_result need a "
+                "switch in its configuration (model.cfg)"
+            )
+        activations = cache[self.hook_name]
+        if activations.dim() < 3 or activations.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"ModelActivations: expected one row per token, (windows, tokens, ...), at {self.hook_name}; got shape "
+                f"{tuple(activations.shape)} for {tuple(tokens.shape)} tokens. Choose a hook of activations, such as "
+                "hook_resid_post, hook_mlp_out or attn.hook_z."
+            )
+        return activations.flatten(2)
 
 
 def check_hook(model: Any, hook_name: str) -> None:
@@ -89,18 +103,26 @@ def check_hook(model: Any, hook_name: str) -> None:
         raise ValueError(f"the model has no hook {hook_name!r}. {hint}")
 
 
+def _weights_digest(model: Any) -> str:
+    """A fingerprint of the weights by the first entries of every parameter: names outlive a retrained model."""
+    fingerprint = hashlib.sha256()
+    for parameter in model.parameters():
+        fingerprint.update(parameter.detach().flatten()[:64].double().cpu().numpy())
+    return fingerprint.hexdigest()[:16]
+
+
 def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = torch.float32) -> ActivationStore:
     """Write all blocks of `source` into a store, a shard each, and open it.
 
     An interrupted harvest goes on at the first missing shard; the store comes out the same to the bit. Raises
     ValueError when `folder` holds another harvest.
     """
-    writer = StoreWriter(Path(folder), source.identity() | {"dtype": str(dtype)[6:]}, source.windows.names)
+    writer = StoreWriter(Path(folder), source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
     with tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
         for i, n_rows in enumerate(source.block_rows):
             if not writer.has(i):
                 rows = source.rows(i)
-                writer.write(i, rows.activations.to(dtype), rows.documents, rows.positions)
+                writer.write(i, rows._replace(activations=rows.activations.to(dtype)))
             bar.update(n_rows)
     writer.finish(source.block_rows)
     return ActivationStore(folder)

@@ -6,7 +6,7 @@ shard_00000.safetensors    activations (rows, d_in), documents and positions (ro
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,37 +15,72 @@ from fastsae import files
 FORMAT = 1
 
 
+class Rows(NamedTuple):
+    """Activation rows and where each comes from."""
+
+    activations: Tensor
+    """(rows, d_in)"""
+    documents: Tensor
+    """(rows,) int32: index of the document"""
+    positions: Tensor
+    """(rows,) int32: position in the window"""
+
+
 def _shard(folder: Path, i: int) -> Path:
     return folder / f"shard_{i:05d}.safetensors"
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    description = files.read_json(path)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise ValueError(f"{path} is of format {found}, this fastsae reads {FORMAT}: harvest again, into a new folder")
+    return description
+
+
 class StoreWriter:
-    """Writes a store. Opening a folder again goes on where the last writer stopped."""
+    """Writes a store. Opening a folder again goes on where the last writer stopped.
+
+    Raises ValueError, before anything is written, when the folder holds another harvest or shards without an index.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], names: Sequence[str]) -> None:
         self.folder, self._index = folder, folder / "index.json"
         self._description = {"format": FORMAT, "identity": identity, "documents": list(names)}
+        # Taken when a shard is written and kept from then on: what is damaged later must not pass for whole.
+        self._checksums: dict[int, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if self._index.exists():
-            there = files.read_json(self._index)["identity"]
+            description = _read_index(folder)
+            self._checksums = {i: shard["crc32"] for i, shard in enumerate(description["shards"] or [])}
+            there = description["identity"]
             differing = [f"{k} is {there.get(k)!r} there, {v!r} now" for k, v in identity.items() if there.get(k) != v]
             if differing:
                 raise ValueError(
                     f"harvest: {folder} holds another harvest: {'; '.join(differing)}. Choose another folder."
                 )
+        elif any(folder.glob("shard_*.safetensors")):
+            raise ValueError(
+                f"harvest: {folder} holds shards of an unknown harvest, without index.json. Delete them or choose "
+                "another folder."
+            )
         else:
             files.write_json(self._index, {**self._description, "shards": None})
 
     def has(self, i: int) -> bool:
         return _shard(self.folder, i).exists()
 
-    def write(self, i: int, activations: Tensor, documents: Tensor, positions: Tensor) -> None:
-        tensors = {"activations": activations, "documents": documents, "positions": positions}
-        files.write_tensors(_shard(self.folder, i), tensors)
+    def write(self, i: int, rows: Rows) -> None:
+        files.write_tensors(_shard(self.folder, i), rows._asdict())
+        self._checksums[i] = files.crc32(_shard(self.folder, i))
 
     def finish(self, block_rows: Sequence[int]) -> None:
         """Write the complete index."""
-        shards = [{"rows": rows, "crc32": files.crc32(_shard(self.folder, i))} for i, rows in enumerate(block_rows)]
+        for i in range(len(block_rows)):
+            if i not in self._checksums:  # written by a harvest that was interrupted
+                self._checksums[i] = files.crc32(_shard(self.folder, i))
+        shards = [{"rows": rows, "crc32": self._checksums[i]} for i, rows in enumerate(block_rows)]
         files.write_json(self._index, {**self._description, "shards": shards})
 
 
@@ -54,14 +89,9 @@ class ActivationStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / "index.json"
-        if not index.is_file():
+        if not (self.folder / "index.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no activation store: there is no index.json in it")
-        description = files.read_json(index)
-        if description.get("format") != FORMAT:
-            raise ValueError(
-                f"{index} has format {description.get('format')}, this fastsae reads {FORMAT}; harvest again"
-            )
+        description = _read_index(self.folder)
         if description["shards"] is None:
             raise ValueError(
                 f"the harvest into {self.folder} did not finish; run it again, it goes on where it stopped"
@@ -79,17 +109,17 @@ class ActivationStore:
 
     def block(self, i: int) -> Tensor:
         """The activation rows of shard i: (block_rows[i], d_in), in the dtype they were stored in."""
-        return self.rows(i)["activations"]
+        return self.rows(i).activations
 
-    def rows(self, i: int) -> dict[str, Tensor]:
-        """Activations, documents and positions of shard i. Raises ValueError naming the file if it is damaged."""
+    def rows(self, i: int) -> Rows:
+        """The same, with each row's document and position. Raises ValueError naming the file if it is damaged."""
         path = _shard(self.folder, i)
-        advice = "Delete it and run the harvest again: only what is missing is written."
+        advice = "Delete the file if it is there, and run the harvest again: only what is missing is written."
         try:
             if i not in self._verified and files.crc32(path) != self._checksums[i]:
                 raise ValueError(f"{path} is damaged: its checksum is not the one that was stored")
-            tensors = files.read_tensors(path)
+            rows = Rows(**files.read_tensors(path))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"activation store: {error}. {advice}") from error
         self._verified.add(i)
-        return tensors
+        return rows

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Source(Protocol):
-    """Blocks of activation rows: an ActivationStore, or ModelActivations computed on the fly."""
+    """Blocks of activation rows: an ActivationStore, or ModelActivations computed on the fly.
+
+    A source with an `identity` (a JSON dict of what its rows depend on) has its positions checked against it.
+    """
 
     d_in: int
     block_rows: list[int]
@@ -34,13 +37,10 @@ class ActivationStream:
             raise ValueError(
                 f"ActivationStream: batch_size must be between 1 and the source's {n_rows} rows; got {batch_size}"
             )
-        self.source, self.batch_size, self.buffer_rows, self.seed, self.epochs = (
-            source,
-            batch_size,
-            buffer_rows,
-            seed,
-            epochs,
-        )
+        if buffer_rows < 1:
+            raise ValueError(f"ActivationStream: buffer_rows must be at least 1; got {buffer_rows}")
+        self.source, self.batch_size, self.buffer_rows = source, batch_size, buffer_rows
+        self.seed, self.epochs = seed, epochs
         self._epoch = self._buffer_number = self._offset = 0
         self._buffer: Tensor | None = None
         self._buffer_key: tuple[int, int] | None = None
@@ -54,38 +54,42 @@ class ActivationStream:
         while missing:
             if self._epoch == self.epochs:
                 raise StopIteration
-            buffer = self._filled()
-            part = buffer[self._offset : self._offset + missing]
-            missing -= len(part)
-            self._offset += len(part)
-            # Copied before the buffer is filled anew; a batch within one buffer is a view that its user may keep.
-            parts.append(part.clone())
-            if self._offset == len(buffer):
-                self._advance()
+            parts.append(self._take(missing))
+            missing -= len(parts[-1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and what it is a position in."""
-        return {
-            "epoch": self._epoch,
-            "buffer": self._buffer_number,
-            "offset": self._offset,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "buffer_rows": self.buffer_rows,
-            "n_rows": sum(self.source.block_rows),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in: a small dict that JSON can hold."""
+        return {"epoch": self._epoch, "buffer": self._buffer_number, "offset": self._offset, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises ValueError if it is one of another stream."""
-        ours = self.state_dict()
-        position = {"epoch", "buffer", "offset"}
-        differing = [
-            f"{k} was {state.get(k)}, is {v}" for k, v in ours.items() if k not in position and state.get(k) != v
-        ]
+        """Go to a position. Raises ValueError if it is one of another stream, or in another source."""
+        differing = [f"{k} was {state.get(k)}, is {v}" for k, v in self._identity().items() if state.get(k) != v]
         if differing:
             raise ValueError(f"ActivationStream: this position belongs to another stream: {'; '.join(differing)}")
         self._epoch, self._buffer_number, self._offset = state["epoch"], state["buffer"], state["offset"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which rows come when."""
+        return {
+            **getattr(self.source, "identity", {}),
+            "d_in": self.source.d_in,
+            "n_rows": sum(self.source.block_rows),
+            "n_blocks": len(self.source.block_rows),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "buffer_rows": self.buffer_rows,
+        }
+
+    def _take(self, n: int) -> Tensor:
+        """Up to n rows from here on, within one buffer."""
+        buffer = self._filled()
+        # A copy: a view would keep this buffer in memory while the next one is filled.
+        rows = buffer[self._offset : self._offset + n].clone()
+        self._offset += len(rows)
+        if self._offset == len(buffer):
+            self._advance()
+        return rows
 
     def _advance(self) -> None:
         self._offset = 0
@@ -120,6 +124,7 @@ class ActivationStream:
                 buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
                 buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
                 lo += len(rows)
+                del rows  # freed before the next block is made
             self._buffer, self._buffer_key = buffer, key
         assert self._buffer is not None
         return self._buffer

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae.activations.text import Document, is_held_out
@@ -44,9 +45,10 @@ class TokenWindows:
         return (position < self.lengths[windows].unsqueeze(1)) & (position >= int(self.has_bos))
 
     def digest(self) -> str:
-        """A fingerprint of the tokens and their order."""
-        fingerprint = hashlib.sha256(self.tokens.numpy().tobytes())
-        fingerprint.update(self.lengths.numpy().tobytes())
+        """A fingerprint of the tokens, their order, and the documents they are from."""
+        fingerprint = hashlib.sha256("\0".join(self.names).encode())
+        for part in (self.tokens, self.lengths, self.documents):
+            fingerprint.update(part.numpy().tobytes())
         return fingerprint.hexdigest()[:16]
 
 
@@ -70,8 +72,10 @@ def tokenize(
     body = context - len(bos)
     if body < 1:
         raise ValueError(f"tokenize: expected a context of at least {len(bos) + 1}; got {context}")
-    windows: list[list[int]] = []
-    owners: list[int] = []
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"tokenize: expected max_tokens of at least 1; got {max_tokens}")
+    windows: list[Tensor] = []
+    lengths: list[Tensor] = []
     names: list[str] = []
     left = float("inf") if max_tokens is None else max_tokens
     for document in documents:
@@ -80,20 +84,20 @@ def tokenize(
         if held_out is not None and is_held_out(document.name) != held_out:
             continue
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = ids[: min(left, len(ids))]
+        # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
+        ids = torch.tensor(ids[: min(left, len(ids))], dtype=torch.int64)
         left -= len(ids)
         names.append(document.name)
-        for lo in range(0, len(ids), body):
-            windows.append(bos + ids[lo : lo + body])
-            owners.append(len(names) - 1)
-    if not windows:
+        starts = torch.arange(0, len(ids), body)
+        windows.append(F.pad(ids, (0, len(starts) * body - len(ids))).view(-1, body))
+        lengths.append((len(ids) - starts).clamp(max=body) + len(bos))
+    tokens = torch.cat(windows) if windows else torch.empty(0, body)
+    if len(tokens) == 0:
         which = {True: " held-out", False: " training", None: ""}[held_out]
         raise ValueError(
             f"tokenize: the text holds no{which} documents. About one document in twenty is held out, by a hash of its "
             "name: use more text, or text of several documents."
         )
-    tokens = torch.zeros(len(windows), context, dtype=torch.int64)
-    for row, window in zip(tokens, windows, strict=True):
-        row[: len(window)] = torch.tensor(window)
-    lengths = torch.tensor([len(window) for window in windows])
-    return TokenWindows(tokens, lengths, torch.tensor(owners), tuple(names), bool(bos))
+    tokens = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(tokens), len(bos)), tokens], dim=1)
+    owners = torch.repeat_interleave(torch.tensor([len(rows) for rows in windows]))
+    return TokenWindows(tokens, torch.cat(lengths), owners, tuple(names), bool(bos))

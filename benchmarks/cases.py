@@ -1,0 +1,35 @@
+"""What is measured: shapes by name, with their floating-point operations by formula."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B rows, D = d_in, M = d_sae, K = k, N = k_integration, E = d_embedding; fp32."""
+
+    name: str
+    B: int
+    D: int
+    M: int
+    K: int
+    N: int
+    E: int
+
+    @property
+    def gemm_flops(self) -> int:
+        """The encoder's matrix product."""
+        return 2 * self.B * self.D * self.M
+
+    @property
+    def weight_bytes(self) -> int:
+        """One (d_sae, d_in) matrix."""
+        return 4 * self.M * self.D
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("smoke", B=128, D=64, M=2048, K=16, N=8, E=32),
+        Shape("bench", B=2048, D=1024, M=65536, K=64, N=32, E=128),
+    )
+}
