@@ -49,7 +49,7 @@ def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monke
     expected = strongest((x @ W.T + b)[:, competing], competing.tolist(), k)
     monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", draw.choice([1, 50_000, 2**28]))
     for backend in BACKENDS:
-        values, indices = ops.topk_encode(x, W, b, k, features, backend)
+        values, indices = ops.topk_encode(x, W, b, k, backend, features)
         torch.testing.assert_close(indices, expected[1], rtol=0, atol=0, msg=lambda m, who=backend: f"{who}: {m}")
         torch.testing.assert_close(values.double(), expected[0], rtol=0, atol=0, equal_nan=True)
 
@@ -74,7 +74,7 @@ def test_gradients_of_a_subset_are_those_of_a_dictionary_without_the_others(M: i
     x, W, b = (t.double().requires_grad_() for t in (torch.randn(9, 6), torch.randn(M, 6), torch.randn(M)))
     features = torch.randperm(M)[: M // 2].sort().values
     weight = torch.rand(9, 4, dtype=torch.float64)
-    values, _ = ops.topk_encode(x, W, b, 4, features, "cpu")
+    values, _ = ops.topk_encode(x, W, b, 4, "cpu", features)
     ours = torch.autograd.grad((values * weight).sum(), (x, W, b))
     expected = torch.autograd.grad(
         (ops.topk_encode(x, W[features], b[features], 4, backend="reference")[0] * weight).sum(), (x, W, b)
@@ -226,10 +226,10 @@ X, W, BIAS, CODE = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20), (torc
     ("call", "error", "message"),
     [
         (lambda: ops.topk_encode(X, W[0], BIAS, 1), ValueError, r"W_enc must have shape \(\*, \*\), \(d_sae, d_in\)"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.rand(20) > 0.5), TypeError, r"int64 indices; got torch.bool"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.arange(4).int()), TypeError, r"int64 indices; got torch.int32"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.arange(4).view(2, 2)), ValueError, r"features must have shape"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, torch.tensor([0, 20])), IndexError, "20"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.rand(20) > 0.5), TypeError, r"int64 indices; got torch.bool"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).int()), TypeError, r"int64 indices; got torch.int32"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).view(2, 2)), ValueError, r"features must have shape"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([0, 20])), IndexError, "20"),
         (lambda: ops.sparse_decode(*CODE, W[0]), ValueError, "W_dec must have shape"),
         (lambda: ops.sparse_decode(CODE[0], CODE[1] + 20, W), RuntimeError, r"\[0, 20\)"),
         (lambda: ops.sparse_decode(CODE[0], CODE[1] - 20, W), RuntimeError, r"\[0, 20\)"),
