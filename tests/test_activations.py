@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_lm
 import torch
 from torch import Tensor
 
@@ -29,13 +30,14 @@ HOOK = "blocks.1.hook_resid_post"
 # Both kinds of TransformerLens models are served as long as the first exists.
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
-CONTEXT, WIDTH, HEADS, WORDS = 12, 16, 4, 40
+CONTEXT, WIDTH, HEADS = 12, 16, 2
 # Short, exactly one window, one token more than a window, several windows.
 DOCUMENT_TOKENS = [3, 11, 12, 1, 30, 7, 22, 5, 18, 9]
 
 
 def text(n: int, start: int = 0) -> str:
-    return " ".join(f"w{(7 * i + start) % WORDS}" for i in range(n))
+    words = tiny_lm.WORDS[1:]
+    return " ".join(words[(7 * i + start) % len(words)] for i in range(n))
 
 
 DOCUMENTS = [Document(f"document {i}", text(n, start=i)) for i, n in enumerate(DOCUMENT_TOKENS)]
@@ -43,62 +45,19 @@ DOCUMENTS = [Document(f"document {i}", text(n, start=i)) for i, n in enumerate(D
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<bos>": 0} | {f"w{i}": i + 1 for i in range(WORDS)}, unk_token="<bos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<bos>",
-        eos_token="<bos>",
-        unk_token="<bos>",
-        add_bos_token=True,
-        name_or_path="local",
-    )
+    return tiny_lm.tokenizer()
 
 
-def hooked_transformer(seed: int = 0) -> Any:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    config = HookedTransformerConfig(
-        n_layers=3,
-        d_model=WIDTH,
-        n_heads=HEADS,
-        d_head=WIDTH // HEADS,
-        n_ctx=CONTEXT,
-        d_vocab=WORDS + 1,
-        act_fn="gelu",
-        seed=seed,
-        device="cpu",
-    )
-    return HookedTransformer(config)
-
-
-@pytest.fixture(scope="session")
-def hugging_face() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    # Dropout as high as this shows in the activations whenever it is left on.
-    config = GPT2Config(vocab_size=WORDS + 1, n_positions=CONTEXT, n_embd=WIDTH, n_layer=3, n_head=HEADS)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
-    return GPT2LMHeadModel(config)
-
-
-@pytest.fixture(scope="session", params=["HookedTransformer", "TransformerBridge"])
-def model(request: pytest.FixtureRequest, hugging_face: Any, tokenizer: Any) -> Any:
-    if request.param == "HookedTransformer":
-        return hooked_transformer()
-    from transformer_lens.model_bridge import TransformerBridge
-
-    wrapped = copy.deepcopy(hugging_face)  # a bridge takes the model it wraps apart
-    return TransformerBridge.boot_transformers("local", hf_model=wrapped, tokenizer=tokenizer, device="cpu")
+@pytest.fixture(
+    scope="session", params=[tiny_lm.hooked, tiny_lm.bridge], ids=["HookedTransformer", "TransformerBridge"]
+)
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.param()
 
 
 @pytest.fixture(scope="session")
 def hooked() -> Any:
-    return hooked_transformer()
+    return tiny_lm.hooked()
 
 
 @pytest.fixture(scope="session")
@@ -179,42 +138,49 @@ def test_the_digest_tells_tokens_and_documents_apart(tokenizer: Any):
     def digest(*documents: Document) -> str:
         return tokenize(documents, tokenizer, CONTEXT).digest()
 
-    a, b = Document("a", "w1 w2"), Document("b", "w3")
+    a, b = Document("a", "the cat"), Document("b", "sat")
     assert digest(a, b) == digest(a, b)
-    others = {digest(b, a), digest(a), digest(a, Document("b", "w4")), digest(a, Document("c", "w3"))}
+    others = {digest(b, a), digest(a), digest(a, Document("b", "ran")), digest(a, Document("c", "sat"))}
     assert len(others | {digest(a, b)}) == 5
 
 
 # ---- activations of a model ---------------------------------------------------------------------------------------
 
 
-def test_rows_are_those_of_a_plain_forward_hook_on_each_document_alone(
-    model: Any, hugging_face: Any, windows: TokenWindows
-):
-    """No BOS row, no padding row, and padding changes nothing: every window is run alone here, at its own length."""
-    expected = []
-    for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True):
-        alone = tokens[None, :length]
-        with torch.no_grad():
-            if hasattr(model, "original_model"):  # a bridge: its untouched twin, by transformers' own means
-                states = hugging_face.eval()(alone, output_hidden_states=True).hidden_states
-                expected.append(states[2][0, 1:])
-            else:
-                seen: list[Tensor] = []
-                handle = model.blocks[1].register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
-                model(alone)
-                handle.remove()
-                expected.append(seen[0][0, 1:])
-    source = ModelActivations(model, HOOK, windows, batch_windows=4)
-    assert source.d_in == WIDTH
+@pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_mlp_out", "blocks.1.mlp.hook_post", "blocks.2.attn.hook_z"])
+def test_rows_are_those_of_a_plain_forward_hook_on_each_window_alone(model: Any, windows: TokenWindows, hook: str):
+    """No BOS row, no padding row, and padding changes nothing: here every window is run at its own length."""
+    seen: list[Tensor] = []
+    handle = model.hook_dict[hook].register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True):
+            model(tokens[None, :length])
+    handle.remove()
+    source = ModelActivations(model, hook, windows, batch_windows=4)
     assert source.n_rows == windows.n_tokens
     assert [len(source.block(i)) for i in range(len(source.block_rows))] == source.block_rows
+    rows = all_rows(source)
+    assert rows.shape[1] == source.d_in
     # Two float32 paths of three layers: a few roundings of entries of size about 1.
-    torch.testing.assert_close(all_rows(source), torch.cat(expected), rtol=1e-5, atol=5e-6)
+    expected = torch.cat([activation[0, 1:].flatten(1) for activation in seen])
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_a_layers_output_is_what_transformers_calls_its_hidden_state(windows: TokenWindows):
+    """The hook's name means the right place: compared with a twin of the model that no bridge has touched."""
+    from transformers import GPT2LMHeadModel
+
+    bridge = tiny_lm.bridge()
+    source = ModelActivations(bridge, HOOK, windows, batch_windows=100)
+    torch.manual_seed(6)  # as in tiny_lm
+    twin = GPT2LMHeadModel(bridge.original_model.config).eval()
+    with torch.no_grad():
+        states = twin(windows.tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(source.block(0), states[2][windows.is_text()], rtol=1e-5, atol=5e-6)
 
 
 def test_padding_tokens_do_not_matter_to_the_bit(model: Any, windows: TokenWindows):
-    other = torch.where(torch.arange(CONTEXT) < windows.lengths[:, None], windows.tokens, 17)
+    other = torch.where(torch.arange(CONTEXT) < windows.lengths[:, None], windows.tokens, 7)
     padded_otherwise = TokenWindows(other, windows.lengths, windows.documents, windows.names, windows.has_bos)
     assert not torch.equal(other, windows.tokens)
     rows = [all_rows(ModelActivations(model, HOOK, w, 4)) for w in (windows, padded_otherwise)]
@@ -241,18 +207,18 @@ def test_heads_lie_side_by_side(model: Any, windows: TokenWindows):
 
 
 def test_no_layer_above_the_hook_runs_and_nothing_is_recorded_for_backward(model: Any, windows: TokenWindows):
-    ran = []
-    layers = [f"blocks.{i}.hook_mlp_out" for i in range(3)]
-    handles = [model.hook_dict[name].register_forward_hook(lambda *_, name=name: ran.append(name)) for name in layers]
-    block = ModelActivations(model, HOOK, windows, batch_windows=4).block(0)
+    ran, recording = [], []
+    handles = [model.blocks[i].mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(3)]
+    handles.append(model.blocks[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled())))
+    ModelActivations(model, HOOK, windows, batch_windows=4).block(0)
     for handle in handles:
         handle.remove()
-    assert set(ran) == set(layers[:2])
-    assert not block.requires_grad
+    assert set(ran) == {0, 1}
+    assert set(recording) == {False}
 
 
 def test_a_model_in_training_mode_is_read_without_dropout(model: Any, windows: TokenWindows):
-    model.train()
+    model.train()  # GPT2Config's dropout is 0.1
     source = ModelActivations(model, HOOK, windows, batch_windows=4)
     assert not any(module.training for module in model.modules())
     torch.testing.assert_close(source.block(0), source.block(0), rtol=0, atol=0)
@@ -261,6 +227,8 @@ def test_a_model_in_training_mode_is_read_without_dropout(model: Any, windows: T
 def test_hooks_that_give_no_activations_are_refused_by_name(model: Any, windows: TokenWindows, tokenizer: Any):
     with pytest.raises(ValueError, match=r"no hook 'blocks.1.hook_resid_psot'. Near ones: blocks.1.hook_resid_post"):
         ModelActivations(model, "blocks.1.hook_resid_psot", windows)
+    with pytest.raises(ValueError, match=r"no hook 'blocks.7.hook_resid_post'. Near ones"):
+        ModelActivations(model, "blocks.7.hook_resid_post", windows)
     with pytest.raises(ValueError, match=r"no hook 'zzz'. See model.hook_dict"):
         ModelActivations(model, "zzz", windows)
     with pytest.raises(ValueError, match=r"attn.hook_result never fires in this model"):
@@ -283,7 +251,7 @@ class Killed(BaseException):
 
 
 class Dying:
-    """The model, until its n-th run. (The first run only measures the width.)"""
+    """The model, until it was run n times."""
 
     def __init__(self, model: Any, n: int) -> None:
         self._model, self._left = model, n
@@ -298,8 +266,11 @@ class Dying:
         return self._model.run_with_cache(*args, **options)
 
 
-def sources(model: Any, windows: TokenWindows) -> ModelActivations:
-    return ModelActivations(model, HOOK, windows, batch_windows=4)
+def sources(model: Any, windows: TokenWindows, dies_after: int | None = None) -> ModelActivations:
+    source = ModelActivations(model, HOOK, windows, batch_windows=4)
+    if dies_after is not None:
+        source.model = Dying(model, dies_after)
+    return source
 
 
 def test_a_store_gives_what_the_model_gave(model: Any, windows: TokenWindows, tmp_path: Path):
@@ -329,12 +300,12 @@ def test_a_harvest_killed_at_any_shard_goes_on_and_ends_the_same_to_the_byte(
     for n in range(n_blocks):
         folder = tmp_path / str(n)
         with pytest.raises(Killed):
-            harvest(sources(Dying(hooked, 1 + n), windows), folder)
+            harvest(sources(hooked, windows, dies_after=n), folder)
         assert len(list(folder.glob("shard_*.safetensors"))) == n
         with pytest.raises(ValueError, match="did not finish; run it again"):
             ActivationStore(folder)
         (folder / f".shard_{n:05d}.safetensors.tmp").write_bytes(b"half a shard")  # what SIGKILL leaves
-        harvest(sources(Dying(hooked, 1 + n_blocks - n), windows), folder)  # dies if a whole shard is made again
+        harvest(sources(hooked, windows, dies_after=n_blocks - n), folder)  # dies if a whole shard is made again
         assert contents(folder) == contents(tmp_path / "whole")
 
 
@@ -378,9 +349,7 @@ def test_a_damaged_shard_is_named_and_can_be_made_again(
     whole, shard = contents(tmp_path), tmp_path / "shard_00002.safetensors"
     damage(shard)
     store.block(1)
-    with pytest.raises(
-        ValueError, match=r"shard_00002.safetensors.*Delete the file if it is there, and run the harvest again"
-    ):
+    with pytest.raises(ValueError, match=r"shard_00002.safetensors.*Delete it and run the harvest again"):
         store.block(2)
     if shard.exists():  # harvesting over it does not make it pass for whole
         with pytest.raises(ValueError, match=r"shard_00002.safetensors is damaged"):
@@ -394,16 +363,16 @@ def test_a_shard_truncated_while_the_harvest_was_unfinished_is_named_too(
     hooked: Any, windows: TokenWindows, tmp_path: Path
 ):
     with pytest.raises(Killed):
-        harvest(sources(Dying(hooked, 3), windows), tmp_path)
+        harvest(sources(hooked, windows, dies_after=2), tmp_path)
     truncate(tmp_path / "shard_00001.safetensors")
-    with pytest.raises(ValueError, match=r"shard_00001.safetensors is damaged.*Delete the file"):
+    with pytest.raises(ValueError, match=r"shard_00001.safetensors is damaged.*Delete it"):
         harvest(sources(hooked, windows), tmp_path).block(1)
 
 
 def test_a_finished_harvest_is_not_computed_or_written_again(hooked: Any, windows: TokenWindows, tmp_path: Path):
     harvest(sources(hooked, windows), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*")}
-    harvest(sources(Dying(hooked, 1), windows), tmp_path)
+    harvest(sources(hooked, windows, dies_after=0), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard_*")} == before
 
 
@@ -412,13 +381,16 @@ def test_a_folder_with_another_harvest_is_left_alone_and_says_what_differs(
 ):
     harvest(sources(hooked, windows), tmp_path)
     before = contents(tmp_path)
+    retrained = copy.deepcopy(hooked)
+    with torch.no_grad():
+        retrained.blocks[0].mlp.b_out += 1
     other_text = tokenize(DOCUMENTS[::-1], tokenizer, CONTEXT)
     for differs, source in {
         "hook_name is 'blocks.1.hook_resid_post' there, 'blocks.1.hook_mlp_out' now": ModelActivations(
             hooked, "blocks.1.hook_mlp_out", windows, 4
         ),
         "tokens is": sources(hooked, other_text),
-        "weights is": sources(hooked_transformer(seed=1), windows),  # of the same name and shape
+        "weights is": sources(retrained, windows),  # of the same name and shape
         "batch_windows is 4 there, 5 now": ModelActivations(hooked, HOOK, windows, 5),
     }.items():
         with pytest.raises(ValueError, match=f"holds another harvest: .*{differs}"):
@@ -433,11 +405,15 @@ def test_a_folder_that_is_no_store_is_refused(hooked: Any, windows: TokenWindows
         ActivationStore(tmp_path)
     harvest(sources(hooked, windows), tmp_path)
     index = tmp_path / "index.json"
-    for written, message in {"{": "not valid JSON", "[]": "format list", '{"format": 99}': "format 99"}.items():
+    for written, message in {
+        "{": "is damaged: not valid JSON",
+        "[]": "has format list",
+        '{"format": 99}': "has format 99",
+    }.items():
         index.write_text(written)
-        with pytest.raises(ValueError, match=rf"index.json is .*{message}"):
+        with pytest.raises(ValueError, match=rf"index.json {message}"):
             ActivationStore(tmp_path)
-        with pytest.raises(ValueError, match=rf"index.json is .*{message}"):
+        with pytest.raises(ValueError, match=rf"index.json {message}"):
             harvest(sources(hooked, windows), tmp_path)
     index.unlink()
     with pytest.raises(ValueError, match="shards of an unknown harvest"):
@@ -531,23 +507,45 @@ def test_a_stream_set_back_goes_on_with_the_same_bits_from_every_batch(batch_siz
 
 
 def test_no_more_than_the_buffer_and_a_block_is_held():
-    gc.collect()
     source = Watched()
     batch_size, buffer_rows = 6, 30
-    for batch in ActivationStream(source, batch_size, buffer_rows, epochs=2):
-        del batch
+    gc.collect()
+    gc.freeze()  # so that only objects made from here on are looked at
+    try:
+        for batch in ActivationStream(source, batch_size, buffer_rows, epochs=4):
+            del batch
+    finally:
+        gc.unfreeze()
     # The buffer ends with a whole block; when its last block is asked for, a part of a batch waits beside it.
     assert buffer_rows <= source.most_held <= buffer_rows + max(source.block_rows) + batch_size
 
 
-def test_the_first_block_is_read_with_the_first_batch_and_not_before():
-    source = Numbered()
-    asked: list[int] = []
-    source.block = lambda i, block=source.block: (asked.append(i), block(i))[1]  # type: ignore[method-assign]
-    stream = ActivationStream(source, 5, 20)
-    assert asked == []
-    next(stream)
-    assert 1 <= len(asked) <= 5
+def test_blocks_are_read_when_their_buffer_is_needed_and_not_before():
+    class Recorded(Numbered):
+        block_rows = (10,) * 20
+        read: list[int] = []  # noqa: RUF012
+
+        def block(self, i: int) -> Tensor:
+            self.read.append(i)
+            return super().block(i)
+
+    source = Recorded()
+    stream = ActivationStream(source, 5, 30)
+    counts = [len(source.read)]
+    for _ in range(7):
+        next(stream)
+        counts.append(len(source.read))
+    assert counts == [0, 3, 3, 3, 3, 3, 3, 6]
+
+
+def test_a_batch_stays_what_it_was():
+    stream = ActivationStream(Numbered(), 4, 10, epochs=2)
+    batch = next(stream)
+    before = batch.clone()
+    for later in stream:
+        later.zero_()  # nor does writing into one change another
+    torch.testing.assert_close(batch, before, rtol=0, atol=0)
+    assert sorted(n for b in numbers(ActivationStream(Numbered(), 4, 10, epochs=1)) for n in b) == list(range(100))
 
 
 def test_on_the_fly_and_through_the_store_are_the_same_stream(model: Any, windows: TokenWindows, tmp_path: Path):

@@ -12,6 +12,7 @@ from fastsae import gradients, ops
 from fastsae.backends import cpu
 from fastsae.gradients import GradientBuffers
 
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
 CODE = torch.rand(6, 4), torch.randint(30, (6, 4))
 
 
@@ -38,6 +39,7 @@ def test_a_detached_weight_gets_no_gradient():
         out, z = ops.joint_decode(values, CODE[1], W_dec.detach(), W_lin, V.detach(), 2, "cpu")
         z = z + ops.pairwise_interaction(values, CODE[1], V.detach(), "cpu")
         (out.sum() + z.sum() + ops.sparse_decode(values, CODE[1], W_dec.detach(), "cpu").sum()).backward()
+        ops.topk_encode(weight(6, 5), W_dec.detach(), weight(30), 2, backend="cpu")[0].sum().backward()
     assert W_dec.grad is None
     assert V.grad is None
     assert W_lin.grad is not None
@@ -56,9 +58,10 @@ def test_a_transposed_view_of_a_square_weight_is_another_layout():
 def test_parameters_may_move_after_the_buffers_were_made(size: int):
     """A cast frees the old memory, and another parameter may come to lie there."""
     sae = fastsae.TopKSAE(64, size, 4)
-    buffers = GradientBuffers(sae.parameters())
+    buffers, x = GradientBuffers(sae.parameters()), torch.randn(8, 64)
+    with buffers:
+        sae(x).loss.backward()
     sae.double().float()
-    x = torch.randn(8, 64)
     expected = gradients_of(sae, x)
     with buffers:
         sae(x).loss.backward()
@@ -82,9 +85,10 @@ def test_a_frozen_parameter_gets_none_and_the_next_step_starts_anew():
     assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
 
 
-def test_two_backwards_in_one_step_add_up_and_outside_gradients_are_ordinary():
-    sae = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval()
-    x, y = torch.randn(5, 8), torch.randn(7, 8)
+@every_dtype
+def test_two_backwards_in_one_step_add_up_and_outside_gradients_are_ordinary(dtype: torch.dtype):
+    sae = fastsae.JointSAE(8, 50, 4, d_embedding=3, dtype=dtype).eval()
+    x, y = torch.randn(5, 8, dtype=dtype), torch.randn(7, 8, dtype=dtype)
     expected = {
         name: a + b for (name, a), b in zip(gradients_of(sae, x).items(), gradients_of(sae, y).values(), strict=True)
     }
@@ -116,7 +120,7 @@ def test_a_compiled_sae_inside_the_buffers():
         assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+@every_dtype
 def test_rows_of_no_token_hold_zeros_whatever_the_buffer_held(dtype: torch.dtype):
     W = torch.randn(500, 4).to(dtype).requires_grad_()
     values, indices = torch.rand(3, 2).to(dtype), torch.tensor([[7, 8], [8, 400], [7, 9]])

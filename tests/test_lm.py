@@ -56,7 +56,7 @@ def test_the_card_says_what_was_measured(metrics):
 
 
 def test_it_is_clearly_better_than_a_trigram(model, metrics):
-    assert metrics["held_out_loss_nats_per_token"] < 0.8 * metrics["trigram_loss_nats_per_token"]
+    assert metrics["held_out_loss_nats_per_token"] < metrics["trigram_loss_nats_per_token"] - 0.5
     held_out = tokenize(read_documents(), model.tokenizer, 256, max_tokens=20_000, held_out=True)
     is_text = held_out.is_text()[:, 1:]
     with torch.no_grad():

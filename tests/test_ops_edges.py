@@ -226,9 +226,21 @@ X, W, BIAS, CODE = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20), (torc
     ("call", "error", "message"),
     [
         (lambda: ops.topk_encode(X, W[0], BIAS, 1), ValueError, r"W_enc must have shape \(\*, \*\), \(d_sae, d_in\)"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.rand(20) > 0.5), TypeError, r"int64 indices; got torch.bool"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).int()), TypeError, r"int64 indices; got torch.int32"),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).view(2, 2)), ValueError, r"features must have shape"),
+        (
+            lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.rand(20) > 0.5),
+            TypeError,
+            r"int64 indices; got torch.bool",
+        ),
+        (
+            lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).int()),
+            TypeError,
+            r"int64 indices; got torch.int32",
+        ),
+        (
+            lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.arange(4).view(2, 2)),
+            ValueError,
+            r"features must have shape",
+        ),
         (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([0, 20])), IndexError, "20"),
         (lambda: ops.sparse_decode(*CODE, W[0]), ValueError, "W_dec must have shape"),
         (lambda: ops.sparse_decode(CODE[0], CODE[1] + 20, W), RuntimeError, r"\[0, 20\)"),

@@ -16,6 +16,7 @@ def test_held_out_is_a_fixed_property_of_the_name():
     assert held_out[:4] == ["document 21", "document 22", "document 55", "document 59"]  # never changes, on any machine
     assert not any(is_held_out(name, share=0.0) for name in names)
     assert all(is_held_out(name, share=1.0) for name in names)
+    assert not any(map(is_held_out, ("argparse.py", "inspect.py", "typing.py")))
 
 
 def test_a_folder_gives_its_text_files_in_an_order_that_does_not_depend_on_where_it_lies(tmp_path: Path):
@@ -26,7 +27,8 @@ def test_a_folder_gives_its_text_files_in_an_order_that_does_not_depend_on_where
         for name, text in (files | others).items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text)
-        documents = list(read_documents(root))
+        documents = list(read_documents(str(root)))
+        assert documents == list(read_documents(root))
         assert {d.name: d.text for d in documents} == files
         orders.append([d.name for d in documents])
     assert orders[0] == orders[1]
@@ -42,11 +44,13 @@ def test_a_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path):
     assert [d.name for d in documents] == [f"book.txt#{i}" for i in range(len(documents))]
     assert all(4000 <= len(d.text) < 6000 for d in documents[:-1])
     assert all(d.text.startswith("paragraph") for d in documents)
+    assert all(d.text.endswith("\n\n") for d in documents[:-1])
 
 
 def test_the_standard_library_without_its_tests():
     documents = list(read_documents())
     names = {d.name for d in documents}
+    assert len(names) == len(documents)
     assert {"ast.py", "json/decoder.py"} <= names
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(Path(name).parts)]
     assert all(d.text.strip() for d in documents)

@@ -37,8 +37,9 @@ class ModelActivations:
         self._stop_at_layer = int(layer[1]) + 1 if layer else None
         self._batches = [slice(lo, lo + batch_windows) for lo in range(0, len(windows), batch_windows)]
         self.block_rows = [int(windows.is_text(batch).sum()) for batch in self._batches]
-        probe = self._run(windows.tokens[:1, :2])
-        self.d_in, self.dtype = probe.shape[-1], probe.dtype
+        for length in (1, 2):  # a head axis can pass for the tokens at one length, not at two
+            probe = self._run(windows.tokens[:1, :length])
+            self.d_in, self.dtype = probe.shape[-1], probe.dtype
 
     @property
     def n_rows(self) -> int:

@@ -35,7 +35,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     description = files.read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{path} is of format {found}, this fastsae reads {FORMAT}: harvest again, into a new folder")
+        raise ValueError(f"{path} has format {found}, this fastsae reads {FORMAT}; harvest again, into a new folder")
     return description
 
 
@@ -114,7 +114,7 @@ class ActivationStore:
     def rows(self, i: int) -> Rows:
         """The same, with each row's document and position. Raises ValueError naming the file if it is damaged."""
         path = _shard(self.folder, i)
-        advice = "Delete the file if it is there, and run the harvest again: only what is missing is written."
+        advice = "Delete it and run the harvest again: only what is missing is written."
         try:
             if i not in self._verified and files.crc32(path) != self._checksums[i]:
                 raise ValueError(f"{path} is damaged: its checksum is not the one that was stored")
