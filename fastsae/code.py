@@ -10,11 +10,12 @@ from torch import Tensor
 class FeatureOrder(NamedTuple):
     """The entries of a code grouped by feature, tokens ascending within a feature.
 
-    entries (nnz,) int64: positions in the flattened code.  tokens (nnz,) int32: the row each entry belongs to.
+    entries (nnz,) int64: positions in the flattened code.  features, tokens (nnz,) int32: what each entry belongs to.
     offsets (d_sae + 1,) int32: feature f owns entries[offsets[f]:offsets[f + 1]].
     """
 
     entries: Tensor
+    features: Tensor
     tokens: Tensor
     offsets: Tensor
 
@@ -26,7 +27,7 @@ def feature_order(indices: Tensor, d_sae: int) -> FeatureOrder:
     offsets = torch.zeros(d_sae + 1, dtype=torch.int32, device=indices.device)
     torch.cumsum(torch.bincount(features, minlength=d_sae), 0, dtype=torch.int32, out=offsets[1:])
     tokens = (entries // max(indices.shape[-1], 1)).to(torch.int32)
-    return FeatureOrder(entries, tokens, offsets)
+    return FeatureOrder(entries, features, tokens, offsets)
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,12 @@ def plan(
             parameters |= {"V": d_sae * E, "W1": E * E, "b1": E, "W2": d_in * E, "b2": d_in}
             sparse += 2 * batch_size * n * E * 6 + 6 * batch_size * E * (E + d_in)
     weights = sum(parameters.values()) * dtype.itemsize
-    held_rows = cpu.rows_per_chunk(batch_size, d_sae, k, dtype)
     return Plan(
         parameters=parameters,
         weights_bytes=weights,
         gradients_bytes=weights,
         optimizer_bytes=2 * weights,
-        pre_activations_bytes=held_rows * d_sae * dtype.itemsize,
+        pre_activations_bytes=cpu.plan(batch_size, d_sae, k, dtype)[2],
         activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),

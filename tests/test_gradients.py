@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import fastsae
 from fastsae import gradients, ops
 from fastsae.backends import cpu
+from fastsae.backends.cpu import blocks, memory
 from fastsae.gradients import GradientBuffers
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -135,11 +136,11 @@ def test_rows_of_no_token_hold_zeros_whatever_the_buffer_held(dtype: torch.dtype
 
 
 class Inside(TorchDispatchMode):
-    """The largest number of elements of any tensor made, inside fastsae's operations too."""
+    """The bytes of the largest tensor made, inside fastsae's operations too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements, self.operations = 0, set()
+        self.bytes, self.operations = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastsae":
@@ -148,7 +149,7 @@ class Inside(TorchDispatchMode):
                 return getattr(cpu, func.__name__.split(".")[0])(*args[:-1])
         result = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.layout == torch.strided]
-        self.elements = max([self.elements, *(t.numel() for t in made)])
+        self.bytes = max([self.bytes, *(t.nbytes for t in made)])
         return result
 
 
@@ -156,8 +157,8 @@ class Inside(TorchDispatchMode):
 @pytest.mark.parametrize("architecture", ["topk", "joint"])
 def test_nothing_of_batch_times_dictionary_is_made(architecture: str, plain: bool, monkeypatch: pytest.MonkeyPatch):
     B, D, M, k = 512, 8, 8192, 4
-    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 4 * M * 16)
-    monkeypatch.setattr(cpu._thread, "pool", {}, raising=False)
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", 4 * M * 16)
+    monkeypatch.setattr(memory._thread, "pool", {}, raising=False)
     make = {"topk": fastsae.TopKSAE, "joint": lambda *a: fastsae.JointSAE(*a, d_embedding=8)}[architecture]
     sae, x = make(D, M, k), torch.randn(B, D)
     trainer = fastsae.Trainer(
@@ -171,7 +172,7 @@ def test_nothing_of_batch_times_dictionary_is_made(architecture: str, plain: boo
             output, _ = trainer._train_step(x)
             trainer._metrics(x, output, None, 1.0)
     assert "topk_encode" in inside.operations
-    assert M * D <= inside.elements <= B * M // 16, f"a tensor of {inside.elements} elements was made"
+    assert 4 * M * D <= inside.bytes <= 4 * B * M // 16, f"a tensor of {inside.bytes} bytes was made"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -8,13 +8,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsae
 from fastsae import ops
-from fastsae.backends import cpu, explain, reference
+from fastsae.backends import explain, reference
+from fastsae.backends.cpu import blocks, screen
 from fastsae.gradients import GradientBuffers
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 NAMES = ("x", "W_enc", "b_enc", "W_dec", "W_lin", "V")
+
+
+@pytest.fixture(params=[True, False], ids=["screened", "plain"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with bf16 instructions, whose fp32 encoding is screened in bf16, and one without."""
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: request.param)
+
+
+on_every_processor = pytest.mark.usefixtures("processor")
 
 
 def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -28,6 +38,7 @@ def positive(pre: Tensor) -> Tensor:
 # ---- topk_encode ----------------------------------------------------------------------------------------------------
 
 
+@on_every_processor
 @every_dtype
 @every_case
 def test_topk_encode_is_the_exact_selection(case: Case, dtype: torch.dtype):
@@ -55,6 +66,7 @@ def test_topk_encode_takes_the_same_features_as_the_reference(case: Case):
     assert torch.equal(ours[1], theirs[1])
 
 
+@on_every_processor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.kind in ("ties", "constant", "all negative")], ids=lambda c: c.name
@@ -66,16 +78,18 @@ def test_ties_go_to_the_lower_index_in_the_fast_dtypes_too(case: Case, dtype: to
     assert torch.equal(ours[1], theirs[1])
 
 
+@on_every_processor
 @every_case
 def test_chunks_of_rows_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch):
     p = case.inputs(torch.float32)
     whole = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
-    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 3 * 4 * case.M)
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", 3 * 4 * case.M)
     chunked = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
     assert torch.equal(whole[1], chunked[1])
     torch.testing.assert_close(whole[0], chunked[0], rtol=1e-5, atol=1e-6)
 
 
+@on_every_processor
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("M", [100, 3000, 40000])
 def test_nan_is_seen(sign: float, M: int):
@@ -86,6 +100,7 @@ def test_nan_is_seen(sign: float, M: int):
     assert values[[0, 1, 3]].isfinite().all()
 
 
+@on_every_processor
 @pytest.mark.parametrize("M", [300, 5000])
 def test_features_restricts_who_competes(M: int):
     x, W, b = torch.randn(6, 16), torch.randn(M, 16), torch.randn(M)
@@ -334,7 +349,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("architecture", ["topk", "joint"])
 def test_no_tensor_of_batch_by_dictionary(architecture: str, monkeypatch: pytest.MonkeyPatch):
     B, D, M, K = 512, 8, 8192, 4
-    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 4 * M * 16)
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", 4 * M * 16)
     make = {"topk": fastsae.TopKSAE, "joint": fastsae.JointSAE}[architecture]
     arguments = {} if architecture == "topk" else {"d_embedding": 8}
     sae = make(D, M, K, **arguments)
@@ -382,11 +397,14 @@ def test_fp16_is_served_by_the_reference():
     assert values.dtype == torch.float16
 
 
-def test_explain_names_the_backend_and_why_not_the_others():
+def test_explain_names_the_backend_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch):
     sae = fastsae.TopKSAE(1024, 65536, 64, device="cpu")
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: True)
+    assert "chunks of 2048; 256 MiB of bf16 bounds" in explain(torch.empty(2048, 1024), sae)
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
     text = explain(torch.empty(2048, 1024), sae)
     assert "backend: cpu" in text
-    assert "chunks of 1024; 256 MiB" in text
+    assert "chunks of 1024; 256 MiB of pre-activations" in text
     assert "not cuda: its Triton kernels are not part of this version" in text
     sae.backend = "reference"
     assert "not cpu: 'reference' was asked for" in explain(torch.empty(2048, 1024), sae)

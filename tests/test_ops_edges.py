@@ -11,6 +11,8 @@ from torch import Tensor
 import fastsae
 from fastsae import ops
 from fastsae.backends import cpu
+from fastsae.backends.cpu import blocks, encode, memory, screen
+from fastsae.backends.cpu.select import group_size
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -34,6 +36,7 @@ def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("seed", range(40))
 def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Small whole numbers, so that every dtype computes the same, with ties, NaN, infinities, subsets and chunks."""
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: seed % 2 == 0)
     draw = random.Random(seed)
     torch.manual_seed(seed)
     B, D, M = draw.choice([0, 1, 5]), draw.choice([1, 3, 16]), int(2 ** draw.uniform(0, 12.5))
@@ -47,7 +50,7 @@ def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monke
     features = torch.randperm(M)[: draw.randint(k, M)].sort().values if draw.random() < 0.4 else None
     competing = torch.arange(M) if features is None else features
     expected = strongest((x @ W.T + b)[:, competing], competing.tolist(), k)
-    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", draw.choice([1, 50_000, 2**28]))
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", draw.choice([1, 50_000, 2**28]))
     for backend in BACKENDS:
         values, indices = ops.topk_encode(x, W, b, k, backend, features)
         torch.testing.assert_close(indices, expected[1], rtol=0, atol=0, msg=lambda m, who=backend: f"{who}: {m}")
@@ -56,15 +59,18 @@ def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monke
 
 def test_the_table_reaches_every_way_of_ranking():
     """The random shapes above must not all take one path."""
-    assert {cpu._group_size(m, k, torch.float32) for m in (40, 300, 5000) for k in (1, 2, 7, 100)} == {1, 8, 16, 32, 64}
-    assert cpu.rows_per_chunk(100, 5000, 2, torch.float32) == 100
+    assert {group_size(m, k, torch.float32) for m in (40, 300, 5000) for k in (1, 2, 7, 100)} == {1, 8, 16, 32, 64}
+    assert cpu.plan(100, 5000, 2, torch.float32)[1] == 100
 
 
 def test_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    pre_activations = cpu._pre_activations
-    monkeypatch.setattr(cpu, "PRE_ACTIVATION_BYTES", 1)
-    monkeypatch.setattr(cpu, "_pre_activations", lambda x, *rest: (seen.append(len(x)), pre_activations(x, *rest))[1])
+    pre_activations = encode._pre_activations
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", 1)
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
+    monkeypatch.setattr(
+        encode, "_pre_activations", lambda x, *rest: (seen.append(len(x)), pre_activations(x, *rest))[1]
+    )
     ops.topk_encode(torch.randn(5, 4), torch.randn(3000, 4), torch.randn(3000), 2, backend="cpu")
     assert seen == [1] * 5
 
@@ -189,7 +195,7 @@ def test_a_whole_joint_step_by_the_formulas_of_the_paper(p: float, backend: str)
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
 def test_an_evaluation_first_does_not_spoil_the_training(mode, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu._thread, "pool", {}, raising=False)  # the workspaces are made inside the mode
+    monkeypatch.setattr(memory._thread, "pool", {}, raising=False)  # the workspaces are made inside the mode
     sae = fastsae.JointSAE(8, 300, 4)
     x = torch.randn(5, 8)
     with mode():

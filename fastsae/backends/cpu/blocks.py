@@ -1,0 +1,46 @@
+"""How pre-activations are laid out: by blocks of features, one chunk of rows at a time."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+PRE_ACTIVATION_BYTES = 256 * 2**20
+# A block of pre-activations this wide is still in cache when its group maxima are taken, and MKL writes it faster.
+BLOCK = 1024
+
+
+def block_width(d_sae: int) -> int:
+    """Features per block."""
+    return BLOCK if d_sae > BLOCK else -(-d_sae // 64) * 64
+
+
+def n_blocks(d_sae: int) -> int:
+    return -(-d_sae // block_width(d_sae))
+
+
+def rows_held(rows: int, d_sae: int, bytes_each: int) -> int:
+    """How many of `rows` rows are held at once, at `bytes_each` for one pre-activation."""
+    return max(1, min(rows, PRE_ACTIVATION_BYTES // (bytes_each * n_blocks(d_sae) * block_width(d_sae))))
+
+
+class Encoder(NamedTuple):
+    """The features that compete for a place in the code: all rows of W_enc, or those listed in `features`."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    features: Tensor | None
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.W_enc if self.features is None else self.features)
+
+    def block(self, i: int) -> tuple[Tensor, Tensor]:
+        """W_enc and b_enc of the i-th block; the last one may be narrower than the others."""
+        width = block_width(self.d_sae)
+        part = slice(i * width, min((i + 1) * width, self.d_sae))
+        rows = part if self.features is None else self.features[part]
+        return self.W_enc[rows], self.b_enc[rows]
+
+    def name(self, ids: Tensor) -> Tensor:
+        """The features of W_enc that competed under the numbers `ids`."""
+        return ids if self.features is None else self.features[ids]

@@ -1,0 +1,83 @@
+"""From activations to the code, and the gradients."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.cpu.blocks import Encoder, block_width, n_blocks, rows_held
+from fastsae.backends.cpu.decode import sparse_decode
+from fastsae.backends.cpu.memory import workspace
+from fastsae.backends.cpu.screen import screened_topk, screening_pays
+from fastsae.backends.cpu.select import group_size, select
+from fastsae.backends.cpu.sparse import Destination, weight_gradient
+from fastsae.code import feature_order
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See reference.topk_encode. Holds one chunk of rows of pre-activations, or of their bounds, at a time."""
+    x = x.contiguous()
+    encoder = Encoder(W_enc, b_enc, features)
+    values = x.new_empty(len(x), k)
+    ids = torch.empty(len(x), k, dtype=torch.int64)
+    left = torch.arange(len(x))
+    if screening_pays(encoder.d_sae, k, x.dtype):
+        certain = torch.empty(len(x), dtype=torch.bool)
+        for chunk in _chunks(left, encoder.d_sae, torch.bfloat16.itemsize):
+            values[chunk], ids[chunk], certain[chunk] = screened_topk(x[chunk], encoder, k)
+        left = left[~certain]
+    group = group_size(encoder.d_sae, k, x.dtype)
+    for chunk in _chunks(left, encoder.d_sae, x.dtype.itemsize):
+        blocks, maxima = _pre_activations(x[chunk], encoder, group)
+        values[chunk], ids[chunk] = select(blocks, maxima, k, group)
+    return values, encoder.name(ids)
+
+
+def plan(rows: int, d_sae: int, k: int, dtype: torch.dtype) -> tuple[bool, int, int]:
+    """Whether bf16 bounds are taken first, how many rows are held at once, and the bytes they take."""
+    screened = screening_pays(d_sae, k, dtype)
+    bytes_each = torch.bfloat16.itemsize if screened else dtype.itemsize
+    held = rows_held(rows, d_sae, bytes_each)
+    return screened, held, held * d_sae * bytes_each
+
+
+def _chunks(rows: Tensor, d_sae: int, bytes_each: int) -> Iterable[Tensor]:
+    return rows.split(rows_held(len(rows), d_sae, bytes_each)) if len(rows) else ()
+
+
+def _pre_activations(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor]:
+    """x @ W_enc.T + b_enc by blocks of features, (n_blocks, B, width), and the maximum of each group of features."""
+    rows, width, count = len(x), block_width(encoder.d_sae), n_blocks(encoder.d_sae)
+    blocks = workspace("pre-activations", (count, rows, width), x.dtype)
+    maxima = x.new_empty(rows, count, width // group if group > 1 else 0)
+    for i in range(count):
+        weight, bias = encoder.block(i)
+        torch.addmm(bias, x, weight.T, out=blocks[i, :, : len(bias)])
+        blocks[i, :, len(bias) :] = -torch.inf  # past d_sae: ranked after every real feature
+        if group > 1:
+            torch.amax(blocks[i].view(rows, -1, group), dim=2, out=maxima[:, i])
+    return blocks, maxima.view(rows, maxima[0].numel())
+
+
+def topk_encode_backward(
+    d_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    need_x: bool,
+    need_W: bool,
+    out: Destination | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """d_x (B, d_in), d_W_enc (d_sae, d_in), d_b_enc (d_sae); entries of value 0 receive nothing."""
+    d_pre = d_values.masked_fill(values <= 0, 0)
+    d_x = sparse_decode(d_pre, indices, W_enc) if need_x else None
+    d_W_enc = None
+    if need_W:
+        d_W_enc = weight_gradient(feature_order(indices, len(W_enc)), d_pre, x, out)
+    # bf16 would lose the small terms of a long sum.
+    sums = torch.promote_types(x.dtype, torch.float32)
+    d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.reshape(-1), d_pre.reshape(-1).to(sums))
+    return d_x, d_W_enc, d_b_enc.to(x.dtype)

@@ -1,0 +1,106 @@
+"""fp32 encoding, exact, at the price of a bf16 matrix product.
+
+Every pre-activation s = x.w + b is first bounded from above. With ~ for rounding to bf16,
+
+    s  <=  x~.w~  +  |x - x~| |w|  +  |x~| |w - w~|  +  b        (Cauchy-Schwarz)
+
+and the right side is one inner product of bf16 rows, (x~, |x - x~|, |x~|, 1, 1) with (w~, |w|, |w - w~|, b~, b - b~),
+their last four entries rounded up. The features of the largest bounds are then computed in fp32, and a row is certain
+if the k-th largest of their values exceeds the bound of every feature left out. Other rows are left to the plain path.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.cpu.blocks import Encoder, block_width, n_blocks
+from fastsae.backends.cpu.memory import workspace
+from fastsae.backends.cpu.select import group_size, select, strongest
+from fastsae.backends.cpu.sparse import gathered_dot
+from fastsae.code import feature_order
+
+# Columns added for the four bounds; a whole cache line keeps the rows aligned.
+_EXTRA = 32
+
+
+def screening_pays(d_sae: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether bounds in bf16 are cheaper than pre-activations in fp32, by shape and by the processor."""
+    if dtype != torch.float32 or group_size(d_sae, _candidates(k), torch.bfloat16) == 1:
+        return False
+    return _has_native_bf16()
+
+
+@functools.cache
+def _has_native_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """values and ids (B, k) as `strongest` gives them, and which rows are certain (B,); the others hold anything."""
+    candidates = _candidates(k)
+    group = group_size(encoder.d_sae, candidates, torch.bfloat16)
+    blocks, maxima, largest_norm = _upper_bounds(x, encoder, group)
+    bounds, ids = select(blocks, maxima, candidates, group)
+    features = encoder.name(ids)
+    dots = gathered_dot(feature_order(features, len(encoder.W_enc)), x, encoder.W_enc)
+    values, kept = strongest(dots.view_as(ids) + encoder.b_enc[features], ids, k)
+    # What was left out lies below the last bound, which bf16 rounded, perhaps down, and denormals may be missing from.
+    rounded = bounds[:, -1].view(torch.bfloat16).float() * (256 / 255)
+    norm = _norm(x)
+    ceiling = rounded + torch.finfo(torch.float32).tiny * 4 * x.shape[1] * (1 + norm + largest_norm)
+    finite = (4 * norm * largest_norm).isfinite()  # beyond, the bounds themselves may have overflowed
+    return values, kept, (values[:, -1] > ceiling) & finite
+
+
+def _candidates(k: int) -> int:
+    """How many features are computed in fp32. With twice k, rows of real activations are nearly all certain."""
+    return 2 * k
+
+
+def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The bounds as int16 that order like them (n_blocks, B, width), their group maxima, and the largest |w|.
+
+    The bits of non-negative bf16 numbers order like int16, and negative ones come out below zero, as relu wants it.
+    """
+    (rows, d_in), width, count = x.shape, block_width(encoder.d_sae), n_blocks(encoder.d_sae)
+    wide = d_in + _EXTRA
+    low_x = torch.zeros(rows, wide, dtype=torch.bfloat16)
+    low_x[:, :d_in] = x
+    # Sums of d_in products, in fp32 in whatever order, err by at most this share of |x| |w|; thrice: ours and theirs.
+    slack = 3 * (d_in + _EXTRA) * 2.0**-24
+    norm, error = _norm(x), _norm(x - low_x[:, :d_in])
+    one = torch.ones_like(norm)
+    low_x[:, d_in : d_in + 4] = torch.stack([_up(error + slack * norm), _up(norm), one, one], dim=1)
+    blocks = workspace("pre-activations", (count, rows, width), torch.bfloat16)
+    order = blocks.view(torch.int16)
+    maxima = torch.empty(rows, count, width // group, dtype=torch.int16)
+    low_W = workspace("screened_W", (width, wide), torch.bfloat16).zero_()
+    difference = workspace("screened_difference", (width, d_in), torch.float32)
+    largest_norm = torch.zeros(())
+    for i in range(count):
+        W, b = encoder.block(i)
+        n = len(W)
+        low_W[:n, :d_in] = W
+        torch.sub(difference[:n].copy_(low_W[:n, :d_in]), W, out=difference[:n])
+        norms = _norm(W)
+        low_b = b.bfloat16()
+        rest = b - low_b + slack * b.abs()
+        bounds = [_up(norms), _up(_norm(difference[:n])), low_b, _up(rest)]
+        low_W[:n, d_in : d_in + 4] = torch.stack(bounds, dim=1)
+        largest_norm = torch.maximum(largest_norm, norms.max() + 0 * low_b.abs().max())
+        torch.mm(low_x, low_W[:n].T, out=blocks[i, :, :n])
+        blocks[i, :, n:] = -torch.inf  # past d_sae: ranked after every real feature
+        torch.amax(order[i].view(rows, -1, group), dim=2, out=maxima[:, i])
+    return order, maxima.view(rows, -1), largest_norm
+
+
+def _norm(t: Tensor) -> Tensor:
+    """At least the norm of each row, but for rounding: the squares of entries below 2**-63 are lost."""
+    return t.norm(dim=1) + t.shape[1] * 2.0**-63
+
+
+def _up(t: Tensor) -> Tensor:
+    """At least t, also after rounding to bf16."""
+    return t + t.abs() * 2.0**-7

@@ -1,0 +1,79 @@
+"""Encoding by bf16 bounds: they are bounds, what they prove is true, and real rows need little else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.backends.cpu import screen
+from fastsae.backends.cpu.blocks import Encoder
+from fastsae.backends.cpu.select import group_size
+
+# Sizes of x, of W_enc and of b_enc, alone and mixed within one matrix.
+SCALES = [(1, 1, 1), (1e-3, 1, 0), (1e15, 1e-15, 1), (1, 1, 1e4), (1e-30, 1e-3, 1e-33), (1e-20, 1e-19, 0)]
+
+
+@pytest.fixture(autouse=True)
+def native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: True)
+
+
+def heavy(*shape: int) -> Tensor:
+    """Entries and rows of very different sizes."""
+    return (
+        torch.randn(*shape) * torch.randn(*shape).mul(2).exp() * torch.randn(*shape[:1], *[1] * (len(shape) - 1)).exp()
+    )
+
+
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+@pytest.mark.parametrize("make", [torch.randn, heavy], ids=["normal", "heavy"])
+@pytest.mark.parametrize(("D", "M"), [(1, 4000), (64, 1000), (7, 5000), (1024, 2048)])
+def test_the_bounds_are_bounds(D: int, M: int, make, scales: tuple[float, float, float]):
+    x, W, b = (make(*shape) * scale for shape, scale in zip(((9, D), (M, D), (M,)), scales, strict=True))
+    group = group_size(M, 4, torch.bfloat16)
+    blocks, maxima, _ = screen._upper_bounds(x, Encoder(W, b, None), group)
+    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :M].double()
+    exact = x.double() @ W.double().T + b.double()
+    # Undoes the rounding of the bounds themselves to bf16; smaller numbers than these are denormal.
+    too_low = exact > bounds + bounds.abs() / 255 + 1e-36
+    assert not too_low.any(), f"{int(too_low.sum())} of {exact.numel()} pre-activations exceed their bounds"
+    assert torch.equal(maxima, blocks.transpose(0, 1).reshape(9, -1).view(9, -1, group).amax(2))
+
+
+@pytest.mark.parametrize("kind", ["near ties", "normal", "equal features", "one large bias"])
+def test_certain_rows_are_exact_and_others_are_encoded_in_full(kind: str):
+    B, D, M, k = 64, 32, 4096, 8
+    x, W, b = torch.randn(B, D), torch.randn(M, D), torch.randn(M)
+    if kind == "near ties":  # closer together than bf16 can tell
+        W, b = W[:1] + 1e-4 * W, torch.zeros(M)
+    if kind == "equal features":
+        W, b = W[:1].expand(M, D).contiguous(), torch.zeros(M)
+    if kind == "one large bias":
+        b[77] = 1e30
+    values, _, certain = screen.screened_topk(x, Encoder(W, b, None), k)
+    # What the fp32 scores say, each computed as the screen computes it.
+    scores = torch.stack([(x * w).double().sum(1) for w in W], dim=1) + b.double()
+    exact = scores.relu().topk(k).values
+    torch.testing.assert_close(values[certain].double(), exact[certain], rtol=1e-5, atol=1e-5)
+    assert (kind in ("normal", "one large bias")) == bool(certain.any())
+    values, _ = ops.topk_encode(x, W, b, k, backend="cpu")
+    torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_real_rows_are_nearly_all_certain():
+    """Otherwise screening would be lost time: rows that are not certain are encoded twice."""
+    x, W = torch.randn(256, 128), torch.randn(16384, 128)
+    _, _, certain = screen.screened_topk(x, Encoder(W, torch.zeros(16384), None), 32)
+    assert certain.double().mean() > 0.95
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf, 3.4e38, 1e25])
+@pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
+def test_numbers_that_are_none_or_overflow_leave_it_to_the_plain_path(where: str, bad: float, monkeypatch):
+    p = {"x": torch.randn(6, 16), "W_enc": torch.randn(3000, 16), "b_enc": torch.randn(3000)}
+    p[where][..., 3] = bad
+    screened = ops.topk_encode(**p, k=8, backend="cpu")
+    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
+    plain = ops.topk_encode(**p, k=8, backend="cpu")
+    assert torch.equal(screened[1], plain[1])
+    torch.testing.assert_close(screened[0], plain[0], equal_nan=True, rtol=1e-5, atol=0)
