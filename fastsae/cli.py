@@ -1,7 +1,9 @@
 """The command line: fastsae demo | train | eval | plan."""
 
 import dataclasses
+import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from fastsae.train import Trainer
 
 _DEFAULT_DATA = DataConfig()
 _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
+_TEXT_CHECKSUM = "text_crc32"
 # One level of names: `fastsae train joint --d-sae 16384 --steps 5000`, all flags after the subcommands.
 _FLAT = (
     tyro.conf.OmitArgPrefixes,
@@ -29,6 +32,9 @@ Joint = Annotated[JointSAEConfig, tyro.conf.subcommand("joint", default=JointSAE
 
 def main() -> None:
     """Run the command line. Errors that say what to do are printed without a traceback."""
+    if sys.argv[1:] == ["--version"]:
+        _say(f"fastsae {version('fastsae')}")
+        return
     commands = {"demo": demo, "train": train, "eval": evaluate, "plan": plan}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
@@ -44,12 +50,12 @@ def train(
     trainer: TrainerConfig = _DEFAULT_RUN,
 ) -> None:
     """Train an SAE on activations of a language model."""
-    model = _model(data)
-    trained = _train(model, data, sae, trainer)
+    if trainer.run_dir is None:
+        raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
+    _train(_model(data), data, sae, trainer)
     _say(f"Trained {trainer.steps} steps. The SAE lies in {trainer.run_dir}/sae. Next:")
     _say(f"  fastsae eval {trainer.run_dir}")
     _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")
-    del trained
 
 
 def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000, batch_windows: int = 16) -> None:
@@ -60,10 +66,9 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000, batch_window
         tokens: Tokens of held-out text.
         batch_windows: Windows of text the model reads at once.
     """
-    description = run / "data.json"
-    if not description.is_file():
-        raise FileNotFoundError(f"{run} is no run of `fastsae train`: there is no data.json in it")
-    data = from_dict(DataConfig, files.read_json(description))
+    data = _recorded(run)
+    if not (run / "sae" / "config.json").is_file():
+        raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
     sae = load(run / "sae")
     _say(report.table([_measure(_model(data), data, {str(run): sae}, tokens, batch_windows)[0]]))
 
@@ -112,31 +117,25 @@ def demo(
         k: Active features per token in each SAE.
         held_out_tokens: Tokens of held-out documents to measure on.
     """
-    import shutil
-
-    if folder.exists():
-        if not (folder / "demo").exists() and any(folder.iterdir()):
-            raise FileExistsError(f"demo: {folder} holds something else; choose another --folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / "demo").touch()
     data = DataConfig(tokens=tokens, store=folder / "activations")
-    model = _model(data)
-    _say(f"Activations: {data.hook} of the embedded language model on the Python standard library's sources.")
-    trained: dict[str, SparseAutoencoder] = {}
-    for name, config in {
-        "topk": TopKSAEConfig(d_in=1, d_sae=d_sae, k=k),
-        "joint": JointSAEConfig(d_in=1, d_sae=d_sae, k=k),
-    }.items():
-        _say(f"\n{name}: d_sae = {d_sae}, k = {k}, {steps} steps of {data.batch_size} activations")
-        trainer = TrainerConfig(
+    trainers = {
+        name: TrainerConfig(
             steps=steps,
             run_dir=folder / name,
             warmup_steps=steps // 20,
             decay_steps=steps // 5,
             checkpoint_every=steps,
         )
-        trained[name] = _train(model, data, config, trainer)
+        for name in ("topk", "joint")
+    }
+    saes = {"topk": TopKSAEConfig(d_in=1, d_sae=d_sae, k=k), "joint": JointSAEConfig(d_in=1, d_sae=d_sae, k=k)}
+    _empty_demo_folder(folder)
+    model = _model(data)
+    _say(f"Activations: {data.hook} of the embedded language model on the Python standard library's sources.")
+    trained: dict[str, SparseAutoencoder] = {}
+    for name, config in saes.items():
+        _say(f"\n{name}: d_sae = {d_sae}, k = {k}, {steps} steps of {data.batch_size} activations")
+        trained[name] = _train(model, data, config, trainers[name])
     rows = _measure(model, data, trained, held_out_tokens, 16)
     for row, (name, sae) in zip(rows, trained.items(), strict=True):
         row["parameters"] = f"{sum(p.numel() for p in sae.parameters()):,}"
@@ -153,6 +152,20 @@ def demo(
         f"  fastsae eval {folder}/joint --tokens 50000",
         "  fastsae train joint --help",
     )
+
+
+def _empty_demo_folder(folder: Path) -> None:
+    """Delete what an earlier demo left in `folder`, and nothing else."""
+    mark, ours = folder / ".fastsae-demo", ("activations", "topk", "joint", "training.png", "results.json")
+    if folder.exists() and not mark.is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"demo: {folder} holds something else; choose another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for path in (folder / name for name in ours):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _say(*lines: str) -> None:
@@ -174,27 +187,57 @@ def _windows(model: Any, data: DataConfig, held_out: bool, tokens: int) -> Any:
 def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: TrainerConfig) -> SparseAutoencoder:
     from fastsae.activations import ActivationStream, ModelActivations, harvest
 
+    source = ModelActivations(model, data.hook, _windows(model, data, False, data.tokens))
+    _windows(model, data, True, 1)  # without a held-out document nothing could be measured: said before training
+    config = dataclasses.replace(config, d_in=source.d_in)
+    torch.manual_seed(trainer.seed)
+    sae = ARCHITECTURES["joint" if isinstance(config, JointSAEConfig) else "topk"](**to_dict(config))
+    run = Trainer(sae, trainer)
+    stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     if trainer.run_dir:
         _record(data, trainer.run_dir)
-    source = ModelActivations(model, data.hook, _windows(model, data, False, data.tokens))
-    stored = harvest(source, data.store) if data.store else None
-    stream = ActivationStream(stored or source, data.batch_size, data.buffer_rows, trainer.seed)
-    torch.manual_seed(trainer.seed)
-    config = dataclasses.replace(config, d_in=source.d_in)
-    architecture = "joint" if isinstance(config, JointSAEConfig) else "topk"
-    sae = ARCHITECTURES[architecture](**to_dict(config))
-    run = Trainer(sae, trainer)
+    if data.store:
+        stream.source = harvest(source, data.store)
     run.fit(stream)
     return sae
 
 
 def _record(data: DataConfig, run_dir: Path) -> None:
-    """Leave in the run's folder what it was trained on; a folder that says otherwise is another run's."""
+    """Leave in the run's folder what it is trained on; a folder that says otherwise is another run's."""
+    path, ours = run_dir / "data.json", _description(data)
+    if path.exists() and any((run_dir / name).exists() for name in ("run.json", "sae")):
+        there = files.read_json(path)
+        differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
+        if differing:
+            raise ValueError(
+                f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
+            )
+    with files.locked(run_dir, "train"):
+        files.write_json(path, ours)
+
+
+def _recorded(run_dir: Path) -> DataConfig:
+    """What `_record` left."""
     path = run_dir / "data.json"
-    if path.exists() and files.read_json(path) != to_dict(data):
-        raise ValueError(f"{path} says that this run was trained on other activations; choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, to_dict(data))
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
+    there = files.read_json(path)
+    try:
+        data = from_dict(DataConfig, {k: v for k, v in there.items() if k != _TEXT_CHECKSUM})
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if _description(data) != there:
+        raise ValueError(f"{data.text} is not the text that {run_dir} was trained on: other documents are held out now")
+    return data
+
+
+def _description(data: DataConfig) -> dict[str, Any]:
+    """Paths made absolute. One text file is held out by the place of each part, so its content belongs to the split."""
+    text = Path(data.text)
+    if not text.exists():
+        return to_dict(data)
+    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if text.is_file() else {}
+    return to_dict(dataclasses.replace(data, text=str(text.resolve()))) | checksum
 
 
 def _measure(

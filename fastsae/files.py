@@ -1,11 +1,12 @@
-"""Files that are either whole or absent: atomic writes, and reads that name the damaged file."""
+"""Files that are either whole or absent: atomic writes, reads that name the damaged file, folders with one writer."""
 
 import errno
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,26 @@ def crc32(path: Path) -> int:
         while block := file.read(2**24):
             value = zlib.crc32(block, value)
     return value
+
+
+@contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """Make a folder if need be, and hold it for this process. The lock ends with the process, however it ends.
+
+    Raises OSError when the folder cannot be written, RuntimeError when another process holds it; `who` begins both.
+    """
+    import fcntl  # not on Windows, where everything but training into a folder works
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OSError(error.errno, f"{who}: cannot write into {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"{who}: another process is writing into {folder}; wait for it, or choose another folder"
+            ) from error
+        yield

@@ -27,7 +27,9 @@ class GradientBuffers:
     def __enter__(self) -> "GradientBuffers":
         global _active
         if _active is not None:
-            raise RuntimeError("GradientBuffers: already active; use one at a time")
+            raise RuntimeError(
+                "GradientBuffers: already active. One Trainer at a time can be in a step; run others in own processes"
+            )
         for p in self._parameters:
             p.grad = None
         # Looked up anew: .to() moves a parameter, and another one may come to lie where it was.

@@ -1,20 +1,34 @@
 """Activation statistics: measured once, stored with the weights, applied and inverted everywhere."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 class Normalizer(nn.Module):
-    """x -> (x - mean) / scale, with mean and scale (d_in,) that are stored with the weights."""
+    """x -> (x - mean) / scale, with mean and scale (d_in,) that are stored with the weights.
+
+    The statistics are at least fp32, also beside bf16 weights: activations far from zero would lose their differences
+    if they were rounded before the mean is taken off.
+    """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, d_in: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, d_in: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.kind = "none"
-        self.register_buffer("mean", torch.zeros(d_in, device=device, dtype=dtype))
-        self.register_buffer("scale", torch.ones(d_in, device=device, dtype=dtype))
+        self.dtype = dtype
+        """What forward returns: the dtype of the SAE."""
+        precise = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("mean", torch.zeros(d_in, device=device, dtype=precise))
+        self.register_buffer("scale", torch.ones(d_in, device=device, dtype=precise))
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are statistics, or x stays as it is."""
+        return bool((self.mean != 0).any() or (self.scale != 1).any())
 
     @torch.no_grad()
     def measure(self, sample: Tensor, kind: str) -> None:
@@ -42,12 +56,29 @@ class Normalizer(nn.Module):
             scale = scale * (rms if rms > 0 else 1.0)
         elif kind != "none":
             raise ValueError(f"Normalizer.measure: expected 'zscore', 'scale' or 'none'; got {kind!r}")
-        self.kind = kind
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.kind == "none" else (x - self.mean) / self.scale
+        """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""
+        if x.dim() == 0 or x.shape[-1] != len(self.mean):
+            raise ValueError(
+                f"Normalizer: x must end in d_in = {len(self.mean)}; got shape {tuple(x.shape)}. Is this the "
+                "activation the SAE was made for?"
+            )
+        return ((x - self.mean) / self.scale).to(self.dtype)
 
     def invert(self, y: Tensor) -> Tensor:
-        return y if self.kind == "none" else y * self.scale + self.mean
+        """Normalised activations (..., d_in) to raw ones, in the dtype of the statistics."""
+        return y * self.scale + self.mean
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What .to(), .cuda(), .bfloat16() do: the statistics move with the SAE, but keep their precision."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.mean.device)).dtype
+        precise = torch.promote_types(self.dtype, torch.float32)
+
+        def keep(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == precise else t.to(moved.device, precise)
+
+        return super()._apply(keep, recurse)

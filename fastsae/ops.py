@@ -44,6 +44,10 @@ def topk_encode(
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
             raise TypeError(f"{where}: features must be int64 indices; got {features.dtype}. Of a mask: .nonzero().")
+        if features.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would be a wait
+            inside = len(features) == 0 or (features[0] >= 0 and features[-1] < len(W_enc))
+            if not (inside and (features.diff() > 0).all()):
+                raise ValueError(f"{where}: features must be ascending, without repeats, in [0, {len(W_enc)})")
     competing, what = (len(W_enc), "d_sae") if features is None else (len(features), "the number of features")
     if not 1 <= k <= competing:
         raise ValueError(f"{where}: k must be between 1 and {what} = {competing}; got {k}")
@@ -202,8 +206,8 @@ def _sparse_decode_backward_fake(
 
 _library.define("pairwise_interaction(Tensor values, Tensor indices, Tensor V, str backend) -> (Tensor, Tensor)")
 _library.define(
-    "pairwise_interaction_backward(Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor V, str backend)"
-    " -> (Tensor, Tensor)"
+    "pairwise_interaction_backward(Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor V, bool need_V, "
+    "str backend) -> (Tensor, Tensor?)"
 )
 
 
@@ -219,17 +223,18 @@ def _pairwise_interaction_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _pairwise_interaction_grad(ctx: Any, d_z: Tensor, _: Tensor) -> Any:
     s, values, indices, V = ctx.saved_tensors
-    if ctx.needs_input_grad[2] and (out := _claim(V)):
+    need_V = ctx.needs_input_grad[2]
+    if need_V and (out := _claim(V)):
         backward = implementation(ctx.backend).pairwise_interaction_backward
-        return backward(d_z, s, values, indices, V, out)[0], None, None, None
-    d_values, d_V = torch.ops.fastsae.pairwise_interaction_backward(d_z, s, values, indices, V, ctx.backend)
+        return backward(d_z, s, values, indices, V, True, out)[0], None, None, None
+    d_values, d_V = torch.ops.fastsae.pairwise_interaction_backward(d_z, s, values, indices, V, need_V, ctx.backend)
     return d_values, None, d_V, None
 
 
 def _pairwise_interaction_backward_fake(
-    d_z: Tensor, s: Tensor, values: Tensor, indices: Tensor, V: Tensor, backend: str
+    d_z: Tensor, s: Tensor, values: Tensor, indices: Tensor, V: Tensor, need_V: bool, backend: str
 ) -> Any:
-    return values.new_empty(values.shape), V.new_empty(V.shape)
+    return values.new_empty(values.shape), V.new_empty(V.shape) if need_V else None
 
 
 # ---- joint_decode ---------------------------------------------------------------------------------------------------
@@ -240,7 +245,8 @@ _library.define(
 )
 _library.define(
     "joint_decode_backward(Tensor d_out, Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor W_dec, "
-    "Tensor? W_lin, Tensor? V, int n, str backend) -> (Tensor, Tensor, Tensor?, Tensor?)"
+    "Tensor? W_lin, Tensor? V, int n, bool need_W_dec, bool need_W_lin, bool need_V, str backend)"
+    " -> (Tensor, Tensor?, Tensor?, Tensor?)"
 )
 
 
@@ -269,8 +275,9 @@ def _joint_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _joint_decode_grad(ctx: Any, d_out: Tensor, d_z: Tensor, _: Tensor) -> Any:
     s, values, indices, W_dec, W_lin, V = ctx.saved_tensors
-    arguments = (d_out, d_z, s, values, indices, W_dec, W_lin, V, ctx.n)
-    weights = zip((W_dec, W_lin, V), ctx.needs_input_grad[2:5], strict=True)
+    need = ctx.needs_input_grad[2:5]
+    arguments = (d_out, d_z, s, values, indices, W_dec, W_lin, V, ctx.n, *need)
+    weights = zip((W_dec, W_lin, V), need, strict=True)
     out = tuple(_claim(w) if w is not None and needed else None for w, needed in weights)
     if any(out):
         d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, out)
@@ -290,9 +297,15 @@ def _joint_decode_backward_fake(
     W_lin: Tensor | None,
     V: Tensor | None,
     n: int,
+    need_W_dec: bool,
+    need_W_lin: bool,
+    need_V: bool,
     backend: str,
 ) -> Any:
-    return values.new_empty(values.shape), *(None if w is None else w.new_empty(w.shape) for w in (W_dec, W_lin, V))
+    weights = zip((W_dec, W_lin, V), (need_W_dec, need_W_lin, need_V), strict=True)
+    return values.new_empty(values.shape), *(
+        w.new_empty(w.shape) if w is not None and needed else None for w, needed in weights
+    )
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
-"""What surrounds a training loop: position in the data, log, lock on the folder, Ctrl-C, random state."""
+"""What surrounds a training loop: position in the data, log, Ctrl-C, random state."""
 
-import fcntl
 import itertools
 import json
+import math
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastsae import files
 from fastsae.config import TrainerConfig
 
+_END: Any = object()
 _NOTHING = "Trainer: activations gave no batch at all"
 
 
@@ -53,8 +54,8 @@ class Batches:
 
     def __next__(self) -> Tensor:
         self._before_last = self.position()
-        batch = next(self._iterator, None)
-        if batch is None:
+        batch = next(self._iterator, _END)
+        if batch is _END:
             if self.drawn == 0:
                 raise ValueError(_NOTHING)
             raise StopIteration
@@ -70,24 +71,40 @@ class Batches:
             "stream": self._stream.state_dict() if self._stream is not None else None,
         }
 
+    def check_position(self) -> None:
+        """Raise TypeError if the position cannot be stored: now, and not when the first checkpoint is due."""
+        try:
+            json.dumps(self.position())
+        except TypeError as error:
+            raise TypeError(
+                f"Trainer: state_dict() of the activations must hold what JSON can ({error}); turn tensors into lists"
+            ) from error
+
     def peek(self, n_rows: int, check: Callable[[Tensor, int], object]) -> Tensor:
         """At least n_rows of the rows to come (fewer if there are not as many), without moving.
 
         `check` is called with each batch and its number, and raises if it is not what it should be.
         """
         state = self._stream.state_dict() if self._stream is not None else None
-        seen: list[Tensor] = []
-        while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, None)) is not None:
+        seen: deque[Tensor] = deque()
+        while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, _END)) is not _END:
             check(batch, self.drawn + len(seen) + 1)
             seen.append(batch)
+        if not seen:
+            raise ValueError(_NOTHING)
+        rows = torch.cat(list(seen))
         if self._stream is not None:
             self._stream.load_state_dict(state)
             self._iterator = iter(self._stream)
         else:
-            self._iterator = itertools.chain(seen, self._iterator)
-        if not seen:
-            raise ValueError(_NOTHING)
-        return torch.cat(seen)
+            self._iterator = _first(seen, self._iterator)
+        return rows
+
+
+def _first(seen: deque[Tensor], rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    while seen:
+        yield seen.popleft()  # and no longer in memory
+    yield from rest
 
 
 class Log:
@@ -118,8 +135,16 @@ class Log:
     def write(self, metrics: dict[str, float]) -> None:
         self.last = metrics
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"Trainer: could not write {self._path} at step {metrics['step']}: {error.strerror}. The "
+                    "checkpoints are whole; make room and resume",
+                ) from error
         for sink in self._sinks:
             sink(metrics)
         shown = {
@@ -143,7 +168,10 @@ class Log:
 
 
 def _tensorboard(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
-    from torch.utils.tensorboard import SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("log_to='tensorboard' needs that package: `pip install tensorboard`") from error
 
     writer = SummaryWriter(str(config.run_dir))
 
@@ -156,29 +184,16 @@ def _tensorboard(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
 
 
 def _wandb(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
-    import wandb  # type: ignore[import-not-found]  # optional: only who asks for it has it
+    try:
+        import wandb  # type: ignore[import-not-found]  # optional: only who asks for it has it
+    except ImportError as error:
+        raise ImportError("log_to='wandb' needs that package: `pip install wandb`") from error
 
     run = wandb.init(project="fastsae", dir=str(config.run_dir), config=vars(config))
     return lambda metrics: run.log(metrics, step=int(metrics["step"]))
 
 
 _SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process. The lock ends with the process, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise OSError(error.errno, f"Trainer: cannot write into run_dir {run_dir}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"Trainer: another process is training in {run_dir}; choose another run_dir") from error
-        yield
 
 
 @contextmanager

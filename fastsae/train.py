@@ -18,10 +18,17 @@ from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
 from fastsae.optim import clip_by_scaling, normalize_rows_, remove_parallel_
-from fastsae.runs import Batches, Log, interrupt_flag, locked, own_random_state
+from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
 _FREE_ON_RESUME = {"run_dir", "resume", "log_every", "checkpoint_every", "log_to", "progress", "nonfinite"}
+
+# So many batches with NaN in a row are no accident any more.
+_SKIPPED_IN_A_ROW = 1000
+
+
+def _batch(number: int) -> str:
+    return f"Trainer: batch {number} of the activations"
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,30 @@ class Trainer:
             )
         self.step = 0
         self.rows_seen = 0
-        self.batches_skipped = 0
+        self.batches_skipped = self._skipped_in_a_row = 0
         # One counter more than features: inactive entries of a code are counted there.
-        self._rows_since_fired = torch.zeros(sae.d_sae + 1, dtype=torch.int64, device=sae.W_enc.device)
+        with torch.inference_mode(False):  # fit could not write to it
+            self._rows_since_fired = torch.zeros(sae.d_sae + 1, dtype=torch.int64, device=sae.W_enc.device)
         self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+        self._check_weights()
         self._buffers = GradientBuffers(self._trained.values())
         self._optimizer = torch.optim.Adam(
             self._trained.values(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
+
+    def _check_weights(self) -> None:
+        sae = self.sae
+        if not self._trained:
+            raise ValueError("Trainer: no parameter of this SAE has requires_grad; there is nothing to train")
+        if torch.tensor(self.config.eps, dtype=sae.W_enc.dtype) == 0:
+            raise ValueError(
+                f"TrainerConfig.eps: {self.config.eps} is 0 in the {sae.W_enc.dtype} of this SAE, and Adam divides by "
+                "it; use float32 or bfloat16 weights, or a larger eps such as 1e-4"
+            )
+        if len({t.data_ptr() for t in sae.state_dict().values()}) < len(sae.state_dict()):
+            raise ValueError("Trainer: two weights of this SAE share their memory; give each its own (.clone())")
+        if self.config.unit_norm_decoder and not sae.W_dec.requires_grad:
+            raise ValueError("TrainerConfig.unit_norm_decoder: W_dec is frozen (requires_grad is False)")
 
     def fit(self, activations: Iterable[Tensor]) -> TrainResult:
         """Train until config.steps. Raises before anything is written if run_dir holds another run.
@@ -74,13 +97,17 @@ class Trainer:
         batches), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
         """
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             stack.enter_context(own_random_state(self.sae.W_enc.device))
             torch.manual_seed(self.config.seed)
             resumed = None
             if self.config.run_dir is not None:
-                stack.enter_context(locked(self.config.run_dir))
+                stack.enter_context(files.locked(self.config.run_dir, "Trainer"))
                 resumed = self._open_run(self.config.run_dir)
             batches = Batches(activations, resumed.state["data"] if resumed else None)
+            if self.config.run_dir is not None:
+                batches.check_position()
             if resumed is not None:  # after the batches: drawing them again may have taken random numbers
                 self._restore_random_state(resumed)
             elif self.step == 0:
@@ -88,6 +115,7 @@ class Trainer:
             interrupted = stack.enter_context(interrupt_flag())
             log = stack.enter_context(Log(self.config, self.step))
             stack.callback(self.sae.eval)
+            stack.callback(self._optimizer.zero_grad)
             self.sae.train()
             metrics = self._loop(batches, log, interrupted)
         if self.config.run_dir is not None:
@@ -98,33 +126,48 @@ class Trainer:
         config, metrics, loss = self.config, log.last, None
         rows_before, since = self.rows_seen, time.perf_counter()
         while self.step < config.steps:
-            raw = next(batches, None)
+            raw = self._draw(batches, loss)
             if raw is None:
                 warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
                 self._save(batches.position(), loss)
                 break
             x = self._checked(raw, batches)
-            if x is None:
-                continue
-            x = self.sae.normalizer(x)
-            output, grad_norm = self._train_step(x)
-            loss = output.loss
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
-                metrics = self._metrics(x, output, grad_norm, rate)
-                if not torch.isfinite(output.loss):
-                    raise FloatingPointError(self._diverged(output.loss.item()))
-                log.write(metrics)
-                rows_before, since = self.rows_seen, time.perf_counter()
-            log.advance()
+            due = False
+            if x is not None:
+                x = self.sae.normalizer(x)
+                output, grad_norm = self._train_step(x)
+                loss = output.loss
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
+                    metrics = self._metrics(x, output, grad_norm, rate)
+                    if not torch.isfinite(output.loss):
+                        raise FloatingPointError(self._diverged(output.loss.item()))
+                    log.write(metrics)
+                    rows_before, since = self.rows_seen, time.perf_counter()
+                log.advance()
+                due = self.step % config.checkpoint_every == 0 or self.step == config.steps
             stop = interrupted()
-            if stop or self.step % config.checkpoint_every == 0 or self.step == config.steps:
+            if stop or due:
                 self._save(batches.position(), loss)
                 rows_before, since = self.rows_seen, time.perf_counter()
             if stop:
-                where = f"; saved, continue with resume=True in {config.run_dir}" if config.run_dir else ""
+                where = f"; saved, continue with resume (in {config.run_dir})" if config.run_dir else ""
                 raise KeyboardInterrupt(f"training stopped at step {self.step}{where}")
         return metrics
+
+    def _draw(self, batches: Batches, loss: Tensor | None) -> Tensor | None:
+        """The next batch, None at the end. What was trained is saved when the activations fail or are not what they
+        should be."""
+        try:
+            raw = next(batches)
+            self._check_form(raw, batches.drawn)
+        except StopIteration:
+            return None
+        except Exception:
+            if loss is not None and torch.isfinite(loss):
+                self._save(batches.position(before_last=True), loss)
+            raise
+        return raw
 
     def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
         config, sae = self.config, self.sae
@@ -204,30 +247,32 @@ class Trainer:
 
     def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
         """The batch as the SAE wants it; None to skip it."""
-        where = self._check_form(raw, batches.drawn)
-        x = raw.to(self.sae.W_enc)
+        x = raw.to(self.sae.W_enc.device)
         finite = x.isfinite()
         if finite.all():
+            self._skipped_in_a_row = 0
             return x
-        if self.config.nonfinite == "skip":
+        self._skipped_in_a_row += 1
+        if self.config.nonfinite == "skip" and self._skipped_in_a_row <= _SKIPPED_IN_A_ROW:
             self.batches_skipped += 1
             return None
         row, column = (~finite).nonzero()[0].tolist()
         self._save(batches.position(before_last=True), None)
+        many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row > _SKIPPED_IN_A_ROW else ""
         raise FloatingPointError(
-            f"{where} holds {int((~finite).sum())} values that are NaN or infinite, the first at row {row}, dimension "
-            f"{column}. Nothing was trained on it. Look at where these activations come from, or set nonfinite='skip'."
+            f"{_batch(batches.drawn)} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
+            f"{row}, dimension {column}.{many} Nothing was trained on it. Look at where these activations come from, "
+            "or set nonfinite='skip'."
         )
 
-    def _check_form(self, raw: Tensor, number: int) -> str:
-        """Raise unless batch `number` is a float (B, d_in) tensor; returns how an error message names it."""
-        where = f"Trainer: batch {number} of the activations"
+    def _check_form(self, raw: Tensor, number: int) -> None:
+        """Raise unless batch `number` is a float (B, d_in) tensor."""
+        where = _batch(number)
         if not isinstance(raw, Tensor) or raw.dim() != 2 or raw.shape[1] != self.sae.d_in or len(raw) == 0:
             got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
             raise ValueError(f"{where}: expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}")
         if not raw.is_floating_point() or raw.is_meta:
             raise TypeError(f"{where}: expected a float tensor that holds numbers; got {raw.dtype} on {raw.device}")
-        return where
 
     def _diverged(self, loss: float) -> str:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
@@ -238,7 +283,12 @@ class Trainer:
     def _prepare(self, batches: Batches) -> None:
         """What a new run does to the SAE before the first step: measure the normalisation, bring W_dec to norm 1."""
         normalizer, config = self.sae.normalizer, self.config
-        if normalizer.kind == "none" and config.normalize != "none":
+        if normalizer.measured and config.normalize == "none":
+            raise ValueError(
+                "TrainerConfig.normalize: 'none', but this SAE has stored statistics; leave the default to go on with "
+                "them"
+            )
+        if not normalizer.measured and config.normalize != "none":
             sample = batches.peek(config.normalize_rows, self._check_form)
             if config.nonfinite == "skip":
                 sample = sample[sample.isfinite().all(dim=1)]
@@ -263,7 +313,11 @@ class Trainer:
 
     def _description(self) -> dict[str, dict[str, Any]]:
         """What a run and its continuation must have in common."""
-        sae = {"architecture": self.sae.architecture, "dtype": str(self.sae.W_enc.dtype)[6:]}
+        sae = {
+            "architecture": self.sae.architecture,
+            "dtype": str(self.sae.W_enc.dtype)[6:],
+            "trained": sorted(self._trained),
+        }
         return {"trainer": to_dict(self.config), "sae": sae | to_dict(self.sae.config)}
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
@@ -282,7 +336,6 @@ class Trainer:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
             raise ValueError(f"Trainer: checkpoint {found.folder} is of another SAE: {error}") from error
-        self.sae.normalizer.kind = state["normalization"]
         self.step, self.rows_seen, self.batches_skipped = (
             state["step"],
             state["rows_seen"],
@@ -312,7 +365,6 @@ class Trainer:
         state = {
             "rows_seen": self.rows_seen,
             "batches_skipped": self.batches_skipped,
-            "normalization": self.sae.normalizer.kind,
             "data": data,
             **self._description(),
         }

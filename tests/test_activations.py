@@ -62,7 +62,7 @@ def hooked() -> Any:
 
 @pytest.fixture(scope="session")
 def windows(tokenizer: Any) -> TokenWindows:
-    return tokenize(DOCUMENTS, tokenizer, CONTEXT)
+    return tokenize(DOCUMENTS, tokenizer, CONTEXT, held_out=None)
 
 
 def all_rows(source: Any) -> Tensor:
@@ -89,7 +89,7 @@ def test_windows_hold_every_token_once_in_order_and_never_two_documents(tokenize
 def test_a_tokenizer_without_bos_gives_windows_of_text_alone(tokenizer: Any):
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    windows = tokenize(DOCUMENTS, bare, CONTEXT)
+    windows = tokenize(DOCUMENTS, bare, CONTEXT, held_out=None)
     assert not windows.has_bos
     assert windows.n_tokens == int(windows.lengths.sum()) == sum(DOCUMENT_TOKENS)
     assert windows.lengths[:3].tolist() == [3, 11, 12]
@@ -105,7 +105,7 @@ def test_max_tokens_counts_tokens_of_text_and_stops_reading(tokenizer: Any, limi
             read.append(document.name)
             yield document
 
-    assert tokenize(documents(), tokenizer, CONTEXT, limit).n_tokens == min(limit, sum(DOCUMENT_TOKENS))
+    assert tokenize(documents(), tokenizer, CONTEXT, limit, held_out=None).n_tokens == min(limit, sum(DOCUMENT_TOKENS))
     if limit == 1:
         assert len(read) <= 2
 
@@ -125,7 +125,7 @@ def test_tokenize_refuses_what_gives_no_window(tokenizer: Any):
     with pytest.raises(ValueError, match=r"no held-out documents.*use more text"):
         tokenize(one, tokenizer, CONTEXT, held_out=True)
     with pytest.raises(ValueError, match="holds no documents"):
-        tokenize([Document("empty", "")], tokenizer, CONTEXT)
+        tokenize([Document("empty", "")], tokenizer, CONTEXT, held_out=None)
     with pytest.raises(ValueError, match="context of at least 2; got 1"):
         tokenize(one, tokenizer, 1)
     with pytest.raises(ValueError, match="max_tokens of at least 1; got 0"):
@@ -136,7 +136,7 @@ def test_tokenize_refuses_what_gives_no_window(tokenizer: Any):
 
 def test_the_digest_tells_tokens_and_documents_apart(tokenizer: Any):
     def digest(*documents: Document) -> str:
-        return tokenize(documents, tokenizer, CONTEXT).digest()
+        return tokenize(documents, tokenizer, CONTEXT, held_out=None).digest()
 
     a, b = Document("a", "the cat"), Document("b", "sat")
     assert digest(a, b) == digest(a, b)
@@ -325,7 +325,7 @@ def test_a_full_disk_costs_only_the_shard_that_did_not_fit(
     with pytest.raises(OSError, match="No space left on device"):
         harvest(sources(hooked, windows), folder)
     kept = contents(folder)
-    assert set(kept) == {"index.json", "shard_00000.safetensors", "shard_00001.safetensors"}
+    assert set(kept) == {".lock", "index.json", "shard_00000.safetensors", "shard_00001.safetensors"}
     monkeypatch.undo()
     harvest(sources(hooked, windows), folder)
     assert contents(folder) == contents(tmp_path / "whole")
@@ -349,7 +349,7 @@ def test_a_damaged_shard_is_named_and_can_be_made_again(
     whole, shard = contents(tmp_path), tmp_path / "shard_00002.safetensors"
     damage(shard)
     store.block(1)
-    with pytest.raises(ValueError, match=r"shard_00002.safetensors.*Delete it and run the harvest again"):
+    with pytest.raises(ValueError, match=r"shard_00002.safetensors.*[Rr]un the harvest again"):
         store.block(2)
     if shard.exists():  # harvesting over it does not make it pass for whole
         with pytest.raises(ValueError, match=r"shard_00002.safetensors is damaged"):
@@ -587,3 +587,26 @@ def test_a_stream_that_cannot_be_is_refused():
         ActivationStream(Numbered(), 0)
     with pytest.raises(ValueError, match="buffer_rows must be at least 1; got 0"):
         ActivationStream(Numbered(), 5, 0)
+
+
+def test_two_harvests_into_one_folder(hooked: Any, windows: TokenWindows, tmp_path: Path):
+    with (
+        files.locked(tmp_path, "another harvest"),
+        pytest.raises(RuntimeError, match="harvest: another process is writ"),
+    ):
+        harvest(sources(hooked, windows), tmp_path)
+    harvest(sources(hooked, windows), tmp_path)
+
+
+def test_a_harvest_into_whole_numbers_is_refused(hooked: Any, windows: TokenWindows, tmp_path: Path):
+    with pytest.raises(TypeError, match=r"float dtype; got torch\.int8"):
+        harvest(sources(hooked, windows), tmp_path, torch.int8)
+    with pytest.raises(ValueError, match="batch_windows of at least 1; got 0"):
+        ModelActivations(hooked, HOOK, windows, batch_windows=0)
+
+
+@pytest.mark.parametrize("index", [{"format": 1}, {"format": 1, "identity": {}, "documents": [], "shards": []}])
+def test_an_index_that_lacks_parts(index: dict, tmp_path: Path):
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json is damaged: it lacks parts"):
+        ActivationStore(tmp_path)

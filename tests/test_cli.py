@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastsae
-from fastsae import cli
+from fastsae import activations, cli, evaluate
 from fastsae.config import JointSAEConfig
 from fastsae.planner import plan
 
@@ -46,7 +47,7 @@ def test_resume_and_another_run(run):
     with pytest.raises(SystemExit, match="already holds a run"):
         run(*train, "--steps", "4")
     run(*train, "--steps", "4", "--resume")
-    with pytest.raises(SystemExit, match="trained on other activations"):
+    with pytest.raises(SystemExit, match=r"is a run on other activations: hook was .*blocks\.2.* is .*blocks\.1"):
         run(*train, "--steps", "4", "--hook", "blocks.1.hook_resid_post")
     assert json.loads(Path("r/data.json").read_text())["hook"] == "blocks.2.hook_resid_post"
 
@@ -60,6 +61,9 @@ def test_resume_and_another_run(run):
         ),
         (["train", "topk", "--text", "missing.txt", *SMALL], "error: .*neither 'stdlib', nor a file"),
         (["train", "topk", *SMALL, "--k", "200"], "k: expected between 1 and d_sae = 128; got 200"),
+        (["train", "topk", *SMALL, "--run-dir", "None"], "--run-dir says where the SAE is written"),
+        (["train", "topk", *SMALL, "--buffer-rows", "0"], "buffer_rows: expected at least 1; got 0"),
+        (["train", "topk", *SMALL, "--run-dir", "/proc/r"], "train: cannot write into /proc/r"),
         (["eval", "nowhere"], "error: nowhere is no run of `fastsae train`"),
     ],
 )
@@ -70,6 +74,90 @@ def test_errors_are_one_line_and_say_what_to_do(run, arguments, message, capsys)
     assert re.search(message, re.sub(r"[\s│]+", " ", said))
 
 
+def test_a_failed_attempt_does_not_block_its_folder(run):
+    train = ["train", "topk", "--run-dir", "r", "--steps", "2", *SMALL]
+    with pytest.raises(SystemExit, match="Near ones"):
+        run(*train, "--hook", "blocks.2.hook_resid_pots")
+    run(*train)
+
+
+def test_training_and_measuring_see_different_documents(run, monkeypatch):
+    """The split, end to end: what train reads and what eval reads."""
+    seen: list[set[str]] = []
+    tokenize = activations.tokenize
+    monkeypatch.setattr(
+        activations, "tokenize", lambda *a, **b: (seen.append(set((w := tokenize(*a, **b)).names)), w)[1]
+    )
+    run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
+    trained = seen[0]
+    seen.clear()
+    run("eval", "r", "--tokens", "500")
+    (measured,) = seen
+    assert not any(map(activations.is_held_out, trained))
+    assert all(map(activations.is_held_out, measured))
+
+
+def test_seeds_reach_the_weights_and_the_order(run):
+    losses, starts = [], []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        run("train", "topk", "--steps", "2", "--run-dir", name, "--log-every", "1", *SMALL, "--seed", seed)
+        losses.append([json.loads(line)["loss"] for line in Path(name, "metrics.jsonl").read_text().splitlines()])
+        starts.append(fastsae.load(f"{name}/sae").W_enc)
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(starts[0], starts[1])
+    assert (starts[0] - starts[2]).abs().mean() > 1e-3  # two steps move a weight by 2e-3 at most, mostly much less
+
+
+def test_eval_shows_what_was_measured(run, monkeypatch):
+    run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
+    results = []
+    for name in ("reconstruction", "behavior"):
+        measure = getattr(evaluate, name)
+        monkeypatch.setattr(evaluate, name, lambda *a, measure=measure: (results.append(measure(*a)), results[-1])[1])
+    header, _, row = run("eval", "r", "--tokens", "500").splitlines()
+    shown = dict(zip(re.split(r"  +", header), re.split(r"  +", row), strict=True))
+    r, b = results
+    assert shown["FVU"] == f"{r.fvu:.4f}" != f"{r.fvu_raw:.4f}"
+    assert (shown["MSE"], shown["L0"], shown["KL"]) == (f"{r.mse:.4f}", f"{r.l0:.1f}", f"{b.kl:.4f}")
+    assert shown["loss recovered"] == f"{b.loss_recovered:.2%}"
+
+
+def test_eval_of_what_is_not_there(run):
+    run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
+    Path("r/sae/config.json").rename("r/kept.json")
+    with pytest.raises(SystemExit, match="did not finish; run the same `fastsae train` with --resume"):
+        run("eval", "r")
+    Path("r/kept.json").rename("r/sae/config.json")
+    for damaged in ("[]", "null", '{"tokens": "abc"}'):
+        Path("r/data.json").write_text(damaged)
+        with pytest.raises(SystemExit, match=r"data\.json is damaged"):
+            run("eval", "r")
+
+
+def test_an_edited_text_file_is_not_measured_on(run):
+    text = Path("text.txt")
+    text.write_text("\n\n".join(f"paragraph {i} " + "word " * 300 for i in range(200)))
+    run("train", "topk", "--steps", "2", "--run-dir", "r", "--text", "text.txt", *SMALL)
+    Path("elsewhere").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir("elsewhere")
+        run("eval", "../r", "--tokens", "300")
+    text.write_text("new\n\n" + text.read_text())
+    with pytest.raises(SystemExit, match=r"text\.txt is not the text that r was trained on"):
+        run("eval", "r")
+
+
+def test_text_of_which_nothing_is_held_out_is_refused_before_training(run):
+    Path("small.txt").write_text("a short text " * 500)
+    with pytest.raises(SystemExit, match="no held-out documents"):
+        run("train", "topk", "--text", "small.txt", "--run-dir", "r", *SMALL)
+    assert not Path("r").exists()
+
+
+def test_version(run):
+    assert run("--version").strip() == f"fastsae {fastsae.__version__}"
+
+
 def test_demo(run):
     out = run("demo", "--tokens", "6000", "--steps", "4", "--d-sae", "256", "--held-out-tokens", "600")
     for name in ("topk", "joint"):
@@ -78,11 +166,24 @@ def test_demo(run):
     table = [line for line in out.splitlines() if line.startswith(("SAE", "topk ", "joint "))]
     assert [line.split()[0] for line in table] == ["SAE", "topk", "joint"]
     assert all(word in table[0] for word in ("FVU", "KL", "loss recovered", "dead", "rows/s", "parameters"))
-    Path("other").mkdir()
-    Path("other/precious").touch()
-    with pytest.raises(SystemExit, match="holds something else"):
-        run("demo", "--folder", "other")
-    assert Path("other/precious").exists()
+
+
+def test_a_demo_deletes_only_what_a_demo_made(run):
+    for folder in ("other", "runs"):
+        Path(folder, "demo").mkdir(parents=True)
+        Path(folder, "precious").touch()
+        with pytest.raises(SystemExit, match="holds something else"):
+            run("demo", "--folder", folder)
+        assert Path(folder, "precious").exists()
+    Path("d/topk").mkdir(parents=True)
+    for name in (".fastsae-demo", "topk/old", "precious"):
+        Path("d", name).touch()
+    with pytest.raises(SystemExit, match="k: expected between 1 and d_sae"):
+        run("demo", "--folder", "d", "--k", "0")
+    assert Path("d/topk/old").exists(), "deleted before the options were checked"
+    run("demo", "--folder", "d", "--tokens", "6000", "--steps", "2", "--d-sae", "256", "--held-out-tokens", "600")
+    assert Path("d/precious").exists()
+    assert not Path("d/topk/old").exists()
 
 
 def test_plan(run):
@@ -106,6 +207,10 @@ def test_plan_counts():
     assert p.optimizer_bytes == 2 * p.weights_bytes
     assert p.pre_activations_bytes == 256 * 2**20
     assert p.steps == 5
-    assert p.flops_per_step > 2 * 2048 * 1024 * 65536
+    B, D, M, K, N, E = 2048, 1024, 65536, 64, 32, 128
+    assert p.flops_per_step == 2 * B * D * M + 4 * 2 * B * K * D
+    joint = plan(fastsae.JointSAEConfig(1024, 65536, 64), batch_size=2048)
+    linear, interaction = 3 * 2 * B * N * D, 6 * 2 * B * N * E + 3 * 2 * B * E * (E + D)
+    assert joint.flops_per_step == p.flops_per_step + linear + interaction
     with pytest.raises(ValueError, match="batch_size and tokens of at least 1"):
         plan(fastsae.TopKSAEConfig(8, 16, 2), batch_size=0)

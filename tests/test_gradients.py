@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import fastsae
 from fastsae import gradients, ops
 from fastsae.backends import cpu
-from fastsae.backends.cpu import blocks, memory
+from fastsae.backends.cpu import blocks, decode, memory
 from fastsae.gradients import GradientBuffers
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -187,3 +187,21 @@ def test_many_small_terms_are_not_lost(dtype: torch.dtype):
         ops.topk_encode(*leaves, 1, backend=backend)[0].sum().backward()
     for name, got, want, theirs in zip(("x", "W_enc", "b_enc"), ours, exact, eager, strict=True):
         assert_matches(f"d_{name}", got.grad, want.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("frozen", ["W_dec", "W_lin", "V"])
+def test_no_gradient_of_a_frozen_weight_is_made(frozen: str):
+    sae, x = fastsae.JointSAE(64, 3000, 4, d_embedding=64), torch.randn(5, 64)
+    expected = gradients_of(sae, x)
+    getattr(sae, frozen).requires_grad_(False)
+    seen = []
+    weight_gradient = decode.weight_gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "weight_gradient", lambda *a: (seen.append(a), weight_gradient(*a))[1])
+        torch.manual_seed(0)
+        got = gradients_of(sae, x)
+    # W_dec and W_lin take one product each, V two.
+    assert len(seen) == {"W_dec": 3, "W_lin": 3, "V": 2}[frozen]
+    assert got[frozen] is None
+    assert got["W_enc"] is not None
+    assert expected["W_enc"] is not None

@@ -1,12 +1,15 @@
 """The modules: names, shapes, initialisation, pathways, saving and loading."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastsae
+from fastsae import files
 from fastsae.config import JointSAEConfig, TopKSAEConfig, from_dict, to_dict
 from fastsae.normalize import Normalizer
 
@@ -166,10 +169,10 @@ def test_round_trip(make, dtype, tmp_path):
         assert type(loaded) is make
         assert not loaded.training
         assert loaded.config == sae.config
-        assert loaded.normalizer.kind == "zscore"
+        assert loaded.normalizer.measured
         assert loaded.state_dict().keys() == sae.state_dict().keys()
         for name, t in loaded.state_dict().items():
-            assert t.dtype == dtype
+            assert t.dtype == (torch.promote_types(dtype, torch.float32) if "normalizer" in name else dtype)
             assert torch.equal(t, sae.state_dict()[name])
         raw = torch.randn(4, 8, dtype=dtype)
         assert torch.equal(loaded.reconstruct(raw), sae.reconstruct(raw))
@@ -193,11 +196,21 @@ def test_another_architecture(tmp_path):
 
 def test_an_unknown_option_names_the_nearest(tmp_path):
     folder = fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
-    description = json.loads((folder / "config.json").read_text())
-    description["config"]["d_sea"] = 3
-    (folder / "config.json").write_text(json.dumps(description))
+    change(folder, lambda d: d["config"].update(d_sea=3))
     with pytest.raises(ValueError, match=r"unknown option 'd_sea'. Did you mean 'd_sae'"):
         fastsae.load(folder)
+
+
+def change(folder: Path, how: Callable[[dict], object]) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    how(description)
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def flip_one_bit(folder: Path) -> None:
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-100] ^= 4
+    (folder / "weights.safetensors").write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -213,24 +226,33 @@ def test_an_unknown_option_names_the_nearest(tmp_path):
             "weights.safetensors is damaged or truncated",
         ),
         (
-            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("50", "60")),
+            lambda f: change(f, lambda d: d["config"].update(d_sae=60)),
             ValueError,
             "weights.safetensors does not fit",
         ),
         (
-            lambda f: (f / "config.json").write_text(
-                (f / "config.json").read_text().replace('"format": 1', '"format": 2')
-            ),
+            lambda f: change(f, lambda d: d["config"].update(d_sae="50")),
+            ValueError,
+            "config.json: TopKSAEConfig.d_sae: expected int; got '50'",
+        ),
+        (lambda f: change(f, lambda d: d.update(config=None)), ValueError, "is no fastsae config"),
+        (lambda f: change(f, lambda d: d.update(architecture=["topk"])), ValueError, "is no fastsae config"),
+        (flip_one_bit, ValueError, "weights.safetensors is not the file that .*config.json was written with"),
+        (
+            lambda f: change(f, lambda d: d.update(format=2)),
             ValueError,
             "has format 2, this fastsae reads format 1",
         ),
         (
-            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"k": 6,', "")),
+            lambda f: change(f, lambda d: d["config"].pop("k")),
             ValueError,
             r"config.json: TopKSAEConfig: option 'k' is missing",
         ),
         (
-            lambda f: save_file({"weight": torch.zeros(3)}, f / "weights.safetensors"),
+            lambda f: (
+                save_file({"weight": torch.zeros(3)}, f / "weights.safetensors"),
+                change(f, lambda d: d.update(weights_crc32=files.crc32(f / "weights.safetensors"))),
+            ),
             ValueError,
             "weights.safetensors holds no W_enc",
         ),
@@ -295,7 +317,8 @@ def test_normalizer_inverts(kind):
     elif kind == "scale":
         torch.testing.assert_close(normalised.square().mean(), torch.tensor(1.0))
     else:
-        assert normalised is sample
+        assert torch.equal(normalised, sample)
+    assert normalizer.measured == (kind != "none")
 
 
 def test_normalizer_leaves_a_constant_dimension_finite():
@@ -327,3 +350,58 @@ def test_sparse_code():
     assert order.entries.tolist() == [3, 1, 2, 0]
     with pytest.raises(ValueError, match="must have one shape"):
         fastsae.SparseCode(torch.zeros(2, 3), torch.zeros(2, 2), 5)
+
+
+def test_statistics_keep_their_precision_beside_bf16_weights():
+    """Activations far from zero: rounded to bf16 before the mean is taken off, they would have 9 different values."""
+    raw = torch.randn(500, 8) * 0.5 + 100
+    sae = fastsae.TopKSAE(8, 50, 4).eval()
+    sae.normalizer.measure(raw, "zscore")
+    expected = sae.normalizer(raw)
+    for low in (sae.bfloat16(), sae.to(torch.bfloat16)):
+        assert low.normalizer.mean.dtype == torch.float32
+        normalised = low.normalizer(raw)
+        assert normalised.dtype == torch.bfloat16
+        torch.testing.assert_close(normalised.float(), expected, rtol=2**-8, atol=1e-5)
+    assert sae.double().normalizer.mean.dtype == torch.float64
+
+
+def test_a_state_dict_carries_the_normalisation():
+    trained, fresh = fastsae.TopKSAE(8, 50, 4).eval(), fastsae.TopKSAE(8, 50, 4).eval()
+    raw = torch.randn(30, 8) * 3 + 20
+    trained.normalizer.measure(raw, "zscore")
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.reconstruct(raw), trained.reconstruct(raw))
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    fastsae.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_code_narrower_than_k_integration():
+    sae, x = fastsae.JointSAE(8, 50, 6, k_integration=3).eval(), torch.randn(4, 8)
+    narrow = fastsae.JointSAE(8, 50, 2, k_integration=2).eval()
+    narrow.load_state_dict(sae.state_dict())
+    assert torch.equal(sae(x, k=2).reconstruction, narrow(x).reconstruction)
+
+
+def test_what_a_bf16_layer_gives_under_autocast_is_taken():
+    sae, x = fastsae.JointSAE(8, 50, 4).eval(), torch.randn(3, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sae(x)
+    torch.testing.assert_close(got.code.values, sae(x.float()).code.values)
+
+
+def test_without_a_pair_there_is_no_interaction_and_no_gradient():
+    values = (torch.rand(9, 1) * 10).requires_grad_()
+    V, indices = torch.randn(50, 6).requires_grad_(), torch.randint(50, (9, 1))
+    z = fastsae.ops.pairwise_interaction(values, indices, V, backend="cpu")
+    z.backward(torch.randn_like(z))
+    assert not z.any()
+    assert V.grad is not None
+    assert values.grad is not None
+    assert not V.grad.any()
+    assert not values.grad.any()

@@ -126,18 +126,6 @@ def test_odd_strides_everywhere(n: int, dtype: torch.dtype):
         assert_matches(f"result {number}", got, want, theirs, scale=4 * want.abs().max().item() + 10)
 
 
-@every_dtype
-def test_a_feature_repeated_within_a_row(dtype: torch.dtype):
-    indices = torch.tensor([[2, 2, 2, 0], [1, 1, 1, 1]])
-    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 4.0]], dtype=dtype, requires_grad=True)
-    W = torch.arange(6.0).view(3, 2).to(dtype).requires_grad_()
-    ops.sparse_decode(values, indices, W, "cpu").backward(torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=dtype))
-    assert W.grad is not None
-    assert values.grad is not None
-    assert W.grad.tolist() == [[4, 0], [0, 16], [6, 0]]
-    assert values.grad.tolist() == [[4, 4, 4, 0], [6, 6, 6, 6]]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_a_whole_joint_step_by_the_formulas_of_the_paper(p: float, backend: str):
@@ -247,7 +235,9 @@ X, W, BIAS, CODE = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20), (torc
             ValueError,
             r"features must have shape",
         ),
-        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([0, 20])), IndexError, "20"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([0, 20])), ValueError, r"repeats, in \[0, 20\)"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([-1, 2])), ValueError, "must be ascending"),
+        (lambda: ops.topk_encode(X, W, BIAS, 1, features=torch.tensor([2, 2])), ValueError, "must be ascending"),
         (lambda: ops.sparse_decode(*CODE, W[0]), ValueError, "W_dec must have shape"),
         (lambda: ops.sparse_decode(CODE[0], CODE[1] + 20, W), RuntimeError, r"\[0, 20\)"),
         (lambda: ops.sparse_decode(CODE[0], CODE[1] - 20, W), RuntimeError, r"\[0, 20\)"),
@@ -259,7 +249,12 @@ X, W, BIAS, CODE = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20), (torc
         (lambda: ops.joint_decode(*CODE, W, None, None, 0), ValueError, "n must be between 1 and k = 3; got 0"),
         (lambda: fastsae.TopKSAE(8, 20, 3)(X.long()), TypeError, "x must be a float tensor that holds numbers"),
         (lambda: fastsae.TopKSAE(8, 20, 3)(X.to("meta")), TypeError, "got torch.float32 on meta"),
-        (lambda: fastsae.JointSAE(8, 20, 3)(X.double()), TypeError, "x is torch.float64 but W_enc is torch.float32"),
+        (
+            lambda: fastsae.JointSAE(8, 20, 3)(X.double()),
+            TypeError,
+            "x is torch.float64 but the weights are torch.float32",
+        ),
+        (lambda: fastsae.TopKSAE(8, 20, 3)(X.bfloat16()), TypeError, "x is torch.bfloat16 but the weights"),
     ],
 )
 def test_bad_input_says_what_is_wrong(call, error, message):

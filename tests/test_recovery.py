@@ -163,6 +163,14 @@ def test_every_damaged_byte_is_noticed(tmp_path):
 # ---- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c_is_not_ignored() -> Iterator[None]:
+    """As it is in a shell's background jobs."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
 def interrupting(times: int) -> Iterator[Tensor]:
     for i, x in enumerate(activations()):
         for _ in range(times if i == 3 else 0):
@@ -173,7 +181,7 @@ def interrupting(times: int) -> Iterator[Tensor]:
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
     sae, handler = joint(), signal.getsignal(signal.SIGINT)
     state = torch.get_rng_state()
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 4; saved, continue with resume=True in"):
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 4; saved, continue with resume"):
         Trainer(sae, config(steps=5, run_dir=tmp_path, normalize_rows=32)).fit(interrupting(1))
     assert checkpoint.folders(tmp_path)[0].name == "step_00000004"
     assert not sae.training, "dropout must not stay on"
@@ -187,7 +195,7 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path):
     assert_same(weights(again), weights(whole))
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path):
+def test_a_second_ctrl_c_does_not_wait(tmp_path, ctrl_c_is_not_ignored):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt) as caught:
         Trainer(joint(), config(run_dir=tmp_path)).fit(interrupting(2))

@@ -1,5 +1,6 @@
 """Documents: where their borders are, their order, and which of them are held out."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,3 +87,42 @@ def test_a_dataset_gives_its_text_column(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", no_text)
     with pytest.raises(ValueError, match=r"has columns \['body'\], expected one named 'text'"):
         list(read_documents("owner/set"))
+
+
+def test_the_order_has_nothing_to_do_with_what_is_held_out(tmp_path: Path):
+    """Otherwise the first documents of a folder would all be held out."""
+    for i in range(600):
+        (tmp_path / f"{i}.txt").write_text("some text")
+    names = [d.name for d in read_documents(tmp_path)]
+    assert sum(map(is_held_out, names)) > 20
+    assert 2 < sum(map(is_held_out, names[:200])) < 25
+
+
+def test_a_file_that_is_no_text_is_skipped_with_a_warning(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("grüße".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes(b"a caf\xe9, and much more text after it. " * 10)
+    (tmp_path / os.fsdecode(b"name\xff.txt")).write_text("text in a file whose name is not UTF-8")
+    with pytest.warns(UserWarning, match=r"a\.txt is not UTF-8 text .*: skipped"):
+        documents = list(read_documents(tmp_path))
+    assert {d.name for d in documents} >= {os.fsdecode(b"name\xff.txt")}
+    assert "a.txt" not in {d.name for d in documents}
+
+
+def test_lines_of_wikitext_are_joined_to_articles(monkeypatch: pytest.MonkeyPatch):
+    rows = [
+        "",
+        " = First = \n",
+        "",
+        " One line . \n",
+        " = = Section = = \n",
+        " Two . \n",
+        " = Second = \n",
+        " Three . \n",
+    ]
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: [{"text": row} for row in rows])
+    )
+    assert list(read_documents("wikitext")) == [
+        Document("wikitext/1", "".join(rows[1:6])),
+        Document("wikitext/6", "".join(rows[6:])),
+    ]

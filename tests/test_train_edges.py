@@ -1,13 +1,20 @@
 """The Trainer in odd company: other dtypes, bad first batches, compiled and cast SAEs, threads, extreme options."""
 
+import contextlib
+import itertools
 import json
+import signal
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from test_train import D, K, M, activations, assert_same, config, joint, weights
+from torch import Tensor
 
 import fastsae
+from fastsae import checkpoint, runs, train
 from fastsae.optim import clip_by_scaling
 from fastsae.train import Trainer
 
@@ -134,8 +141,9 @@ def test_gradients_stay_in_the_same_memory(monkeypatch: pytest.MonkeyPatch):
         (torch.ones(4, D, dtype=torch.int64), TypeError, "float tensor that holds numbers; got torch.int64"),
         (torch.ones(4, D, device="meta"), TypeError, "float tensor that holds numbers; got torch.float32 on meta"),
         ([1.0, 2.0], ValueError, "got list"),
+        (None, ValueError, "got NoneType"),
     ],
-    ids=["width", "3-d", "1-d", "0-d", "empty", "integer", "meta", "list"],
+    ids=["width", "3-d", "1-d", "0-d", "empty", "integer", "meta", "list", "None"],
 )
 def test_a_bad_batch_is_named(bad, error, message, at, normalize):
     batches: list = list(activations(4))
@@ -190,9 +198,22 @@ def test_a_batch_of_one_row(batch: int, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalize": "z-score"}, "TrainerConfig.normalize: expected one of none, zscore, scale; got 'z-score'"),
+        ({"steps": 0}, "TrainerConfig.steps: expected at least 1; got 0"),
+        ({"lr": 0.0}, "TrainerConfig.lr"),
+        ({"warmup_steps": 6, "decay_steps": 5}, "6 and 5 of 10 steps"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm: expected None or above 0"),
+        ({"resume": True}, "resume and log_to need a run_dir"),
+        ({"log_every": 0}, "log_every"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"auxk": -1}, "auxk"),
+        ({"steps": 2.5}, "TrainerConfig.steps: expected int; got 2.5"),
+        ({"steps": True}, "TrainerConfig.steps: expected int; got True"),
+        ({"lr": "fast"}, "TrainerConfig.lr: expected float; got 'fast'"),
+        ({"betas": (0.9,)}, r"TrainerConfig.betas: expected a tuple of float; got \(0.9,\)"),
+        ({"k_anneal_from": 9}, "k_anneal_steps: expected at least 1 with k_anneal_from; got 0"),
+        ({"normalize": "z-score"}, "TrainerConfig.normalize: expected 'none' or 'zscore' or 'scale'; got 'z-score'"),
         ({"nonfinite": "ignore"}, "TrainerConfig.nonfinite: expected 'stop' or 'skip'; got 'ignore'"),
-        ({"log_to": ("mlflow",), "run_dir": "runs"}, "log_to: expected 'tensorboard' or 'wandb'; got 'mlflow'"),
+        ({"log_to": ("mlflow",), "run_dir": "runs"}, "log_to: expected a tuple of 'tensorboard' or 'wandb'; got"),
         ({"dead_after_tokens": 0}, "dead_after_tokens: expected at least 1; got 0"),
         ({"normalize_rows": 1}, "normalize_rows: expected at least 2; got 1"),
         ({"k_anneal_from": 9, "k_anneal_steps": -1}, "k_anneal_steps: expected 0 or more; got -1"),
@@ -201,3 +222,157 @@ def test_a_batch_of_one_row(batch: int, tmp_path):
 def test_impossible_options(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+# ---- activations that fail ------------------------------------------------------------------------------------------
+
+
+def failing(n: int, how: Callable[[], Tensor]) -> Iterator[Tensor]:
+    yield from activations(n)
+    yield how()
+
+
+def no_network() -> Tensor:
+    raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [(no_network, ConnectionError), (lambda: torch.empty(0, D), ValueError)], ids=["raises", "empty"]
+)
+def test_what_was_trained_is_kept_when_the_activations_fail(how, error, tmp_path):
+    with pytest.raises(error):
+        Trainer(joint(), config(run_dir=tmp_path, normalize_rows=32)).fit(failing(6, how))
+    again, whole = joint(), joint()
+    Trainer(again, config(run_dir=tmp_path, resume=True, normalize_rows=32)).fit(activations())
+    Trainer(whole, config(normalize_rows=32)).fit(activations())
+    assert checkpoint.folders(tmp_path)[-1].name == "step_00000006"
+    assert_same(weights(again), weights(whole))
+
+
+def test_only_nan_does_not_run_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "_SKIPPED_IN_A_ROW", 5)
+    endless = itertools.chain(activations(2), itertools.repeat(torch.full((4, D), torch.nan)))
+    with pytest.raises(FloatingPointError, match=r"batch 8 of the activations holds 48 values.*So did the 5 before it"):
+        Trainer(joint(), config(nonfinite="skip", normalize_rows=32)).fit(endless)
+
+
+def test_ctrl_c_while_batches_are_skipped(tmp_path):
+    def stream() -> Iterator[Tensor]:
+        yield from activations(3)
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(3):
+            yield torch.full((4, D), torch.nan)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3; saved"):
+        Trainer(joint(), config(nonfinite="skip", run_dir=tmp_path, normalize_rows=32)).fit(stream())
+
+
+def test_a_position_that_cannot_be_stored_is_refused_at_once(tmp_path):
+    class Stream:
+        def __iter__(self) -> Iterator[Tensor]:
+            return activations()
+
+        def state_dict(self) -> dict:
+            return {"rng": torch.get_rng_state()}
+
+        def load_state_dict(self, state: dict) -> None: ...
+
+    with pytest.raises(TypeError, match=r"state_dict\(\) of the activations must hold what JSON can"):
+        Trainer(joint(), config(run_dir=tmp_path)).fit(Stream())
+
+
+def test_rows_looked_at_in_advance_do_not_stay_in_memory():
+    seen: list[weakref.ref] = []
+
+    def stream() -> Iterator[Tensor]:
+        for x in activations(8):
+            seen.append(weakref.ref(x))
+            yield x
+
+    sae, alive = joint(), []
+    sae.register_forward_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+    Trainer(sae, config(steps=8, normalize_rows=128)).fit(stream())
+    assert alive[-1] <= 2
+
+
+def test_a_trainer_inside_no_grad_and_inference_mode():
+    results = []
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        sae = joint()
+        with mode():
+            Trainer(sae, config()).fit(activations())
+        assert all(p.grad is None for p in sae.parameters())
+        results.append(weights(sae))
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+# ---- SAEs that cannot be trained so ---------------------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_trained_so():
+    frozen = joint().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of this SAE has requires_grad"):
+        Trainer(frozen, config())
+    tied = fastsae.TopKSAE(D, M, K)
+    tied.W_dec = tied.W_enc
+    with pytest.raises(ValueError, match="two weights of this SAE share their memory"):
+        Trainer(tied, config())
+    with pytest.raises(ValueError, match=r"eps: 1e-08 is 0 in the torch.float16 of this SAE"):
+        Trainer(fastsae.TopKSAE(D, M, K, dtype=torch.float16), config())
+    no_decoder = fastsae.TopKSAE(D, M, K)
+    no_decoder.W_dec.requires_grad_(False)
+    with pytest.raises(ValueError, match="unit_norm_decoder: W_dec is frozen"):
+        Trainer(no_decoder, config(unit_norm_decoder=True))
+    measured = joint()
+    Trainer(measured, config(steps=1)).fit(activations())
+    with pytest.raises(ValueError, match="normalize: 'none', but this SAE has stored statistics"):
+        Trainer(measured, config(normalize="none")).fit(activations())
+
+
+def test_what_is_frozen_belongs_to_a_run(tmp_path):
+    Trainer(joint(), config(steps=3, run_dir=tmp_path)).fit(activations())
+    sae = joint()
+    sae.W_enc.requires_grad_(False)
+    before = weights(sae)
+    with pytest.raises(ValueError, match="another configuration: trained was"):
+        Trainer(sae, config(steps=3, run_dir=tmp_path, resume=True)).fit(activations())
+    assert_same(weights(sae), before)
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_definition():
+    """FVU about the mean of the batch, L0 of what is active, dead by the last tokens only."""
+    sae = fastsae.TopKSAE(D, M, K)
+    sae.b_enc.data[3:] = -1e6  # so that fewer than K can be active
+    x = torch.randn(64, D) + 5
+    trainer = Trainer(sae, config(normalize="none", dead_after_tokens=100))
+    with torch.no_grad():
+        output = sae(x)
+    trainer._rows_since_fired[:] = 0
+    trainer._rows_since_fired[:7] = 100
+    trainer._rows_since_fired[7:20] = 99
+    trainer.step, trainer.rows_seen = 1, 5000
+    metrics = trainer._metrics(x, output, None, 1.0)
+    residual = (x - output.reconstruction).square().sum()
+    assert metrics["fvu"] == pytest.approx((residual / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
+    assert metrics["l0"] == pytest.approx((output.code.values > 0).sum().item() / 64)
+    assert metrics["l0"] < K
+    assert metrics["dead_share"] == pytest.approx(7 / M)
+
+
+def test_a_full_disk_under_the_log_says_where(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    trainer = Trainer(joint(), config(run_dir=tmp_path))
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(runs.Log, "_drop_lines_after", lambda *_: None)
+    monkeypatch.setattr(trainer, "_open_run", lambda _: None)
+    with pytest.raises(OSError, match=r"could not write .*metrics.jsonl at step 1: No space left"):
+        trainer.fit(activations())
+
+
+def test_what_json_cannot_hold_is_null(tmp_path):
+    Trainer(fastsae.TopKSAE(D, M, K), config(steps=2, run_dir=tmp_path)).fit(activations(batch=1))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["fvu"] for line in lines] == [None, None]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows
+from fastsae.files import locked
 
 
 class ModelActivations:
@@ -27,6 +28,8 @@ class ModelActivations:
     def __init__(self, model: Any, hook_name: str, windows: TokenWindows, batch_windows: int = 32) -> None:
         self.model, self.hook_name, self.windows, self.batch_windows = model, hook_name, windows, batch_windows
         check_hook(model, hook_name)
+        if batch_windows < 1:
+            raise ValueError(f"ModelActivations: expected batch_windows of at least 1; got {batch_windows}")
         if windows.context > model.cfg.n_ctx:
             raise ValueError(
                 f"ModelActivations: expected windows of at most {model.cfg.n_ctx} tokens, the model's context; got "
@@ -116,14 +119,17 @@ def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = t
     """Write all blocks of `source` into a store, a shard each, and open it.
 
     An interrupted harvest goes on at the first missing shard; the store comes out the same to the bit. Raises
-    ValueError when `folder` holds another harvest.
+    ValueError when `folder` holds another harvest, RuntimeError when another process is writing into it.
     """
-    writer = StoreWriter(Path(folder), source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
-    with tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
+    if not dtype.is_floating_point:
+        raise TypeError(f"harvest: expected a float dtype; got {dtype}")
+    folder = Path(folder)
+    with locked(folder, "harvest"), tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
+        writer = StoreWriter(folder, source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
         for i, n_rows in enumerate(source.block_rows):
             if not writer.has(i):
                 rows = source.rows(i)
                 writer.write(i, rows._replace(activations=rows.activations.to(dtype)))
             bar.update(n_rows)
-    writer.finish(source.block_rows)
+        writer.finish(source.block_rows)
     return ActivationStore(folder)

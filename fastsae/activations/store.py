@@ -36,6 +36,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{path} has format {found}, this fastsae reads {FORMAT}; harvest again, into a new folder")
+    if not {"identity", "documents", "shards"} <= description.keys() or "d_in" not in description["identity"]:
+        raise ValueError(f"{path} is damaged: it lacks parts of the index; harvest again, into a new folder")
     return description
 
 
@@ -119,7 +121,10 @@ class ActivationStore:
             if i not in self._verified and files.crc32(path) != self._checksums[i]:
                 raise ValueError(f"{path} is damaged: its checksum is not the one that was stored")
             rows = Rows(**files.read_tensors(path))
-        except (FileNotFoundError, ValueError) as error:
+        except FileNotFoundError as error:
+            missing = f"activation store: {path} is missing. Run the harvest again: only what is missing is written."
+            raise ValueError(missing) from error
+        except ValueError as error:
             raise ValueError(f"activation store: {error}. {advice}") from error
         self._verified.add(i)
         return rows

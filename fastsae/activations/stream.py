@@ -39,6 +39,8 @@ class ActivationStream:
             )
         if buffer_rows < 1:
             raise ValueError(f"ActivationStream: buffer_rows must be at least 1; got {buffer_rows}")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"ActivationStream: epochs must be None or at least 1; got {epochs}")
         self.source, self.batch_size, self.buffer_rows = source, batch_size, buffer_rows
         self.seed, self.epochs = seed, epochs
         self._epoch = self._buffer_number = self._offset = 0

@@ -3,12 +3,15 @@
 import hashlib
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 STDLIB = "stdlib"
 _FILE_DOCUMENT_CHARS = 4000
+# How WikiText, whose rows are lines, writes the title of an article.
+_TITLE = re.compile(r" = [^=].* = \n")
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 # Test suites and code pages are mostly tables of literals, and some distributions leave the former out.
 _SKIPPED_STDLIB_FOLDERS = {
@@ -36,7 +39,7 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
     source: "stdlib" (the Python sources of the running interpreter's standard library); a folder (every .txt, .md,
     .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters);
     or the name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
-    "wikitext:wikitext-103-raw-v1".
+    "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText, whose rows are lines, each article.
     Raises FileNotFoundError when `source` is none of these, ValueError for a dataset without a "text" column.
     """
     path = Path(source)
@@ -56,24 +59,34 @@ def is_held_out(name: str, share: float = 0.05) -> bool:
 
 
 def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
 def _files_below(folder: Path, suffixes: set[str], skipped: set[str]) -> Iterator[Document]:
     files = (p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
     kept = [p for p in files if not skipped.intersection(p.relative_to(folder).parts)]
-    # By hash, so that the first million tokens are a fair sample and not the first letters of the alphabet.
-    kept.sort(key=lambda p: _hash(p.relative_to(folder).as_posix()))
+    # By a hash: the first million tokens are a fair sample, and not the first letters of the alphabet. Not by the hash
+    # that holds documents out: it would put those first.
+    kept.sort(key=lambda p: _hash(f"order of {p.relative_to(folder).as_posix()}"))
     if not kept:
         raise FileNotFoundError(f"read_documents: no {'/'.join(sorted(suffixes))} files below {folder}")
     for path in kept:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
+        if text := _read_text(path):
             yield Document(path.relative_to(folder).as_posix(), text)
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file; none, with a warning, if it does not look like UTF-8 text."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    strange = text.count("\ufffd") + text.count("\0")
+    if strange > len(text) / 100:
+        warnings.warn(f"{path} is not UTF-8 text ({strange} strange characters of {len(text)}): skipped", stacklevel=2)
+        return ""
+    return text if text.strip() else ""
+
+
 def _file_documents(path: Path) -> Iterator[Document]:
-    paragraphs = re.split(r"(?<=\n\n)", path.read_text(encoding="utf-8", errors="replace"))
+    paragraphs = re.split(r"(?<=\n\n)", _read_text(path))
     text, number = "", 0
     for position, paragraph in enumerate(paragraphs):
         text += paragraph
@@ -100,8 +113,18 @@ def _dataset_documents(spec: str) -> Iterator[Document]:
             f"Hugging Face dataset ({type(error).__name__}: {error}). Check the spelling, the network, or download "
             "the text and pass its path."
         ) from error
+    article: Document | None = None
     for number, row in enumerate(rows):
         if "text" not in row:
             raise ValueError(f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'")
-        if row["text"].strip():
-            yield Document(f"{spec}/{number}", row["text"])
+        text = row["text"]
+        if _TITLE.fullmatch(text):
+            if article:
+                yield article
+            article = Document(f"{spec}/{number}", text)
+        elif article:
+            article = Document(article.name, article.text + text)
+        elif text.strip():
+            yield Document(f"{spec}/{number}", text)
+    if article:
+        yield article

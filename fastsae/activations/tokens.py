@@ -46,7 +46,7 @@ class TokenWindows:
 
     def digest(self) -> str:
         """A fingerprint of the tokens, their order, and the documents they are from."""
-        fingerprint = hashlib.sha256("\0".join(self.names).encode())
+        fingerprint = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
         for part in (self.tokens, self.lengths, self.documents):
             fingerprint.update(part.numpy().tobytes())
         return fingerprint.hexdigest()[:16]
@@ -57,13 +57,13 @@ def tokenize(
     tokenizer: Any,
     context: int,
     max_tokens: int | None = None,
-    held_out: bool | None = None,
+    held_out: bool | None = False,
 ) -> TokenWindows:
     """Cut documents into windows of `context` tokens (BOS included, the tail of a document shorter).
 
     tokenizer: a Hugging Face one, such as hangs on a TransformerLens model. Text is encoded once and never decoded.
     max_tokens: stop after this many tokens of text.
-    held_out: True takes only held-out documents, False only the others, None all.
+    held_out: False takes the documents to train on, True only those held out to measure on, None all.
     Raises ValueError when no window comes out.
     """
     if tokenizer is None:

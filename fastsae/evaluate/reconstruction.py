@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsae.modules import SparseAutoencoder
+from fastsae.modules import SparseAutoencoder, evaluating
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,27 @@ class Reconstruction:
     """Share of features active on none of these rows."""
 
 
-@torch.no_grad()
 def reconstruction(sae: SparseAutoencoder, activations: Iterable[Tensor]) -> Reconstruction:
     """Measure `sae` on raw activations, an iterable of (B, d_in) tensors that is read once.
 
     Sums are kept in fp64, so the result does not depend on the batch size beyond rounding of the batches themselves.
     """
-    was_training = sae.training
-    sae.eval()
     device = sae.W_enc.device
     rows, l0, cosine = 0, 0, torch.zeros((), dtype=torch.float64, device=device)
     fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     spaces = {name: _Moments(sae.d_in, device) for name in ("normalised", "raw")}
-    for batch in activations:
-        raw = batch.to(sae.W_enc)
-        x = sae.normalizer(raw)
-        output = sae(x)
-        restored = sae.normalizer.invert(output.reconstruction)
-        spaces["normalised"].add(x, output.reconstruction)
-        spaces["raw"].add(raw, restored)
-        cosine += torch.cosine_similarity(raw, restored, dim=-1).double().sum()
-        l0 += int((output.code.values > 0).sum())
-        fired += output.code.firing_counts()
-        rows += len(raw)
-    sae.train(was_training)
+    with evaluating(sae):
+        for batch in activations:
+            raw = batch.to(device)
+            x = sae.normalizer(raw)
+            output = sae(x)
+            restored = sae.normalizer.invert(output.reconstruction)
+            spaces["normalised"].add(x, output.reconstruction)
+            spaces["raw"].add(raw, restored)
+            cosine += torch.cosine_similarity(raw.to(restored), restored, dim=-1).double().sum()
+            l0 += int((output.code.values > 0).sum())
+            fired += output.code.firing_counts()
+            rows += len(raw)
     if rows < 2:
         raise ValueError(f"reconstruction: expected at least 2 rows of activations to measure a variance; got {rows}")
     return Reconstruction(

@@ -6,6 +6,7 @@ is stated beside that of a trigram model over the same tokens. The same seed on 
 also when the training was interrupted and continued.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -59,7 +60,8 @@ class Options:
 def main(options: Options) -> None:
     """Train, or continue an interrupted training, and write the finished model with its card."""
     options.out.mkdir(parents=True, exist_ok=True)
-    documents = list(read_documents(options.text))
+    # In the order the committed weights were made in.
+    documents = sorted(read_documents(options.text), key=lambda d: hashlib.sha256(d.name.encode()).digest())
     train_documents = [d for d in documents if not is_held_out(d.name)]
     held_out_documents = [d for d in documents if is_held_out(d.name)]
     tokenizer = train_tokenizer(train_documents, options)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, read_description
+from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, evaluating, read_description
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.topk import TopKSAE
 
@@ -19,4 +19,4 @@ def load(folder: str | Path, *, backend: str = "auto", device: torch.device | st
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 
 
-__all__ = ["Components", "JointSAE", "SAEOutput", "SparseAutoencoder", "TopKSAE", "load"]
+__all__ = ["Components", "JointSAE", "SAEOutput", "SparseAutoencoder", "TopKSAE", "evaluating", "load"]

@@ -1,6 +1,8 @@
 """What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -42,6 +44,18 @@ class Components:
     """sum_{j<n} a_j W_lin[i_j] + b_lin; zeros if the SAE has no linear pathway"""
     interaction: Tensor
     """W2 relu(W1 z + b1) + b2; zeros if the SAE has no pairwise pathway"""
+
+
+@contextmanager
+def evaluating(sae: "SparseAutoencoder") -> Iterator[None]:
+    """The SAE in eval mode and without gradients; afterwards in the mode it was in."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        sae.train(was_training)
 
 
 class SparseAutoencoder(nn.Module):
@@ -105,6 +119,12 @@ class SparseAutoencoder(nn.Module):
                 f"{type(self).__name__}: x must be a float tensor that holds numbers; got {x.dtype} on {x.device}"
             )
         k = self.k if k is None else k
+        if x.dtype != self.W_enc.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(
+                    f"{type(self).__name__}: x is {x.dtype} but the weights are {self.W_enc.dtype}; convert one of them"
+                )
+            x = x.to(self.W_enc.dtype)  # what a layer before gives under autocast
         rows = x.reshape(-1, self.d_in)
         if self.b_dec is not None:
             rows = rows - self.b_dec
@@ -121,7 +141,7 @@ class SparseAutoencoder(nn.Module):
 
     def reconstruct(self, raw: Tensor) -> Tensor:
         """Raw activations (..., d_in) in, raw activations out: normalised, reconstructed, and scaled back."""
-        return self.normalizer.invert(self.decode(self.encode(self.normalizer(raw))))
+        return self.normalizer.invert(self.decode(self.encode(self.normalizer(raw)))).to(raw.dtype)
 
     def identity(self, code: SparseCode) -> Tensor:
         """sum_j a_j W_dec[i_j] (+ b_dec), for a flat code: (B, d_in)."""
@@ -132,12 +152,13 @@ class SparseAutoencoder(nn.Module):
         """Write config.json and weights.safetensors (normalisation included) into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_tensors(folder / "weights.safetensors", self.state_dict())
+        weights = folder / "weights.safetensors"
+        files.write_tensors(weights, self.state_dict())
         description = {
             "format": FORMAT,
             "architecture": self.architecture,
             "config": to_dict(self.config),
-            "normalization": self.normalizer.kind,
+            "weights_crc32": files.crc32(weights),
         }
         files.write_json(folder / "config.json", description)
         return folder
@@ -157,22 +178,27 @@ class SparseAutoencoder(nn.Module):
                 f"{cls.__name__}.from_pretrained: {folder} holds architecture {description['architecture']!r}, "
                 f"expected {cls.architecture!r}. fastsae.load(folder) picks the class by itself."
             )
-        weights = files.read_tensors(folder / "weights.safetensors", str(device or "cpu"))
+        file = folder / "weights.safetensors"
+        weights = files.read_tensors(file, str(device or "cpu"))
+        if files.crc32(file) != description["weights_crc32"]:
+            raise ValueError(
+                f"{file} is not the file that {folder / 'config.json'} was written with: it is damaged, or a save was "
+                "cut off. Restore it or use another copy."
+            )
         try:
             config = from_dict(cls.config_class, description["config"])
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         if "W_enc" not in weights:
-            raise ValueError(f"{folder / 'weights.safetensors'} holds no W_enc: these are not the weights of an SAE")
-        arguments: dict[str, Any] = {"backend": backend, "device": device, "dtype": weights["W_enc"].dtype}
-        sae = cls(**to_dict(config), **arguments)
+            raise ValueError(f"{file} holds no W_enc: these are not the weights of an SAE")
+        # On no device: the weights take the place of an initialisation, which would cost time and random numbers.
+        sae = cls(**to_dict(config), device="meta", dtype=weights["W_enc"].dtype)
         try:
-            sae.load_state_dict(weights)
+            sae.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise ValueError(
-                f"{folder / 'weights.safetensors'} does not fit {folder / 'config.json'}: {error}"
-            ) from error
-        sae.normalizer.kind = description["normalization"]
+            raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from error
+        choose(backend, sae.W_enc.device, sae.W_enc.dtype)
+        sae.backend = backend
         return sae.eval()
 
     def extra_repr(self) -> str:
@@ -186,8 +212,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no saved SAE: there is no config.json in it")
     description = files.read_json(path)
-    expected = {"format", "architecture", "config", "normalization"}
-    if not isinstance(description, dict) or not expected <= description.keys():
+    expected = {"format": int, "architecture": str, "config": dict, "weights_crc32": int}
+    if not isinstance(description, dict) or not all(isinstance(description.get(k), t) for k, t in expected.items()):
         raise ValueError(f"{path} is no fastsae config: expected the keys {sorted(expected)}")
     if description["format"] != FORMAT:
         raise ValueError(

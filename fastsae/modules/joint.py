@@ -17,8 +17,8 @@ class JointSAE(SparseAutoencoder):
         interaction = W2 relu(W1 dropout(z) + b1) + b2,  z = (s^2 - q) / 2,
                       s = sum_{j<n} a_j V[i_j],  q = sum_{j<n} (a_j V[i_j])^2
 
-    n = k_integration (None: k // 2). With n = k the linear pathway is a second decoder over the same code, whose
-    gradient equals that of W_dec.
+    n = k_integration (None: k // 2), or the width of the code if it is narrower. With n = k the linear pathway is a
+    second decoder over the same code, whose gradient equals that of W_dec.
     Parameters W_enc W_dec W_lin (d_sae, d_in), b_enc (d_sae), b_lin b2 (d_in), V (d_sae, d_embedding),
     W1 (d_embedding, d_embedding), b1 (d_embedding), W2 (d_in, d_embedding), b_dec (d_in) if pre_bias.
 
@@ -70,10 +70,8 @@ class JointSAE(SparseAutoencoder):
         return self.config.n
 
     def decode(self, code: SparseCode) -> Tensor:
-        flat = code.flatten()
-        out, z = ops.joint_decode(
-            flat.values, flat.indices, self.W_dec, self.W_lin, self.V, self.k_integration, self.backend
-        )
+        flat, n = code.flatten(), min(self.k_integration, code.k)
+        out, z = ops.joint_decode(flat.values, flat.indices, self.W_dec, self.W_lin, self.V, n, self.backend)
         for bias in (self.b_dec, self.b_lin):
             if bias is not None:
                 out = out + bias

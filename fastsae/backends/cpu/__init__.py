@@ -6,6 +6,7 @@ into buffers that the caller owns. docs/decisions.md says what was measured.
 
 import torch
 
+from fastsae.backends.cpu.blocks import set_pre_activation_bytes
 from fastsae.backends.cpu.decode import (
     joint_decode,
     joint_decode_backward,
@@ -25,6 +26,7 @@ __all__ = [
     "pairwise_interaction",
     "pairwise_interaction_backward",
     "plan",
+    "set_pre_activation_bytes",
     "sparse_decode",
     "sparse_decode_backward",
     "topk_encode",

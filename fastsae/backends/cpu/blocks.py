@@ -9,6 +9,14 @@ PRE_ACTIVATION_BYTES = 256 * 2**20
 BLOCK = 1024
 
 
+def set_pre_activation_bytes(limit: int) -> None:
+    """How much memory pre-activations may take at once (default 256 MiB); at least one row is always held."""
+    global PRE_ACTIVATION_BYTES
+    if limit < 1:
+        raise ValueError(f"set_pre_activation_bytes: expected at least 1; got {limit}")
+    PRE_ACTIVATION_BYTES = limit
+
+
 def block_width(d_sae: int) -> int:
     """Features per block."""
     return BLOCK if d_sae > BLOCK else -(-d_sae // 64) * 64
