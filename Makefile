@@ -20,7 +20,7 @@ bench: .venv/peers    ## measure this machine's CPU beside the peers, and update
 	$(BIN)/pytest benchmarks --shape bench --results
 	$(BIN)/python -m benchmarks.report
 
-gpu: .venv/peers      ## the same on an NVIDIA GPU
+gpu: .venv/dev        ## the same on an NVIDIA GPU; says so where there is nothing to measure
 	$(BIN)/python -m benchmarks.gpu
 
 clean:

@@ -1,4 +1,4 @@
-"""What is measured: shapes by name, with their floating-point operations by formula."""
+"""What is measured: shapes by name."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,6 @@ class Shape:
     K: int
     N: int
     E: int
-
-    @property
-    def gemm_flops(self) -> int:
-        """The encoder's matrix product."""
-        return 2 * self.B * self.D * self.M
-
-    @property
-    def weight_bytes(self) -> int:
-        """One (d_sae, d_in) matrix."""
-        return 4 * self.M * self.D
 
 
 SHAPES = {

@@ -1,7 +1,5 @@
 """`make gpu`: what this version can do on an NVIDIA GPU."""
 
-import sys
-
 import torch
 
 
@@ -10,7 +8,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to run")  # noqa: T201  # the command's answer
         return
-    sys.exit("this version has no CUDA kernels yet: on a GPU the reference backend serves, and is not worth timing")
+    print("this version has no CUDA kernels: on a GPU the reference backend serves, and is not worth timing")  # noqa: T201
 
 
 if __name__ == "__main__":

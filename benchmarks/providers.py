@@ -92,7 +92,7 @@ class _TrainerStep(_Fastsae):
         self.trainer = fastsae.Trainer(self.sae, config)
 
     def step(self, x: Tensor) -> None:
-        self.trainer._train_step(x)
+        self.trainer._train_step(self.sae.normalizer(x))
 
 
 class _PlainAutograd(_Fastsae):

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-# ru_maxrss never falls, so each case has a process of its own; a small warm-up step makes optimizer state and gradient
-# buffers, and what the peak then rises by is what a step needs beside them.
+# ru_maxrss never falls, so each batch size has a process of its own. Parameters, gradients and optimizer state are the
+# same in both: what the peak grows by is what a step needs beside them.
 SCRIPT = """
 import json, resource, sys, torch, fastsae
 architecture, B, D, M, K = sys.argv[1], *map(int, sys.argv[2:])

@@ -16,10 +16,11 @@ ORDER = [*PROVIDERS, BareGemm]
 @pytest.mark.parametrize("number", range(len(ORDER)), ids=lambda n: f"{n}-{ORDER[n].__name__}")
 def test_step(number: int, benchmark, shape, rows):
     gc.collect()
-    row = {"benchmark": "step", "shape": shape.name, "provider": ORDER[number].__dict__["name"]}
+    kind = ORDER[number]
+    row = {"benchmark": "step", "shape": shape.name, "provider": kind.name, "architecture": kind.compared_with}
     rows.append(row)
     try:
-        provider = ORDER[number](shape)
+        provider = kind(shape)
     except Missing as reason:
         row["missing"] = str(reason)
         pytest.skip(f"{row['provider']}: {reason}; measured where it is installed (make bench)")

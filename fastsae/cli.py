@@ -258,7 +258,7 @@ def _measure(
                 "MSE": f"{r.mse:.4f}",
                 "FVU": f"{r.fvu:.4f}",
                 "L0": f"{r.l0:.1f}",
-                "dead": f"{r.dead_share:.1%}",
+                f"dead in {r.rows:,} rows": f"{r.dead_share:.1%}",
                 "KL": f"{b.kl:.4f}",
                 "CE": f"{b.ce_clean:.3f} -> {b.ce_spliced:.3f}",
                 "loss recovered": f"{b.loss_recovered:.2%}",

@@ -26,9 +26,9 @@ def test_plot(tmp_path):
 
 
 def test_the_readme_says_what_was_measured():
-    (results,) = (ROOT / "benchmarks" / "results").glob("*.json")
     readme = (ROOT / "README.md").read_text()
-    assert benchmark_report.render(readme, json.loads(results.read_text())) == readme
+    committed = (ROOT / "benchmarks" / "results").glob("*.json")
+    assert any(benchmark_report.render(readme, json.loads(file.read_text())) == readme for file in committed)
 
 
 def test_a_readme_without_the_section():

@@ -15,6 +15,10 @@ from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows
 from fastsae.files import locked
 
+# On the CPU a model reads a block in parts: temporaries of more rows are paged in anew at every operation, which took
+# twice the time.
+_CPU_TOKENS = 2048
+
 
 class ModelActivations:
     """The activations of `model` at `hook_name` over token windows, without BOS and padding: a source of blocks.
@@ -79,8 +83,13 @@ class ModelActivations:
             "batch_windows": self.batch_windows,
         }
 
-    @torch.no_grad()
     def _run(self, tokens: Tensor) -> Tensor:
+        on_cpu = torch.device(self.model.cfg.device).type == "cpu"
+        at_once = max(1, _CPU_TOKENS // tokens.shape[1]) if on_cpu else len(tokens)
+        return torch.cat([self._forward(part) for part in tokens.split(at_once)])
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor) -> Tensor:
         _, cache = self.model.run_with_cache(
             tokens.to(self.model.cfg.device), names_filter=[self.hook_name], stop_at_layer=self._stop_at_layer
         )
