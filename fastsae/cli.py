@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,6 +126,7 @@ def demo(
             warmup_steps=steps // 20,
             decay_steps=steps // 5,
             checkpoint_every=steps,
+            dead_after_tokens=100_000,
         )
         for name in ("topk", "joint")
     }
@@ -188,7 +190,10 @@ def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: Trainer
     from fastsae.activations import ActivationStream, ModelActivations, harvest
 
     source = ModelActivations(model, data.hook, _windows(model, data, False, data.tokens))
-    _windows(model, data, True, 1)  # without a held-out document nothing could be measured: said before training
+    try:
+        _windows(model, data, True, 1)
+    except ValueError as error:
+        warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     config = dataclasses.replace(config, d_in=source.d_in)
     torch.manual_seed(trainer.seed)
     sae = ARCHITECTURES["joint" if isinstance(config, JointSAEConfig) else "topk"](**to_dict(config))

@@ -145,8 +145,8 @@ class Log:
                     f"Trainer: could not write {self._path} at step {metrics['step']}: {error.strerror}. The "
                     "checkpoints are whole; make room and resume",
                 ) from error
-        for sink in self._sinks:
-            sink(metrics)
+        for write, _ in self._sinks:
+            write(metrics)
         shown = {
             "loss": f"{metrics['loss']:.4f}",
             "FVU": f"{metrics['fvu']:.3f}",
@@ -165,9 +165,14 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+        for _, close in self._sinks:
+            close()
 
 
-def _tensorboard(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
+Sink = tuple[Callable[[dict[str, float]], None], Callable[[], object]]  # how to write metrics, and how to close
+
+
+def _tensorboard(config: TrainerConfig) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -180,17 +185,17 @@ def _tensorboard(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
             writer.add_scalar(name, value, int(metrics["step"]))
         writer.flush()
 
-    return write
+    return write, writer.close
 
 
-def _wandb(config: TrainerConfig) -> Callable[[dict[str, float]], None]:
+def _wandb(config: TrainerConfig) -> Sink:
     try:
         import wandb  # type: ignore[import-not-found]  # optional: only who asks for it has it
     except ImportError as error:
         raise ImportError("log_to='wandb' needs that package: `pip install wandb`") from error
 
     run = wandb.init(project="fastsae", dir=str(config.run_dir), config=vars(config))
-    return lambda metrics: run.log(metrics, step=int(metrics["step"]))
+    return lambda metrics: run.log(metrics, step=int(metrics["step"])), run.finish
 
 
 _SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -55,6 +55,47 @@ def test_a_transposed_view_of_a_square_weight_is_another_layout():
     torch.testing.assert_close(W.grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_gradient_buffers_hold_the_ordinary_gradients(dtype: torch.dtype):
+    sae = fastsae.JointSAE(16, 700, 6, pre_bias=True, dtype=dtype).eval()
+    x = torch.randn(33, 16, dtype=dtype)
+    sae(x).loss.backward()
+    ordinary = {name: p.grad for name, p in sae.named_parameters()}
+    buffers = GradientBuffers(sae.parameters())
+    places = []
+    for _ in range(2):
+        with buffers:
+            sae(x).loss.backward()
+        for name, p in sae.named_parameters():
+            torch.testing.assert_close(p.grad, ordinary[name], msg=lambda m, name=name: f"{name}: {m}")
+        large = [p.grad for n, p in sae.named_parameters() if n in ("W_enc", "W_dec", "W_lin", "V")]
+        places.append([g.data_ptr() for g in large])
+        for g in large:
+            g.fill_(torch.nan)  # what a buffer held before must not matter
+    assert places[0] == places[1]
+
+
+def test_gradients_of_a_weight_used_twice_add_up_in_its_buffer():
+    W = torch.randn(50, 8).requires_grad_()
+    values, indices = torch.rand(4, 3), torch.randint(50, (4, 3))
+
+    def loss() -> Tensor:
+        twice = ops.sparse_decode(values, indices, W) + ops.sparse_decode(2 * values, indices.flip(0), W)
+        return twice.square().sum() + W.square().sum()
+
+    loss().backward()
+    expected, W.grad = W.grad, None
+    with GradientBuffers([W]):
+        loss().backward()
+    torch.testing.assert_close(W.grad, expected)
+
+
+def test_gradient_buffers_are_one_at_a_time():
+    buffers = GradientBuffers([])
+    with buffers, pytest.raises(RuntimeError, match="already active"), GradientBuffers([]):
+        pass
+
+
 @pytest.mark.parametrize("size", range(4096, 4096 + 640, 64))
 def test_parameters_may_move_after_the_buffers_were_made(size: int):
     """A cast frees the old memory, and another parameter may come to lie there."""

@@ -43,6 +43,8 @@ def imports(tree: ast.AST) -> set[str]:
 
 def upward(name: str, source: str) -> list[str]:
     """Imports in the file of module `name` that point up or sideways."""
+    if name.startswith("csrc_triton"):  # the kernels know nothing of ours
+        return [f"{name} imports {i}" for i in sorted(imports(ast.parse(source))) if i.startswith("fastsae")]
     own = room(name)
     if own is None:
         return []
@@ -70,15 +72,11 @@ def test_imports_point_down(path: Path):
     assert upward(module_name(path), path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "csrc_triton" in p.parts], ids=lambda p: p.name)
-def test_kernels_import_nothing_of_ours(path: Path):
-    assert not any(name.startswith("fastsae") for name in imports(ast.parse(path.read_text())))
-
-
 def test_an_upward_import_is_found():
     assert upward("fastsae.ops", "from fastsae.modules import TopKSAE") == [
         "fastsae.ops imports fastsae.modules.TopKSAE"
     ]
+    assert upward("csrc_triton.plan", "import fastsae.code") == ["csrc_triton.plan imports fastsae.code"]
     assert upward("fastsae.lm.train", "def f():\n    from fastsae import ops") == [
         "fastsae.lm.train imports fastsae.ops"
     ]

@@ -269,6 +269,9 @@ def test_other_loggers(tmp_path, monkeypatch):
         def flush(self):
             pass
 
+        def close(self):
+            seen.append("tensorboard closed")
+
     class Wandb:
         @staticmethod
         def init(**arguments):
@@ -277,11 +280,15 @@ def test_other_loggers(tmp_path, monkeypatch):
         def log(self, metrics, step):
             seen.append(("wandb", step))
 
+        def finish(self):
+            seen.append("wandb closed")
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("m", (), {"SummaryWriter": Writer}))
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     run = config(run_dir=tmp_path, steps=2, log_to=("tensorboard", "wandb"))
     Trainer(joint(), run).fit(activations())
     assert {("loss", 1), ("loss", 2), ("fvu", 2), ("wandb", 1), ("wandb", 2)} <= set(seen)
+    assert seen[-2:] == ["tensorboard closed", "wandb closed"]
 
 
 # ---- checkpoints and resuming ----
