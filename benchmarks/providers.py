@@ -1,7 +1,7 @@
 """Who is measured: each provider does one whole training step, and can show its reconstruction for comparison.
 
-All get the same weights and the same batch. W_enc = W_dec has unit-norm rows, so that providers which normalise decoder
-rows, or rank by them, compute the same function. All use Adam with fused=True.
+All get the same weights and the same batches. W_enc = W_dec has unit-norm rows, so that providers that normalise
+decoder rows, or rank by them, compute the same function. All use Adam with fused=True.
 """
 
 import os
@@ -255,8 +255,8 @@ PROVIDERS: list[type[Provider]] = [
 ]
 
 
-def batch(shape: Shape) -> Tensor:
-    return torch.randn(shape.B, shape.D, generator=torch.Generator().manual_seed(1))
+def batch(shape: Shape, number: int) -> Tensor:
+    return torch.randn(shape.B, shape.D, generator=torch.Generator().manual_seed(number))
 
 
 def reference(shape: Shape, architecture: str, x: Tensor) -> Tensor:

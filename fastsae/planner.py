@@ -63,7 +63,7 @@ def plan(
         weights_bytes=weights,
         gradients_bytes=weights,
         optimizer_bytes=2 * weights,
-        pre_activations_bytes=cpu.plan(batch_size, d_sae, k, dtype)[2],
+        pre_activations_bytes=cpu.plan(batch_size, d_in, d_sae, k, dtype).bytes,
         activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),

@@ -19,7 +19,7 @@ NAMES = ("x", "W_enc", "b_enc", "W_dec", "W_lin", "V")
 @pytest.fixture(params=[True, False], ids=["screened", "plain"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One with bf16 instructions, whose fp32 encoding is screened in bf16, and one without."""
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: request.param)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: request.param)
 
 
 on_every_processor = pytest.mark.usefixtures("processor")
@@ -300,9 +300,9 @@ def test_fp16_is_served_by_the_reference():
 
 def test_explain_names_the_backend_and_why_not_the_others(monkeypatch: pytest.MonkeyPatch):
     sae = fastsae.TopKSAE(1024, 65536, 64, device="cpu")
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: True)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: True)
     assert "chunks of 2048; 256 MiB of bf16 bounds" in explain(torch.empty(2048, 1024), sae)
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: False)
     text = explain(torch.empty(2048, 1024), sae)
     assert "backend: cpu" in text
     assert "chunks of 1024; 256 MiB of pre-activations" in text

@@ -36,7 +36,7 @@ def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("seed", range(40))
 def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Small whole numbers, so that every dtype computes the same, with ties, NaN, infinities, subsets and chunks."""
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: seed % 2 == 0)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: seed % 2 == 0)
     draw = random.Random(seed)
     torch.manual_seed(seed)
     B, D, M = draw.choice([0, 1, 5]), draw.choice([1, 3, 16]), int(2 ** draw.uniform(0, 12.5))
@@ -60,14 +60,14 @@ def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monke
 def test_the_table_reaches_every_way_of_ranking():
     """The random shapes above must not all take one path."""
     assert {group_size(m, k, torch.float32) for m in (40, 300, 5000) for k in (1, 2, 7, 100)} == {1, 8, 16, 32, 64}
-    assert cpu.plan(100, 5000, 2, torch.float32)[1] == 100
+    assert cpu.plan(100, 8, 5000, 2, torch.float32).rows == 100
 
 
 def test_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
     seen = []
     pre_activations = encode._pre_activations
     monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", 1)
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: False)
     monkeypatch.setattr(
         encode, "_pre_activations", lambda x, *rest: (seen.append(len(x)), pre_activations(x, *rest))[1]
     )

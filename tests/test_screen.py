@@ -14,8 +14,8 @@ SCALES = [(1, 1, 1), (1e-3, 1, 0), (1e15, 1e-15, 1), (1, 1, 1e4), (1e-30, 1e-3, 
 
 
 @pytest.fixture(autouse=True)
-def native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: True)
 
 
 def heavy(*shape: int) -> Tensor:
@@ -50,7 +50,8 @@ def test_certain_rows_are_exact_and_others_are_encoded_in_full(kind: str):
         W, b = W[:1].expand(M, D).contiguous(), torch.zeros(M)
     if kind == "one large bias":
         b[77] = 1e30
-    values, _, certain = screen.screened_topk(x, Encoder(W, b, None), k)
+    values, _, uncertain = screen.screened_topk(x, Encoder(W, b, None), k)
+    certain = torch.ones(B, dtype=torch.bool).index_fill(0, uncertain, False)
     # What the fp32 scores say, each computed as the screen computes it.
     scores = torch.stack([(x * w).double().sum(1) for w in W], dim=1) + b.double()
     exact = scores.relu().topk(k).values
@@ -60,11 +61,24 @@ def test_certain_rows_are_exact_and_others_are_encoded_in_full(kind: str):
     torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_a_crowd_at_the_threshold_is_settled_by_more_candidates(monkeypatch: pytest.MonkeyPatch):
+    D, M, k = 64, 8192, 8
+    W = 0.05 * torch.randn(M, D)
+    W[:40] = torch.ones(D) + 1e-3 * torch.randn(40, D)
+    x = torch.ones(16, D) + 0.1 * torch.randn(16, D)
+    values, _, uncertain = screen.screened_topk(x, Encoder(W, torch.zeros(M), None), k)
+    assert len(uncertain) == 0
+    torch.testing.assert_close(values, (x @ W.T).topk(k).values)
+    monkeypatch.setattr(screen, "_CANDIDATES", (2,))
+    _, _, uncertain = screen.screened_topk(x, Encoder(W, torch.zeros(M), None), k)
+    assert len(uncertain) == 16
+
+
 def test_real_rows_are_nearly_all_certain():
     """Otherwise screening would be lost time: rows that are not certain are encoded twice."""
     x, W = torch.randn(256, 128), torch.randn(16384, 128)
-    _, _, certain = screen.screened_topk(x, Encoder(W, torch.zeros(16384), None), 32)
-    assert certain.double().mean() > 0.95
+    _, _, uncertain = screen.screened_topk(x, Encoder(W, torch.zeros(16384), None), 32)
+    assert len(uncertain) < 0.05 * len(x)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf, 3.4e38, 1e25])
@@ -73,7 +87,21 @@ def test_numbers_that_are_none_or_overflow_leave_it_to_the_plain_path(where: str
     p = {"x": torch.randn(6, 16), "W_enc": torch.randn(3000, 16), "b_enc": torch.randn(3000)}
     p[where][..., 3] = bad
     screened = ops.topk_encode(**p, k=8, backend="cpu")
-    monkeypatch.setattr(screen, "_has_native_bf16", lambda: False)
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: False)
     plain = ops.topk_encode(**p, k=8, backend="cpu")
     assert torch.equal(screened[1], plain[1])
     torch.testing.assert_close(screened[0], plain[0], equal_nan=True, rtol=1e-5, atol=0)
+
+
+def test_when_it_pays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    bench = (2048, 1024, 65536, 64, torch.float32)
+    for native in (True, False):
+        monkeypatch.setattr(screen, "_has_native_bf16", lambda native=native: native)
+        assert screen.screening_pays(*bench) == native
+        assert not screen.screening_pays(*bench[:-1], torch.float64)
+        assert not screen.screening_pays(*bench[:-1], torch.bfloat16)
+        # Converting W_enc for one row, narrow rows, more candidates than groups: slower, by measurement.
+        assert not screen.screening_pays(1, 1024, 65536, 64, torch.float32)
+        assert not screen.screening_pays(1024, 64, 8192, 32, torch.float32)
+        assert not screen.screening_pays(2048, 1024, 1024, 64, torch.float32)

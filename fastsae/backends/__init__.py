@@ -55,9 +55,9 @@ def explain(x: Tensor, sae: Any) -> str:
     rows = x.numel() // x.shape[-1]
     lines = [f"backend: {chosen}" + (" (forced)" if sae.backend != "auto" else "")]
     if chosen == "cpu":
-        screened, held, size = cpu.plan(rows, sae.d_sae, sae.k, dtype)
-        what = "bf16 bounds of the pre-activations" if screened else "pre-activations"
-        lines.append(f"plan: {rows} rows in chunks of {held}; {size / 2**20:.0f} MiB of {what} held, reused")
+        plan = cpu.plan(rows, x.shape[-1], sae.d_sae, sae.k, dtype)
+        what = "bf16 bounds of the pre-activations" if plan.screened else "pre-activations"
+        lines.append(f"plan: {rows} rows in chunks of {plan.rows}; {plan.bytes / 2**20:.0f} MiB of {what} held, reused")
     else:
         size = rows * sae.d_sae * dtype.itemsize / 2**20
         lines.append(f"plan: all {rows} rows at once; {size:.0f} MiB of pre-activations kept for the backward")

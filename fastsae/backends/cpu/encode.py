@@ -1,6 +1,7 @@
 """From activations to the code, and the gradients."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,24 +24,37 @@ def topk_encode(
     values = x.new_empty(len(x), k)
     ids = torch.empty(len(x), k, dtype=torch.int64)
     left = torch.arange(len(x))
-    if screening_pays(encoder.d_sae, k, x.dtype):
-        certain = torch.empty(len(x), dtype=torch.bool)
+    if plan(len(x), x.shape[1], encoder.d_sae, k, x.dtype).screened:
+        uncertain = []
         for chunk in _chunks(left, encoder.d_sae, torch.bfloat16.itemsize):
-            values[chunk], ids[chunk], certain[chunk] = screened_topk(x[chunk], encoder, k)
-        left = left[~certain]
+            values[chunk], ids[chunk], rows = screened_topk(x[chunk], encoder, k)
+            uncertain.append(chunk[rows])
+        left = torch.cat(uncertain) if uncertain else left
     group = group_size(encoder.d_sae, k, x.dtype)
     for chunk in _chunks(left, encoder.d_sae, x.dtype.itemsize):
         blocks, maxima = _pre_activations(x[chunk], encoder, group)
-        values[chunk], ids[chunk] = select(blocks, maxima, k, group)
+        values[chunk], ids[chunk] = select(blocks, maxima, torch.arange(len(chunk)), k, group)
     return values, encoder.name(ids)
 
 
-def plan(rows: int, d_sae: int, k: int, dtype: torch.dtype) -> tuple[bool, int, int]:
-    """Whether bf16 bounds are taken first, how many rows are held at once, and the bytes they take."""
-    screened = screening_pays(d_sae, k, dtype)
-    bytes_each = torch.bfloat16.itemsize if screened else dtype.itemsize
-    held = rows_held(rows, d_sae, bytes_each)
-    return screened, held, held * d_sae * bytes_each
+class Plan(NamedTuple):
+    """How a batch is encoded."""
+
+    screened: bool
+    """Whether bf16 bounds are taken first."""
+    rows: int
+    """Rows whose pre-activations, or their bounds, are held at once."""
+    bytes: int
+    """The memory these take."""
+
+
+def plan(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> Plan:
+    """The plan for `rows` activations of width `d_in`."""
+    held = rows_held(rows, d_sae, torch.bfloat16.itemsize)
+    if screening_pays(held, d_in, d_sae, k, dtype):
+        return Plan(True, held, held * d_sae * torch.bfloat16.itemsize)
+    held = rows_held(rows, d_sae, dtype.itemsize)
+    return Plan(False, held, held * d_sae * dtype.itemsize)
 
 
 def _chunks(rows: Tensor, d_sae: int, bytes_each: int) -> Iterable[Tensor]:

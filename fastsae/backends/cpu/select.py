@@ -18,18 +18,17 @@ def group_size(d_sae: int, k: int, dtype: torch.dtype) -> int:
     return group
 
 
-def select(blocks: Tensor, maxima: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(pre) of each row with their features, strongest first, ties to the lower feature.
+def select(blocks: Tensor, maxima: Tensor, rows: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """The k largest of relu(pre) of some rows with their features, strongest first, ties to the lower feature.
 
-    blocks (n_blocks, B, width) holds pre by blocks of features, maxima (B, n_groups) the maximum of each group,
-    unless groups are single features.
+    blocks (n_blocks, B, width) holds pre by blocks of features, maxima (B, n_groups) the maximum of each group, unless
+    groups are single features; rows (n,) int64 says which of the B rows.
     """
-    n_blocks, n_rows, width = blocks.shape
+    n_blocks, _, width = blocks.shape
     ranked = k * group if group > 1 else n_blocks * width
     # Each number that is ranked is held as such, twice as an id and twice as a key.
     at_once = max(1, SELECTION_BYTES // (40 * ranked))
-    parts = [_select_rows(blocks, maxima, rows, k, group) for rows in torch.arange(n_rows).split(at_once)]
-    values, ids = zip(*parts, strict=True)
+    values, ids = zip(*(_select_rows(blocks, maxima, part, k, group) for part in rows.split(at_once)), strict=True)
     return torch.cat(values), torch.cat(ids)
 
 
