@@ -19,7 +19,7 @@ def tables(results: dict[str, Any]) -> str:
     """Step times, memory and harvest of one results file, as Markdown."""
     hardware, versions = results["hardware"], results["versions"]
     of = {name: [r for r in results["rows"] if r["benchmark"] == name] for name in ("step", "memory", "harvest")}
-    steps = {r["provider"]: r for r in reversed(of["step"])}  # the bare GEMM is there twice
+    steps = {r["provider"]: r for r in of["step"]}  # the bare GEMM is there twice, first and last
     gemm = statistics.median(s for r in of["step"] if r["provider"] == BareGemm.name for s in r["seconds"])
     ours = {p.compared_with: steps[p.name]["median"] for p in (TopKTrainerStep, JointTrainerStep)}
     shape = SHAPES[of["step"][0]["shape"]]
@@ -28,7 +28,7 @@ def tables(results: dict[str, Any]) -> str:
         "| / fastsae |",
         "|---|---:|---:|---:|",
     ]
-    for name, row in reversed(steps.items()):
+    for name, row in steps.items():
         if "missing" in row:
             lines.append(f"| {name} | {row['missing']} | | |")
             continue

@@ -12,7 +12,9 @@ import torch
 import tyro
 
 from fastsae import files, planner, report
+from fastsae.activations.text import STDLIB
 from fastsae.config import DataConfig, JointSAEConfig, TopKSAEConfig, TrainerConfig, from_dict, to_dict
+from fastsae.lm import EMBEDDED
 from fastsae.modules import ARCHITECTURES, SparseAutoencoder, load
 from fastsae.train import Trainer
 
@@ -203,21 +205,24 @@ def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: Trainer
         _record(data, trainer.run_dir)
     if data.store:
         stream.source = harvest(source, data.store)
+        if trainer.run_dir:  # another process may have begun there meanwhile
+            _record(data, trainer.run_dir)
     run.fit(stream)
     return sae
 
 
 def _record(data: DataConfig, run_dir: Path) -> None:
-    """Leave in the run's folder what it is trained on; a folder that says otherwise is another run's."""
+    """Leave in the run's folder what it is trained on. Raises ValueError if another run lies there."""
     path, ours = run_dir / "data.json", _description(data)
-    if path.exists() and any((run_dir / name).exists() for name in ("run.json", "sae")):
-        there = files.read_json(path)
-        differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
-        if differing:
-            raise ValueError(
-                f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
-            )
     with files.locked(run_dir, "train"):
+        begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
+        if begun and path.exists():
+            there = _options(path)
+            differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
+            if differing:
+                raise ValueError(
+                    f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
+                )
         files.write_json(path, ours)
 
 
@@ -226,23 +231,38 @@ def _recorded(run_dir: Path) -> DataConfig:
     path = run_dir / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
-    there = files.read_json(path)
+    there = _options(path)
+    checksum = there.pop(_TEXT_CHECKSUM, None)
     try:
-        data = from_dict(DataConfig, {k: v for k, v in there.items() if k != _TEXT_CHECKSUM})
-    except (AttributeError, ValueError) as error:
+        data = from_dict(DataConfig, there)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if _description(data) != there:
-        raise ValueError(f"{data.text} is not the text that {run_dir} was trained on: other documents are held out now")
+    if checksum is not None and not Path(data.text).is_file():
+        raise FileNotFoundError(f"{data.text}, which {run_dir} was trained on, does not exist any more")
+    if checksum is not None and files.crc32(Path(data.text)) != checksum:
+        raise ValueError(
+            f"{data.text} is not the text that {run_dir} was trained on: other documents would be held out now"
+        )
     return data
 
 
+def _options(path: Path) -> dict[str, Any]:
+    options = files.read_json(path)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: expected options by name; got {options!r}")
+    return options
+
+
 def _description(data: DataConfig) -> dict[str, Any]:
-    """Paths made absolute. One text file is held out by the place of each part, so its content belongs to the split."""
-    text = Path(data.text)
-    if not text.exists():
-        return to_dict(data)
-    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if text.is_file() else {}
-    return to_dict(dataclasses.replace(data, text=str(text.resolve()))) | checksum
+    """The options, those that are paths absolute. One text file is held out by the place of each part, so its content
+    belongs to the split."""
+    text, model = Path(data.text), Path(data.model)
+    if data.text != STDLIB and text.exists():
+        data = dataclasses.replace(data, text=str(text.resolve()))
+    if data.model != EMBEDDED and model.is_dir():
+        data = dataclasses.replace(data, model=str(model.resolve()))
+    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if data.text != STDLIB and text.is_file() else {}
+    return to_dict(data) | checksum
 
 
 def _measure(

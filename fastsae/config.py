@@ -44,6 +44,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in arguments
     if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
         every = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         return len(value) == len(every) and all(map(_fits, value, every))
     accepted = {int: numbers.Integral, float: numbers.Real, Path: (str, Path)}.get(hint, hint)

@@ -64,7 +64,8 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return load_file(path, device=device)
+        # Copied: what safetensors maps lies in the file, which may be replaced, and is aligned for no kernel.
+        return {name: t.clone() for name, t in load_file(path, device=device).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}). Restore it or use another copy.") from error
 

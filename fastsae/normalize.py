@@ -66,6 +66,8 @@ class Normalizer(nn.Module):
                 f"Normalizer: x must end in d_in = {len(self.mean)}; got shape {tuple(x.shape)}. Is this the "
                 "activation the SAE was made for?"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"Normalizer: x must be a float tensor; got {x.dtype}. Convert it with .float().")
         return ((x - self.mean) / self.scale).to(self.dtype)
 
     def invert(self, y: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class Normalizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What .to(), .cuda(), .bfloat16() do: the statistics move with the SAE, but keep their precision."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.mean.device)).dtype
+        self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.mean.device)).dtype
         precise = torch.promote_types(self.dtype, torch.float32)
 
         def keep(t: Tensor) -> Tensor:

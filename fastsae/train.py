@@ -118,8 +118,9 @@ class Trainer:
             stack.callback(self._optimizer.zero_grad)
             self.sae.train()
             metrics = self._loop(batches, log, interrupted)
-        if self.config.run_dir is not None:
-            self.sae.save_pretrained(self.config.run_dir / "sae")
+            self.sae.eval()
+            if self.config.run_dir is not None:
+                self.sae.save_pretrained(self.config.run_dir / "sae")
         return TrainResult(self.step, metrics, self.config.run_dir)
 
     def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
@@ -134,7 +135,6 @@ class Trainer:
             x = self._checked(raw, batches)
             due = False
             if x is not None:
-                x = self.sae.normalizer(x)
                 output, grad_norm = self._train_step(x)
                 loss = output.loss
                 if self.step % config.log_every == 0 or self.step == config.steps:
@@ -163,9 +163,12 @@ class Trainer:
             self._check_form(raw, batches.drawn)
         except StopIteration:
             return None
-        except Exception:
+        except Exception as error:
             if loss is not None and torch.isfinite(loss):
-                self._save(batches.position(before_last=True), loss)
+                try:
+                    self._save(batches.position(before_last=True), loss)
+                except OSError as also:
+                    raise OSError(also.errno, f"{error}; and what was trained could not be saved: {also}") from error
             raise
         return raw
 
@@ -246,8 +249,8 @@ class Trainer:
         return metrics
 
     def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
-        """The batch as the SAE wants it; None to skip it."""
-        x = raw.to(self.sae.W_enc.device)
+        """The batch as the SAE wants it, normalised; None to skip it."""
+        x = self.sae.normalizer(raw.detach().to(self.sae.W_enc.device))  # detached: it may come with a model's graph
         finite = x.isfinite()
         if finite.all():
             self._skipped_in_a_row = 0
@@ -262,7 +265,7 @@ class Trainer:
         raise FloatingPointError(
             f"{_batch(batches.drawn)} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
             f"{row}, dimension {column}.{many} Nothing was trained on it. Look at where these activations come from, "
-            "or set nonfinite='skip'."
+            "or skip such batches (nonfinite)."
         )
 
     def _check_form(self, raw: Tensor, number: int) -> None:
@@ -306,7 +309,7 @@ class Trainer:
             return found
         if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
             raise FileExistsError(
-                f"Trainer: {run_dir} already holds a run. Continue it with resume=True, or choose another run_dir."
+                f"Trainer: {run_dir} already holds a run. Continue it with resume, or choose another run_dir."
             )
         files.write_json(run_dir / "run.json", self._description())
         return None

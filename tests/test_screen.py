@@ -61,6 +61,18 @@ def test_certain_rows_are_exact_and_others_are_encoded_in_full(kind: str):
     torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("D", [48, 100, 256, 1023, 1024])
+def test_equal_features_come_in_their_order(D: int):
+    """Wherever their rows lie in memory. (Below 48, MKL itself rounds equal columns of a product differently.)"""
+    W = torch.randn(3000, D)
+    twins = torch.randperm(3000)[:6].sort().values
+    W[twins] = W[twins[0]].clone()
+    x = W[twins[0]] + 0.1 * torch.randn(20, D)
+    for k in (1, 3):
+        _, indices = ops.topk_encode(x, W, torch.zeros(3000), k, backend="cpu")
+        assert torch.equal(indices, twins[:k].expand(20, k))
+
+
 def test_a_crowd_at_the_threshold_is_settled_by_more_candidates(monkeypatch: pytest.MonkeyPatch):
     D, M, k = 64, 8192, 8
     W = 0.05 * torch.randn(M, D)

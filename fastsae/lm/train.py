@@ -61,7 +61,9 @@ def main(options: Options) -> None:
     """Train, or continue an interrupted training, and write the finished model with its card."""
     options.out.mkdir(parents=True, exist_ok=True)
     # In the order the committed weights were made in.
-    documents = sorted(read_documents(options.text), key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    documents = sorted(
+        read_documents(options.text), key=lambda d: hashlib.sha256(d.name.encode(errors="surrogateescape")).digest()
+    )
     train_documents = [d for d in documents if not is_held_out(d.name)]
     held_out_documents = [d for d in documents if is_held_out(d.name)]
     tokenizer = train_tokenizer(train_documents, options)

@@ -1,6 +1,5 @@
 """From activations to the code, and the gradients."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,15 +22,18 @@ def topk_encode(
     encoder = Encoder(W_enc, b_enc, features)
     values = x.new_empty(len(x), k)
     ids = torch.empty(len(x), k, dtype=torch.int64)
+    if len(x) == 0:
+        return values, ids
     left = torch.arange(len(x))
-    if plan(len(x), x.shape[1], encoder.d_sae, k, x.dtype).screened:
+    planned = plan(len(x), x.shape[1], encoder.d_sae, k, x.dtype)
+    if planned.screened and W_enc.is_contiguous():
         uncertain = []
-        for chunk in _chunks(left, encoder.d_sae, torch.bfloat16.itemsize):
+        for chunk in left.split(planned.rows):
             values[chunk], ids[chunk], rows = screened_topk(x[chunk], encoder, k)
             uncertain.append(chunk[rows])
-        left = torch.cat(uncertain) if uncertain else left
+        left = torch.cat(uncertain)
     group = group_size(encoder.d_sae, k, x.dtype)
-    for chunk in _chunks(left, encoder.d_sae, x.dtype.itemsize):
+    for chunk in left.split(rows_held(len(x), encoder.d_sae, x.dtype.itemsize)) if len(left) else ():
         blocks, maxima = _pre_activations(x[chunk], encoder, group)
         values[chunk], ids[chunk] = select(blocks, maxima, torch.arange(len(chunk)), k, group)
     return values, encoder.name(ids)
@@ -55,10 +57,6 @@ def plan(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> Plan:
         return Plan(True, held, held * d_sae * torch.bfloat16.itemsize)
     held = rows_held(rows, d_sae, dtype.itemsize)
     return Plan(False, held, held * d_sae * dtype.itemsize)
-
-
-def _chunks(rows: Tensor, d_sae: int, bytes_each: int) -> Iterable[Tensor]:
-    return rows.split(rows_held(len(rows), d_sae, bytes_each)) if len(rows) else ()
 
 
 def _pre_activations(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ Every pre-activation s = x.w + b is first bounded from above. With ~ for roundin
 
     s  <=  x~.w~  +  |x - x~| |w|  +  |x~| |w - w~|  +  b        (Cauchy-Schwarz)
 
-and the right side is one inner product of bf16 rows, (x~, |x - x~|, |x~|, 1, 1) with (w~, |w|, |w - w~|, b~, b - b~),
-their last four entries rounded up. The features of the largest bounds are then computed in fp32, and a row is certain
-if the k-th largest of their values exceeds the bound of every feature left out. Other rows are left to the plain path.
+and the right side is one inner product of bf16 rows, (x~, |x - x~|, |x|, 1, 1) with (w~, |w|, |w - w~|, b~, b - b~),
+the norms and b - b~ rounded up by so much that |x| serves for |x~|. The features of the largest bounds are then
+computed in fp32, and a row is certain if the k-th largest of their values exceeds the bound of every feature left out.
+Other rows are left to the plain path.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastsae.backends.cpu.blocks import Encoder, block_width, n_blocks
 from fastsae.backends.cpu.memory import workspace
-from fastsae.backends.cpu.select import group_size, select, strongest
+from fastsae.backends.cpu.select import SELECTION_BYTES, group_size, select, strongest
 from fastsae.backends.cpu.sparse import gathered_dot
 from fastsae.code import feature_order
 
@@ -28,7 +29,10 @@ _EXTRA = 32
 
 def screening_pays(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> bool:
     """Whether bounds in bf16 are cheaper than pre-activations in fp32, by shape and by the processor."""
-    return dtype == torch.float32 and _group(d_sae, k) > 1 and _saves_time(rows, d_in, d_sae, k)
+    # Rows of W_enc that do not begin at the same place in a cache line are summed in different orders: equal features
+    # would get values that differ, and their tie would be decided by that.
+    aligned = d_in * dtype.itemsize % 64 == 0
+    return dtype == torch.float32 and aligned and _group(d_sae, k) > 1 and _saves_time(rows, d_in, d_sae, k)
 
 
 def _saves_time(rows: int, d_in: int, d_sae: int, k: int) -> bool:
@@ -45,7 +49,7 @@ def _group(d_sae: int, k: int) -> int:
 
 @functools.cache
 def _has_native_bf16() -> bool:
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -56,13 +60,16 @@ def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
     values, ids = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
     left = torch.arange(len(x))
     for candidates in (factor * k for factor in _CANDIDATES):
-        if len(left) and candidates <= maxima.shape[1]:
-            bounds, found = select(blocks, maxima, left, candidates, group)
-            rows = x[left]
-            values[left], ids[left] = _strongest_in_fp32(rows, encoder, found, k)
+        if candidates > maxima.shape[1]:
+            break
+        uncertain = [left[:0]]
+        for rows in left.split(max(1, SELECTION_BYTES // (64 * candidates))) if len(left) else ():
+            bounds, found = select(blocks, maxima, rows, candidates, group)
+            values[rows], ids[rows] = _strongest_in_fp32(x[rows], encoder, found, k)
             # What was left out lies below the last bound.
-            exceeded = values[left, -1] > _ceiling(bounds[:, -1].view(torch.bfloat16), rows, largest_norm)
-            left = left[~exceeded]
+            exceeded = values[rows, -1] > _ceiling(bounds[:, -1].view(torch.bfloat16), x[rows], largest_norm)
+            uncertain.append(rows[~exceeded])
+        left = torch.cat(uncertain)
     return values, ids, left
 
 
