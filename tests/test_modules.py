@@ -405,3 +405,20 @@ def test_without_a_pair_there_is_no_interaction_and_no_gradient():
     assert values.grad is not None
     assert not V.grad.any()
     assert not values.grad.any()
+
+
+def test_loaded_weights_are_not_the_file(tmp_path):
+    """Replacing the file under a running process must not change what it computes."""
+    fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
+    sae = fastsae.load(tmp_path)
+    before = sae.W_enc.detach().clone()
+    file = tmp_path / "weights.safetensors"
+    with file.open("r+b") as content:
+        content.seek(1000)
+        content.write(bytes(500))
+    assert torch.equal(sae.W_enc, before)
+
+
+def test_whole_numbers_are_no_activations():
+    with pytest.raises(TypeError, match=r"x must be a float tensor; got torch\.int64"):
+        fastsae.TopKSAE(8, 50, 6).reconstruct(torch.ones(4, 8, dtype=torch.int64))

@@ -31,13 +31,29 @@ def heavy(*shape: int) -> Tensor:
 def test_the_bounds_are_bounds(D: int, M: int, make, scales: tuple[float, float, float]):
     x, W, b = (make(*shape) * scale for shape, scale in zip(((9, D), (M, D), (M,)), scales, strict=True))
     group = group_size(M, 4, torch.bfloat16)
-    blocks, maxima, _ = screen._upper_bounds(x, Encoder(W, b, None), group)
-    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :M].double()
+    blocks, maxima, largest_norm = screen._upper_bounds(x, Encoder(W, b, None), group)
+    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :M]
     exact = x.double() @ W.double().T + b.double()
-    # Undoes the rounding of the bounds themselves to bf16; smaller numbers than these are denormal.
-    too_low = exact > bounds + bounds.abs() / 255 + 1e-36
+    ceilings = torch.stack([screen._ceiling(bound, x, largest_norm) for bound in bounds.T.relu()], dim=1).double()
+    assert ceilings.isfinite().all()
+    too_low = exact > ceilings
     assert not too_low.any(), f"{int(too_low.sum())} of {exact.numel()} pre-activations exceed their bounds"
     assert torch.equal(maxima, blocks.transpose(0, 1).reshape(9, -1).view(9, -1, group).amax(2))
+
+
+@pytest.mark.parametrize("D", [1, 7, 64, 1024])
+@pytest.mark.parametrize("make", [torch.ones, torch.rand], ids=["constant", "positive"])
+def test_the_bounds_hold_where_they_are_tight(D: int, make):
+    """W along x, and all that rounding loses of one sign: the inequality of Cauchy-Schwarz is nearly an equality."""
+    x = make(9, D) * torch.linspace(1, 2, 9).unsqueeze(1)
+    W = x[:1] * torch.linspace(0.5, 3, 2000).unsqueeze(1)
+    b = torch.linspace(-1, 1, 2000)
+    blocks, _, largest_norm = screen._upper_bounds(x, Encoder(W, b, None), group_size(2000, 4, torch.bfloat16))
+    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :2000]
+    exact = x.double() @ W.double().T + b.double()
+    ceilings = torch.stack([screen._ceiling(bound, x, largest_norm) for bound in bounds.T.relu()], dim=1).double()
+    assert (exact <= ceilings).all()
+    assert (ceilings / exact)[exact > 0.5].max() < 1.05, "not tight: this test would not see an error"
 
 
 @pytest.mark.parametrize("kind", ["near ties", "normal", "equal features", "one large bias"])

@@ -106,6 +106,8 @@ def test_a_file_that_is_no_text_is_skipped_with_a_warning(tmp_path: Path):
         documents = list(read_documents(tmp_path))
     assert {d.name for d in documents} >= {os.fsdecode(b"name\xff.txt")}
     assert "a.txt" not in {d.name for d in documents}
+    (latin,) = (d.text for d in documents if d.name == "b.txt")
+    assert latin.startswith("a caf\ufffd, and")
 
 
 def test_lines_of_wikitext_are_joined_to_articles(monkeypatch: pytest.MonkeyPatch):

@@ -457,7 +457,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
 
 def test_a_folder_that_holds_a_run(tmp_path):
     Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
-    with pytest.raises(FileExistsError, match=r"already holds a run. Continue it with resume=True"):
+    with pytest.raises(FileExistsError, match=r"already holds a run. Continue it with resume"):
         Trainer(joint(), config(run_dir=tmp_path)).fit(activations())
 
 

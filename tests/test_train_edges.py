@@ -376,3 +376,16 @@ def test_what_json_cannot_hold_is_null(tmp_path):
     Trainer(fastsae.TopKSAE(D, M, K), config(steps=2, run_dir=tmp_path)).fit(activations(batch=1))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["fvu"] for line in lines] == [None, None]
+
+
+def test_what_overflows_in_the_dtype_of_the_sae_is_caught():
+    batches = [x.double() for x in activations(4)]
+    batches[2][1, 1] = 1e39
+    with pytest.raises(FloatingPointError, match=r"batch 3 .* at row 1, dimension 1"):
+        Trainer(joint(), config(normalize="none")).fit(batches)
+
+
+def test_no_gradient_goes_into_where_the_activations_come_from():
+    layer = torch.nn.Linear(D, D)
+    Trainer(joint(), config(normalize="none", steps=3)).fit(layer(x) for x in activations(5))
+    assert layer.weight.grad is None

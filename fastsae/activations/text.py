@@ -79,7 +79,7 @@ def _read_text(path: Path) -> str:
     """The text of a file; none, with a warning, if it does not look like UTF-8 text."""
     text = path.read_text(encoding="utf-8", errors="replace")
     strange = text.count("\ufffd") + text.count("\0")
-    if strange > len(text) / 100:
+    if strange > len(text) / 10:  # Latin-1 has fewer, UTF-16 and what is no text more
         warnings.warn(f"{path} is not UTF-8 text ({strange} strange characters of {len(text)}): skipped", stacklevel=2)
         return ""
     return text if text.strip() else ""
