@@ -80,11 +80,9 @@ def _strongest_in_fp32(x: Tensor, encoder: Encoder, ids: Tensor, k: int) -> tupl
 
 
 def _ceiling(bound: Tensor, x: Tensor, largest_norm: Tensor) -> Tensor:
-    """What no smaller bound of a row can mean: bf16 rounded it, perhaps down, and denormals may be missing from it."""
-    norm = _norm(x)
-    denormals = torch.finfo(torch.float32).tiny * 4 * x.shape[1] * (1 + norm + largest_norm)
+    """What no smaller bound of a row can mean: bf16 rounded it, perhaps down."""
     # NaN, which nothing exceeds, where the sums behind the bounds may have overflowed.
-    return bound.float() * (256 / 255) + denormals + 0 * (4 * norm * largest_norm)
+    return bound.float() * (256 / 255) + 0 * (4 * _norm(x) * largest_norm)
 
 
 def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +123,10 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
 
 
 def _norm(t: Tensor) -> Tensor:
-    """At least the norm of each row, but for rounding: the squares of entries below 2**-63 are lost."""
+    """At least the norm of each row, but for rounding: the squares of entries below 2**-63 are lost.
+
+    What is added for them also outweighs denormal products, which bf16 instructions take for zero.
+    """
     return t.norm(dim=1) + t.shape[1] * 2.0**-63
 
 
