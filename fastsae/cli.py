@@ -11,16 +11,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from fastsae import files, planner, report
-from fastsae.activations.text import STDLIB
-from fastsae.config import DataConfig, JointSAEConfig, TopKSAEConfig, TrainerConfig, from_dict, to_dict
-from fastsae.lm import EMBEDDED
+from fastsae import files, planner, provenance, report
+from fastsae.config import DataConfig, JointSAEConfig, TopKSAEConfig, TrainerConfig, to_dict
 from fastsae.modules import ARCHITECTURES, SparseAutoencoder, load
 from fastsae.train import Trainer
 
 _DEFAULT_DATA = DataConfig()
 _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
-_TEXT_CHECKSUM = "text_crc32"
 # One level of names: `fastsae train joint --d-sae 16384 --steps 5000`, all flags after the subcommands.
 _FLAT = (
     tyro.conf.OmitArgPrefixes,
@@ -69,7 +66,7 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000, batch_window
         tokens: Tokens of held-out text.
         batch_windows: Windows of text the model reads at once.
     """
-    data = _recorded(run)
+    data = provenance.recorded(run)
     if not (run / "sae" / "config.json").is_file():
         raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
     sae = load(run / "sae")
@@ -201,68 +198,13 @@ def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: Trainer
     sae = ARCHITECTURES["joint" if isinstance(config, JointSAEConfig) else "topk"](**to_dict(config))
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
-    if trainer.run_dir:
-        _record(data, trainer.run_dir)
+    assert trainer.run_dir is not None
+    provenance.record(data, trainer.run_dir)
     if data.store:
         stream.source = harvest(source, data.store)
-        if trainer.run_dir:  # another process may have begun there meanwhile
-            _record(data, trainer.run_dir)
+        provenance.record(data, trainer.run_dir)  # another process may have begun there meanwhile
     run.fit(stream)
     return sae
-
-
-def _record(data: DataConfig, run_dir: Path) -> None:
-    """Leave in the run's folder what it is trained on. Raises ValueError if another run lies there."""
-    path, ours = run_dir / "data.json", _description(data)
-    with files.locked(run_dir, "train"):
-        begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
-        if begun and path.exists():
-            there = _options(path)
-            differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
-            if differing:
-                raise ValueError(
-                    f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
-                )
-        files.write_json(path, ours)
-
-
-def _recorded(run_dir: Path) -> DataConfig:
-    """What `_record` left."""
-    path = run_dir / "data.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
-    there = _options(path)
-    checksum = there.pop(_TEXT_CHECKSUM, None)
-    try:
-        data = from_dict(DataConfig, there)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if checksum is not None and not Path(data.text).is_file():
-        raise FileNotFoundError(f"{data.text}, which {run_dir} was trained on, does not exist any more")
-    if checksum is not None and files.crc32(Path(data.text)) != checksum:
-        raise ValueError(
-            f"{data.text} is not the text that {run_dir} was trained on: other documents would be held out now"
-        )
-    return data
-
-
-def _options(path: Path) -> dict[str, Any]:
-    options = files.read_json(path)
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} is damaged: expected options by name; got {options!r}")
-    return options
-
-
-def _description(data: DataConfig) -> dict[str, Any]:
-    """The options, those that are paths absolute. One text file is held out by the place of each part, so its content
-    belongs to the split."""
-    text, model = Path(data.text), Path(data.model)
-    if data.text != STDLIB and text.exists():
-        data = dataclasses.replace(data, text=str(text.resolve()))
-    if data.model != EMBEDDED and model.is_dir():
-        data = dataclasses.replace(data, model=str(model.resolve()))
-    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if data.text != STDLIB and text.is_file() else {}
-    return to_dict(data) | checksum
 
 
 def _measure(

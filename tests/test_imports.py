@@ -17,7 +17,7 @@ LAYERS = [
     {"optim", "runs", "checkpoint", "train", "planner", "report"},
     {"activations", "lm"},
     {"evaluate"},
-    {"cli"},
+    {"provenance", "cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.
 MAY_ONLY_IMPORT = {"activations": {"activations", "files"}, "lm": {"lm", "activations"}, "report": set()}

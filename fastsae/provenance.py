@@ -1,0 +1,66 @@
+"""What a run was trained on, left in its folder: so that it is measured on the same, and held-out, text."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastsae import files
+from fastsae.activations.text import STDLIB
+from fastsae.config import DataConfig, from_dict, to_dict
+from fastsae.lm import EMBEDDED
+
+_TEXT_CHECKSUM = "text_crc32"
+
+
+def record(data: DataConfig, run_dir: Path) -> None:
+    """Leave in the run's folder what it is trained on. Raises ValueError if another run lies there."""
+    path, ours = run_dir / "data.json", _description(data)
+    with files.locked(run_dir, "train"):
+        begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
+        if begun and path.exists():
+            there = _options(path)
+            differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
+            if differing:
+                raise ValueError(
+                    f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
+                )
+        files.write_json(path, ours)
+
+
+def recorded(run_dir: Path) -> DataConfig:
+    """What `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed."""
+    path = run_dir / "data.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
+    there = _options(path)
+    checksum = there.pop(_TEXT_CHECKSUM, None)
+    try:
+        data = from_dict(DataConfig, there)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if checksum is not None and not Path(data.text).is_file():
+        raise FileNotFoundError(f"{data.text}, which {run_dir} was trained on, does not exist any more")
+    if checksum is not None and files.crc32(Path(data.text)) != checksum:
+        raise ValueError(
+            f"{data.text} is not the text that {run_dir} was trained on: other documents would be held out now"
+        )
+    return data
+
+
+def _options(path: Path) -> dict[str, Any]:
+    options = files.read_json(path)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: expected options by name; got {options!r}")
+    return options
+
+
+def _description(data: DataConfig) -> dict[str, Any]:
+    """The options, those that are paths absolute. One text file is held out by the place of each part, so its content
+    belongs to the split."""
+    text, model = Path(data.text), Path(data.model)
+    if data.text != STDLIB and text.exists():
+        data = dataclasses.replace(data, text=str(text.resolve()))
+    if data.model != EMBEDDED and model.is_dir():
+        data = dataclasses.replace(data, model=str(model.resolve()))
+    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if data.text != STDLIB and text.is_file() else {}
+    return to_dict(data) | checksum
