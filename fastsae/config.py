@@ -23,9 +23,8 @@ def _require(condition: bool, where: str, expected: str, got: Any) -> None:
 
 def _check_types(config: Any) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
-        _require(
-            _fits(getattr(config, name), hint), f"{type(config).__name__}.{name}", _said(hint), getattr(config, name)
-        )
+        value = getattr(config, name)
+        _require(_fits(value, hint), f"{type(config).__name__}.{name}", _said(hint), value)
 
 
 def _said(hint: Any) -> str:

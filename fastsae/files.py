@@ -59,13 +59,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises FileNotFoundError, or ValueError naming the file when it is damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises FileNotFoundError, or ValueError naming the file when it is damaged.
+
+    The tensors lie in the file's mapping: who keeps them copies them, since the file may be written anew under them.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        # Copied: what safetensors maps lies in the file, which may be replaced, and is aligned for no kernel.
-        return {name: t.clone() for name, t in load_file(path, device=device).items()}
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}). Restore it or use another copy.") from error
 

@@ -118,7 +118,6 @@ class Trainer:
             stack.callback(self._optimizer.zero_grad)
             self.sae.train()
             metrics = self._loop(batches, log, interrupted)
-            self.sae.eval()
             if self.config.run_dir is not None:
                 self.sae.save_pretrained(self.config.run_dir / "sae")
         return TrainResult(self.step, metrics, self.config.run_dir)
@@ -348,7 +347,7 @@ class Trainer:
         for key, t in found.tensors.items():
             moment, _, name = key.partition("/")
             if name:  # a run that was stopped before its first step has no moments
-                self._optimizer.state[self._trained[name]][moment] = t.to(self.sae.W_enc.device)
+                self._optimizer.state[self._trained[name]][moment] = t.to(self.sae.W_enc.device, copy=True)
 
     def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:
         torch.set_rng_state(found.tensors["rng_cpu"])

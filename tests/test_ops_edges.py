@@ -75,6 +75,14 @@ def test_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch):
     assert seen == [1] * 5
 
 
+def test_the_memory_of_pre_activations_can_be_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blocks, "PRE_ACTIVATION_BYTES", blocks.PRE_ACTIVATION_BYTES)  # put back afterwards
+    cpu.set_pre_activation_bytes(3 * 4 * 2048)
+    assert cpu.plan(100, 8, 2048, 2, torch.float32).rows == 3
+    with pytest.raises(ValueError, match="set_pre_activation_bytes: expected at least 1; got 0"):
+        cpu.set_pre_activation_bytes(0)
+
+
 @pytest.mark.parametrize("M", [70, 3000])
 def test_gradients_of_a_subset_are_those_of_a_dictionary_without_the_others(M: int):
     x, W, b = (t.double().requires_grad_() for t in (torch.randn(9, 6), torch.randn(M, 6), torch.randn(M)))

@@ -283,3 +283,17 @@ def test_the_log_forgets_what_was_not_saved(tmp_path):
     Trainer(joint(), config(run_dir=tmp_path, resume=True)).fit(activations())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
+
+
+def test_resumed_moments_are_not_the_file(tmp_path):
+    """The checkpoint may be replaced while the run that was resumed from it goes on."""
+    Trainer(joint(), config(steps=3, run_dir=tmp_path)).fit(activations())
+    trainer = Trainer(joint(), config(steps=3, run_dir=tmp_path, resume=True))
+    trainer.fit(activations())
+    moments = [t for state in trainer._optimizer.state.values() for t in state.values()]
+    before = [t.clone() for t in moments]
+    file = checkpoint.folders(tmp_path)[0] / "optimizer.safetensors"
+    with file.open("r+b") as content:
+        content.write(b"\xff" * file.stat().st_size)
+    assert len(moments) > 20
+    assert all(torch.equal(t, then) for t, then in zip(moments, before, strict=True))

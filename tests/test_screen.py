@@ -20,9 +20,19 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def heavy(*shape: int) -> Tensor:
     """Entries and rows of very different sizes."""
-    return (
-        torch.randn(*shape) * torch.randn(*shape).mul(2).exp() * torch.randn(*shape[:1], *[1] * (len(shape) - 1)).exp()
-    )
+    entries = torch.randn(*shape) * torch.randn(*shape).mul(2).exp()
+    return torch.einsum("i...,i->i...", entries, torch.randn(shape[0]).exp())
+
+
+def exact_and_ceilings(x: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pre-activation in fp64, and what its bound allows it to be at most; the maxima of groups are checked."""
+    group = group_size(len(W), 4, torch.bfloat16)
+    blocks, maxima, largest_norm = screen._upper_bounds(x, Encoder(W, b, None), group)
+    by_row = blocks.transpose(0, 1).reshape(len(x), -1)
+    assert torch.equal(maxima, by_row.view(len(x), -1, group).amax(2))
+    bounds = by_row[:, : len(W)].view(torch.bfloat16).relu()
+    ceilings = torch.stack([screen._ceiling(of_feature, x, largest_norm) for of_feature in bounds.T], dim=1)
+    return x.double() @ W.double().T + b.double(), ceilings.double()
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)
@@ -30,15 +40,10 @@ def heavy(*shape: int) -> Tensor:
 @pytest.mark.parametrize(("D", "M"), [(16, 4000), (64, 1000), (48, 5000), (1024, 2048)])
 def test_the_bounds_are_bounds(D: int, M: int, make, scales: tuple[float, float, float]):
     x, W, b = (make(*shape) * scale for shape, scale in zip(((9, D), (M, D), (M,)), scales, strict=True))
-    group = group_size(M, 4, torch.bfloat16)
-    blocks, maxima, largest_norm = screen._upper_bounds(x, Encoder(W, b, None), group)
-    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :M]
-    exact = x.double() @ W.double().T + b.double()
-    ceilings = torch.stack([screen._ceiling(bound, x, largest_norm) for bound in bounds.T.relu()], dim=1).double()
+    exact, ceilings = exact_and_ceilings(x, W, b)
     assert ceilings.isfinite().all()
     too_low = exact > ceilings
     assert not too_low.any(), f"{int(too_low.sum())} of {exact.numel()} pre-activations exceed their bounds"
-    assert torch.equal(maxima, blocks.transpose(0, 1).reshape(9, -1).view(9, -1, group).amax(2))
 
 
 @pytest.mark.parametrize("D", [16, 48, 1024])
@@ -47,11 +52,7 @@ def test_the_bounds_hold_where_they_are_tight(D: int, make):
     """W along x, and all that rounding loses of one sign: the inequality of Cauchy-Schwarz is nearly an equality."""
     x = make(9, D) * torch.linspace(1, 2, 9).unsqueeze(1)
     W = x[:1] * torch.linspace(0.5, 3, 2000).unsqueeze(1)
-    b = torch.linspace(-1, 1, 2000)
-    blocks, _, largest_norm = screen._upper_bounds(x, Encoder(W, b, None), group_size(2000, 4, torch.bfloat16))
-    bounds = blocks.view(torch.bfloat16).transpose(0, 1).reshape(9, -1)[:, :2000]
-    exact = x.double() @ W.double().T + b.double()
-    ceilings = torch.stack([screen._ceiling(bound, x, largest_norm) for bound in bounds.T.relu()], dim=1).double()
+    exact, ceilings = exact_and_ceilings(x, W, torch.linspace(-1, 1, 2000))
     assert (exact <= ceilings).all()
     assert (ceilings / exact)[exact > 0.5].max() < 1.05, "not tight: this test would not see an error"
 
@@ -66,12 +67,13 @@ def test_certain_rows_are_exact_and_others_are_encoded_in_full(kind: str):
         W, b = W[:1].expand(M, D).contiguous(), torch.zeros(M)
     if kind == "one large bias":
         b[77] = 1e30
-    values, _, uncertain = screen.screened_topk(x, Encoder(W, b, None), k)
+    values, kept, uncertain = screen.screened_topk(x, Encoder(W, b, None), k)
     certain = torch.ones(B, dtype=torch.bool).index_fill(0, uncertain, False)
     # What the fp32 scores say, each computed as the screen computes it.
     scores = torch.stack([(x * w).double().sum(1) for w in W], dim=1) + b.double()
     exact = scores.relu().topk(k).values
     torch.testing.assert_close(values[certain].double(), exact[certain], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.gather(1, kept)[certain].relu(), exact[certain], rtol=1e-5, atol=1e-5)
     assert (kind in ("normal", "one large bias")) == bool(certain.any())
     values, _ = ops.topk_encode(x, W, b, k, backend="cpu")
     torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=1e-5)

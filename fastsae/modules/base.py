@@ -179,7 +179,7 @@ class SparseAutoencoder(nn.Module):
                 f"expected {cls.architecture!r}. fastsae.load(folder) picks the class by itself."
             )
         file = folder / "weights.safetensors"
-        weights = files.read_tensors(file, str(device or "cpu"))
+        weights = {name: t.to(device or "cpu", copy=True) for name, t in files.read_tensors(file).items()}
         if files.crc32(file) != description["weights_crc32"]:
             raise ValueError(
                 f"{file} is not the file that {folder / 'config.json'} was written with: it is damaged, or a save was "

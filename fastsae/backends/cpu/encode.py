@@ -26,7 +26,7 @@ def topk_encode(
         return values, ids
     left = torch.arange(len(x))
     planned = plan(len(x), x.shape[1], encoder.d_sae, k, x.dtype)
-    if planned.screened and W_enc.is_contiguous():
+    if planned.screened and W_enc.is_contiguous():  # a plan knows no strides; those of other layouts break alignment
         uncertain = []
         for chunk in left.split(planned.rows):
             values[chunk], ids[chunk], rows = screened_topk(x[chunk], encoder, k)

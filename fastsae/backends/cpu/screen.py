@@ -64,10 +64,11 @@ def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
             break
         uncertain = [left[:0]]
         for rows in left.split(max(1, SELECTION_BYTES // (64 * candidates))) if len(left) else ():
+            part = x[rows]
             bounds, found = select(blocks, maxima, rows, candidates, group)
-            values[rows], ids[rows] = _strongest_in_fp32(x[rows], encoder, found, k)
+            values[rows], ids[rows] = _strongest_in_fp32(part, encoder, found, k)
             # What was left out lies below the last bound.
-            exceeded = values[rows, -1] > _ceiling(bounds[:, -1].view(torch.bfloat16), x[rows], largest_norm)
+            exceeded = values[rows, -1] > _ceiling(bounds[:, -1].view(torch.bfloat16), part, largest_norm)
             uncertain.append(rows[~exceeded])
         left = torch.cat(uncertain)
     return values, ids, left

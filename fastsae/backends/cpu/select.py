@@ -56,7 +56,8 @@ def _select_rows(blocks: Tensor, maxima: Tensor, rows: Tensor, k: int, group: in
 def strongest(candidates: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of relu(candidates) (rows, c) with their ids, strongest first, ties to the lower id.
 
-    ids (rows, c) int64 below 2**32; None numbers the columns. NaN ranks first, so that it reaches the loss.
+    candidates float or int16; ids (rows, c) int64 below 2**32, None numbers the columns. NaN ranks first, so that it
+    reaches the loss.
     """
     activations = candidates.relu()
     if candidates.dtype == torch.float64:
