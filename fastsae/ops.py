@@ -8,13 +8,14 @@ weight gradients in place instead. Gradients of gradients exist on the reference
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import gradients
 from fastsae.backends import choose, implementation, reference
 from fastsae.backends.reference import interaction_mlp
 
-__all__ = ["interaction_mlp", "joint_decode", "pairwise_interaction", "sparse_decode", "topk_encode"]
+__all__ = ["interaction_mlp", "joint_decode", "pairwise_interaction", "reconstruct", "sparse_decode", "topk_encode"]
 
 _library = torch.library.Library("fastsae", "DEF")
 
@@ -37,6 +38,7 @@ def topk_encode(
     """
     where = "topk_encode"
     _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc)
+    x = x.to(_autocast_dtype(backend, x.device, x.dtype))
     _check_shape(where, "W_enc", W_enc, (None, None), "(d_sae, d_in)")
     _check_shape(where, "x", x, (None, W_enc.shape[-1]), "(B, d_in) with d_in of W_enc")
     _check_shape(where, "b_enc", b_enc, (len(W_enc),), "(d_sae,) of W_enc")
@@ -65,13 +67,10 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str =
     W_dec    float (d_sae, d_in)   gets a gradient
     Returns (B, d_in). The backward sums over each feature's tokens in one fixed order: the same bits every run.
     """
-    _check_code("sparse_decode", values, indices)
-    _check_floats("sparse_decode", values=values, W_dec=W_dec)
-    _check_shape("sparse_decode", "W_dec", W_dec, (None, None), "(d_sae, d_in)")
-    name = choose(backend, values.device, values.dtype)
+    name = _choose_for_code("sparse_decode", backend, values, indices, W_dec=W_dec)
     if name == "reference":
         return reference.sparse_decode(values, indices, W_dec)
-    return torch.ops.fastsae.sparse_decode(values, indices, W_dec, name)
+    return torch.ops.fastsae.joint_decode(values, indices, W_dec, None, None, None, None, values.shape[1], name)[0]
 
 
 def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: str = "auto") -> Tensor:
@@ -79,13 +78,11 @@ def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: st
 
     values (B, k) and V (d_sae, E) float, both get gradients; indices (B, k) int64. Returns z (B, E).
     """
-    _check_code("pairwise_interaction", values, indices)
-    _check_floats("pairwise_interaction", values=values, V=V)
-    _check_shape("pairwise_interaction", "V", V, (None, None), "(d_sae, E)")
-    name = choose(backend, values.device, values.dtype)
+    name = _choose_for_code("pairwise_interaction", backend, values, indices, V=V)
     if name == "reference":
         return reference.pairwise_interaction(values, indices, V)
-    return torch.ops.fastsae.pairwise_interaction(values, indices, V, name)[0]
+    _, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, None, None, V, None, None, values.shape[1], name)
+    return _pooled(s, q).to(V.dtype)
 
 
 def joint_decode(
@@ -104,20 +101,66 @@ def joint_decode(
     makes z (B, 0). Biases are the caller's. All float arguments get gradients.
     """
     where = "joint_decode"
-    _check_code(where, values, indices)
-    _check_floats(where, values=values, W_dec=W_dec, W_lin=W_lin, V=V)
-    _check_shape(where, "W_dec", W_dec, (None, None), "(d_sae, d_in)")
-    if W_lin is not None:
-        _check_shape(where, "W_lin", W_lin, tuple(W_dec.shape), "that of W_dec")
-    if V is not None:
-        _check_shape(where, "V", V, (len(W_dec), None), "(d_sae, E) with d_sae of W_dec")
-    if not 1 <= n <= values.shape[1]:
-        raise ValueError(f"{where}: n must be between 1 and k = {values.shape[1]}; got {n}")
-    name = choose(backend, values.device, values.dtype)
+    name = _choose_for_code(where, backend, values, indices, W_dec=W_dec, W_lin=W_lin, V=V)
+    _check_n(where, n, values)
     if name == "reference":
         return reference.joint_decode(values, indices, W_dec, W_lin, V, n)
-    out, z, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, n, name)
-    return out, z
+    out, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
+    return out, _pooled(s, q).to(W_dec.dtype)
+
+
+def reconstruct(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    W_lin: Tensor | None,
+    V: Tensor | None,
+    n: int,
+    *,
+    bias: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    target: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The whole decoder and its loss: joint_decode + bias + W2 relu(W1 dropout(z) + b1), and its error against target.
+
+    The first six arguments as in joint_decode. bias (d_in): all biases of the output, summed. mlp: W1 (E, E), b1 (E),
+    W2 (d_in, E), given exactly when V is. dropout: share of z dropped; 0 in evaluation. target (B, d_in).
+    Returns the reconstruction (B, d_in) and mean((reconstruction - target)^2), 0 without a target. All float tensors
+    get gradients.
+    """
+    where = "reconstruct"
+    name = _choose_for_code(where, backend, values, indices, W_dec=W_dec, W_lin=W_lin, V=V)
+    _check_n(where, n, values)
+    if (mlp is None) != (V is None):
+        raise ValueError(f"{where}: V and mlp belong together; got {'V' if mlp is None else 'mlp'} alone")
+    rows, d_in = len(values), W_dec.shape[1]
+    if bias is not None:
+        _check_shape(where, "bias", bias, (d_in,), "(d_in,) of W_dec")
+    if target is not None:
+        _check_shape(where, "target", target, (rows, d_in), "(B, d_in) of values and W_dec")
+    if name != "reference" and mlp is None:
+        out, _, _, loss = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, bias, target, n, name)
+        return out, loss
+    if name == "cuda" and mlp is not None:
+        base, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
+        if bias is None:
+            bias = W_dec.new_zeros(d_in)
+        # Drawn on the device: the mask follows torch's generator there, and nobody waits for it.
+        seed = torch.randint(2**31 - 1, (1,), device=values.device) if dropout else None
+        return torch.ops.fastsae.integrate(base, s, q, *mlp, bias, target, seed, dropout, values.dtype, name)
+    out, z = joint_decode(values, indices, W_dec, W_lin, V, n, name)
+    if bias is not None:
+        out = out + bias
+    if mlp is not None:
+        W1, b1, W2 = mlp
+        out = out + interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
+    return out, out.new_zeros(()) if target is None else F.mse_loss(out, target)
+
+
+def _pooled(s: Tensor, q: Tensor) -> Tensor:
+    return (s.square() - q) / 2
 
 
 # ---- topk_encode ----------------------------------------------------------------------------------------------------
@@ -168,83 +211,15 @@ def _topk_encode_backward_fake(
     return d_x, d_W, x.new_empty(W_enc.shape[0])
 
 
-# ---- sparse_decode --------------------------------------------------------------------------------------------------
-
-_library.define("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, str backend) -> Tensor")
-_library.define(
-    "sparse_decode_backward(Tensor d_out, Tensor values, Tensor indices, Tensor W_dec, bool need_W, str backend)"
-    " -> (Tensor, Tensor?)"
-)
-
-
-def _sparse_decode_fake(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str) -> Tensor:
-    return values.new_empty(values.shape[0], W_dec.shape[1])
-
-
-def _sparse_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
-    values, indices, W_dec, ctx.backend = inputs
-    ctx.save_for_backward(values, indices, W_dec)
-
-
-def _sparse_decode_grad(ctx: Any, d_out: Tensor) -> Any:
-    values, indices, W_dec = ctx.saved_tensors
-    need_W = ctx.needs_input_grad[2]
-    if need_W and (out := _claim(W_dec)):
-        backward = implementation(ctx.backend).sparse_decode_backward
-        return backward(d_out, values, indices, W_dec, True, out)[0], None, None, None
-    d_values, d_W = torch.ops.fastsae.sparse_decode_backward(d_out, values, indices, W_dec, need_W, ctx.backend)
-    return d_values, None, d_W, None
-
-
-def _sparse_decode_backward_fake(
-    d_out: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_W: bool, backend: str
-) -> Any:
-    return values.new_empty(values.shape), W_dec.new_empty(W_dec.shape) if need_W else None
-
-
-# ---- pairwise_interaction -------------------------------------------------------------------------------------------
-
-_library.define("pairwise_interaction(Tensor values, Tensor indices, Tensor V, str backend) -> (Tensor, Tensor)")
-_library.define(
-    "pairwise_interaction_backward(Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor V, bool need_V, "
-    "str backend) -> (Tensor, Tensor?)"
-)
-
-
-def _pairwise_interaction_fake(values: Tensor, indices: Tensor, V: Tensor, backend: str) -> Any:
-    return values.new_empty(values.shape[0], V.shape[1]), values.new_empty(values.shape[0], V.shape[1])
-
-
-def _pairwise_interaction_save(ctx: Any, inputs: Any, output: Any) -> None:
-    values, indices, V, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], values, indices, V)
-
-
-def _pairwise_interaction_grad(ctx: Any, d_z: Tensor, _: Tensor) -> Any:
-    s, values, indices, V = ctx.saved_tensors
-    need_V = ctx.needs_input_grad[2]
-    if need_V and (out := _claim(V)):
-        backward = implementation(ctx.backend).pairwise_interaction_backward
-        return backward(d_z, s, values, indices, V, True, out)[0], None, None, None
-    d_values, d_V = torch.ops.fastsae.pairwise_interaction_backward(d_z, s, values, indices, V, need_V, ctx.backend)
-    return d_values, None, d_V, None
-
-
-def _pairwise_interaction_backward_fake(
-    d_z: Tensor, s: Tensor, values: Tensor, indices: Tensor, V: Tensor, need_V: bool, backend: str
-) -> Any:
-    return values.new_empty(values.shape), V.new_empty(V.shape) if need_V else None
-
-
 # ---- joint_decode ---------------------------------------------------------------------------------------------------
+# One op serves sparse_decode, pairwise_interaction and joint_decode: a weight that is None leaves its sum out, (B, 0).
 
 _library.define(
-    "joint_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? W_lin, Tensor? V, int n, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+    "joint_decode(Tensor values, Tensor indices, Tensor? W_dec, Tensor? W_lin, Tensor? V, Tensor? bias, "
+    "Tensor? target, int n, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "joint_decode_backward(Tensor d_out, Tensor d_z, Tensor s, Tensor values, Tensor indices, Tensor W_dec, "
+    "joint_decode_backward(Tensor? d_out, Tensor? d_s, Tensor? d_q, Tensor values, Tensor indices, Tensor? W_dec, "
     "Tensor? W_lin, Tensor? V, int n, bool need_W_dec, bool need_W_lin, bool need_V, str backend)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?)"
 )
@@ -253,47 +228,55 @@ _library.define(
 def _joint_decode_fake(
     values: Tensor,
     indices: Tensor,
-    W_dec: Tensor,
+    W_dec: Tensor | None,
     W_lin: Tensor | None,
     V: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor | None,
     n: int,
     backend: str,
 ) -> Any:
-    rows, width = values.shape[0], 0 if V is None else V.shape[1]
-    return (
-        values.new_empty(rows, W_dec.shape[1]),
-        values.new_empty(rows, width),
-        values.new_empty(rows, width),
-    )
+    rows, sums = values.shape[0], torch.promote_types(values.dtype, torch.float32)
+    out = values.new_empty(rows, 0) if W_dec is None else W_dec.new_empty(rows, W_dec.shape[1])
+    width = 0 if V is None else V.shape[1]
+    s, q = (values.new_empty(rows, width, dtype=sums) for _ in range(2))
+    return out, s, q, values.new_empty((), dtype=sums)
 
 
 def _joint_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
-    values, indices, W_dec, W_lin, V, ctx.n, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], values, indices, W_dec, W_lin, V)
+    values, indices, W_dec, W_lin, V, _, target, ctx.n, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    out = output[0] if target is not None else None
+    ctx.save_for_backward(values, indices, W_dec, W_lin, V, target, out)
 
 
-def _joint_decode_grad(ctx: Any, d_out: Tensor, d_z: Tensor, _: Tensor) -> Any:
-    s, values, indices, W_dec, W_lin, V = ctx.saved_tensors
+def _joint_decode_grad(ctx: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: Tensor | None, d_loss: Any) -> Any:
+    values, indices, W_dec, W_lin, V, target, out = ctx.saved_tensors
+    d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[6])
+    if d_out is None and d_s is None:
+        return (None,) * 9
+    d_bias = None if d_out is None or not ctx.needs_input_grad[5] else d_out.sum(dim=0)
     need = ctx.needs_input_grad[2:5]
-    arguments = (d_out, d_z, s, values, indices, W_dec, W_lin, V, ctx.n, *need)
+    if d_out is not None:
+        d_out = d_out.to(values.dtype)  # under autocast the rows that are gathered are narrower than the weights
+    arguments = (d_out, d_s, d_q, values, indices, W_dec, W_lin, V, ctx.n, *need)
     weights = zip((W_dec, W_lin, V), need, strict=True)
-    out = tuple(_claim(w) if w is not None and needed else None for w, needed in weights)
-    if any(out):
-        d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, out)
-        d_weights = [None if claimed else grad for claimed, grad in zip(out, d_weights, strict=True)]
+    destinations = tuple(_claim(w) if w is not None and needed else None for w, needed in weights)
+    if any(destinations):
+        d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, destinations)
+        d_weights = [None if claimed else grad for claimed, grad in zip(destinations, d_weights, strict=True)]
     else:
         d_values, *d_weights = torch.ops.fastsae.joint_decode_backward(*arguments, ctx.backend)
-    return d_values, None, *d_weights, None, None
+    return d_values, None, *d_weights, d_bias, d_target, None, None
 
 
 def _joint_decode_backward_fake(
-    d_out: Tensor,
-    d_z: Tensor,
-    s: Tensor,
+    d_out: Tensor | None,
+    d_s: Tensor | None,
+    d_q: Tensor | None,
     values: Tensor,
     indices: Tensor,
-    W_dec: Tensor,
+    W_dec: Tensor | None,
     W_lin: Tensor | None,
     V: Tensor | None,
     n: int,
@@ -306,6 +289,88 @@ def _joint_decode_backward_fake(
     return values.new_empty(values.shape), *(
         w.new_empty(w.shape) if w is not None and needed else None for w, needed in weights
     )
+
+
+# ---- integrate (CUDA) -----------------------------------------------------------------------------------------------
+# base + W2 relu(W1 dropout((s^2 - q) / 2) + b1) + bias and its loss, computed in `compute`. On other backends plain
+# PyTorch does the same.
+
+_library.define(
+    "integrate(Tensor base, Tensor s, Tensor q, Tensor W1, Tensor b1, Tensor W2, Tensor bias, Tensor? target, "
+    "Tensor? seed, float dropout, ScalarType compute, str backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "integrate_backward(Tensor d_out, Tensor s, Tensor q, Tensor W1, Tensor b1, Tensor W2, Tensor? seed, "
+    "float dropout, ScalarType compute, bool need_weights, str backend)"
+    " -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)"
+)
+
+
+def _integrate_fake(
+    base: Tensor,
+    s: Tensor,
+    q: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    bias: Tensor,
+    target: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    compute: torch.dtype,
+    backend: str,
+) -> Any:
+    return base.new_empty(base.shape), base.new_empty((), dtype=torch.float32)
+
+
+def _integrate_save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, s, q, W1, b1, W2, _, target, seed, ctx.dropout, ctx.compute, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(s, q, W1, b1, W2, seed, target, output[0] if target is not None else None)
+
+
+def _integrate_grad(ctx: Any, d_out: Tensor | None, d_loss: Tensor | None) -> Any:
+    s, q, W1, b1, W2, seed, target, out = ctx.saved_tensors
+    d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[7])
+    if d_out is None:
+        return (None,) * 12
+    need_weights = any(ctx.needs_input_grad[3:7])
+    d_s, d_q, *d_weights = torch.ops.fastsae.integrate_backward(
+        d_out, s, q, W1, b1, W2, seed, ctx.dropout, ctx.compute, need_weights, ctx.backend
+    )
+    return d_out, d_s, d_q, *d_weights, d_target, None, None, None, None
+
+
+def _integrate_backward_fake(
+    d_out: Tensor,
+    s: Tensor,
+    q: Tensor,
+    W1: Tensor,
+    b1: Tensor,
+    W2: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    compute: torch.dtype,
+    need_weights: bool,
+    backend: str,
+) -> Any:
+    shapes = (W1.shape, b1.shape, W2.shape, W2.shape[:1])
+    d_weights = (W1.new_empty(shape) if need_weights else None for shape in shapes)
+    return s.new_empty(s.shape), q.new_empty(q.shape), *d_weights
+
+
+# ---- what both decoders' gradients share ----------------------------------------------------------------------------
+
+
+def _with_loss(
+    d_out: Tensor | None, d_loss: Tensor | None, out: Tensor | None, target: Tensor | None, need_target: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of the output with that of loss = mean((out - target)^2) added, and that of the target."""
+    if d_loss is None or out is None or target is None:
+        return d_out, None
+    # One pass: 2 (out - target) d_loss / numel.
+    of_loss = torch.ops.aten.mse_loss_backward(d_loss.to(out.dtype), out, target.to(out.dtype), 1)
+    return of_loss if d_out is None else d_out + of_loss, -of_loss if need_target else None
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -324,21 +389,8 @@ def _register(name: str, fake: Any, backward_fake: Any, save: Any, grad: Any) ->
 
 
 _register("topk_encode", _topk_encode_fake, _topk_encode_backward_fake, _topk_encode_save, _topk_encode_grad)
-_register(
-    "sparse_decode",
-    _sparse_decode_fake,
-    _sparse_decode_backward_fake,
-    _sparse_decode_save,
-    _sparse_decode_grad,
-)
-_register(
-    "pairwise_interaction",
-    _pairwise_interaction_fake,
-    _pairwise_interaction_backward_fake,
-    _pairwise_interaction_save,
-    _pairwise_interaction_grad,
-)
 _register("joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _joint_decode_save, _joint_decode_grad)
+_register("integrate", _integrate_fake, _integrate_backward_fake, _integrate_save, _integrate_grad)
 
 
 def _claim(weight: Tensor) -> tuple[Tensor, bool] | None:
@@ -380,7 +432,13 @@ def _check_shape(where: str, name: str, tensor: Tensor, expected: tuple[int | No
         raise ValueError(f"{where}: {name} must have shape ({shape}), {meaning}; got {tuple(tensor.shape)}")
 
 
-def _check_code(where: str, values: Tensor, indices: Tensor) -> None:
+def _check_n(where: str, n: int, values: Tensor) -> None:
+    if not 1 <= n <= values.shape[1]:
+        raise ValueError(f"{where}: n must be between 1 and k = {values.shape[1]}; got {n}")
+
+
+def _choose_for_code(where: str, backend: str, values: Tensor, indices: Tensor, **weights: Tensor | None) -> str:
+    """Check a code and the weights it is decoded with, and choose the backend."""
     if values.dim() != 2 or values.shape != indices.shape:
         raise ValueError(
             f"{where}: values and indices must both be (B, k); got {tuple(values.shape)} and {tuple(indices.shape)}. "
@@ -388,3 +446,25 @@ def _check_code(where: str, values: Tensor, indices: Tensor) -> None:
         )
     if indices.dtype != torch.int64:
         raise TypeError(f"{where}: indices must be int64; got {indices.dtype}")
+    given = {name: t for name, t in weights.items() if t is not None}
+    first = next(iter(given.values()))
+    # Under autocast the code comes in the narrower dtype, and the CUDA kernels read weights as they are.
+    narrow = values.dtype != first.dtype and _autocast_dtype(backend, values.device, first.dtype) == values.dtype
+    _check_floats(where, **({} if narrow else {"values": values}), **given)
+    for name, weight in given.items():
+        if name == "W_lin":
+            _check_shape(where, name, weight, tuple(first.shape), "that of W_dec")
+        elif name == "V":
+            d_sae = None if first is weight else len(first)
+            _check_shape(where, name, weight, (d_sae, None), "(d_sae, E)" + (" with d_sae of W_dec" if d_sae else ""))
+        else:
+            _check_shape(where, name, weight, (None, None), "(d_sae, d_in)")
+    return choose(backend, values.device, values.dtype)
+
+
+def _autocast_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What fp32 operands are computed in: autocast's dtype where it is on and the CUDA backend serves."""
+    on = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
+    if not on or choose(backend, device, dtype) != "cuda":
+        return dtype
+    return torch.get_autocast_dtype(device.type)

@@ -249,19 +249,21 @@ def samples() -> list[tuple[str, tuple]]:
     values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), 4)
     values = values.requires_grad_()
     g, gz, gv = torch.randn(5, 8), torch.randn(5, 3), torch.randn(5, 4)
-    s = torch.randn(5, 3)
+    s, bias, target = torch.randn(5, 3), torch.randn(8).requires_grad_(), torch.randn(5, 8).requires_grad_()
     plain = values.detach()
     return [
         ("topk_encode", (x, W, b, 4, None, "cpu")),
         ("topk_encode", (x, W, b, 4, torch.arange(0, 60, 2), "cpu")),
         ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), True, True, "cpu")),
         ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), False, False, "cpu")),
-        ("sparse_decode", (values, indices, W, "cpu")),
-        ("sparse_decode_backward", (g, plain, indices, W.detach(), True, "cpu")),
-        ("pairwise_interaction", (values, indices, V, "cpu")),
-        ("pairwise_interaction_backward", (gz, s, plain, indices, V.detach(), True, "cpu")),
-        ("joint_decode", (values, indices, W, W2, V, 2, "cpu")),
-        ("joint_decode", (values, indices, W, None, None, 2, "cpu")),
+        ("joint_decode", (values, indices, W, None, None, None, None, 4, "cpu")),
+        ("joint_decode", (values, indices, None, None, V, None, None, 4, "cpu")),
+        ("joint_decode", (values, indices, W, W2, V, None, None, 2, "cpu")),
+        ("joint_decode", (values, indices, W, W2, None, bias, target, 2, "cpu")),
+        (
+            "joint_decode_backward",
+            (g, None, None, plain, indices, W.detach(), None, None, 4, True, False, False, "cpu"),
+        ),
         (
             "joint_decode_backward",
             (g, gz, s, plain, indices, W.detach(), W2.detach(), V.detach(), 2, True, False, True, "cpu"),

@@ -51,8 +51,8 @@ def joint_decode(
 
 
 def interaction_mlp(
-    z: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor, dropout: float = 0.0, training: bool = False
+    z: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor | None, dropout: float = 0.0, training: bool = False
 ) -> Tensor:
-    """interaction = W2 relu(W1 dropout(z) + b1) + b2"""
+    """interaction = W2 relu(W1 dropout(z) + b1) + b2, without b2 where it is None."""
     z = F.dropout(z, dropout, training)
     return F.linear(torch.relu(F.linear(z, W1, b1)), W2, b2)

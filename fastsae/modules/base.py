@@ -104,8 +104,8 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor, k: int | None = None) -> SAEOutput:
         """Reconstruct normalised activations x (..., d_in). `k` overrides the number of active features (annealing)."""
         code = self.encode(x, k)
-        reconstruction = self.decode(code)
-        return SAEOutput(reconstruction, F.mse_loss(reconstruction, x), code)
+        reconstruction, loss = self._reconstruct(code.flatten(), x.reshape(-1, self.d_in))
+        return SAEOutput(reconstruction.view(x.shape), loss, code)
 
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The k strongest features of each of the normalised activations x (..., d_in)."""
@@ -133,6 +133,10 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction (..., d_in) of a code, all pathways summed."""
+        return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)
+
+    def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The reconstruction (B, d_in) of a flat code, and its mean squared error against target (B, d_in)."""
         raise NotImplementedError
 
     def components(self, x: Tensor) -> Components:

@@ -69,15 +69,21 @@ class JointSAE(SparseAutoencoder):
     def k_integration(self) -> int:
         return self.config.n
 
-    def decode(self, code: SparseCode) -> Tensor:
-        flat, n = code.flatten(), min(self.k_integration, code.k)
-        out, z = ops.joint_decode(flat.values, flat.indices, self.W_dec, self.W_lin, self.V, n, self.backend)
-        for bias in (self.b_dec, self.b_lin):
-            if bias is not None:
-                out = out + bias
-        if self.V is not None:
-            out = out + self._interaction(z)
-        return out.view(*code.values.shape[:-1], self.d_in)
+    def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        biases = [b for b in (self.b_dec, self.b_lin, self.b2) if b is not None]
+        return ops.reconstruct(
+            code.values,
+            code.indices,
+            self.W_dec,
+            self.W_lin,
+            self.V,
+            min(self.k_integration, code.k),
+            bias=sum(biases[1:], biases[0]) if biases else None,
+            mlp=None if self.V is None else self._mlp,
+            dropout=self.config.dropout if self.training else 0.0,
+            target=target,
+            backend=self.backend,
+        )
 
     def components(self, x: Tensor) -> Components:
         code, n = self.encode(x), self.k_integration
@@ -89,11 +95,12 @@ class JointSAE(SparseAutoencoder):
             linear = ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
         if self.V is not None:
             z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
-            interaction = self._interaction(z)
+            interaction = ops.interaction_mlp(z, *self._mlp, self.b2, self.config.dropout, self.training)
         return Components(*(part.view_as(x) for part in (identity, linear, interaction)))
 
-    def _interaction(self, z: Tensor) -> Tensor:
-        W1, b1, W2, b2 = self.W1, self.b1, self.W2, self.b2
-        if W1 is None or b1 is None or W2 is None or b2 is None:
+    @property
+    def _mlp(self) -> tuple[Tensor, Tensor, Tensor]:
+        W1, b1, W2 = self.W1, self.b1, self.W2
+        if W1 is None or b1 is None or W2 is None:
             raise RuntimeError("JointSAE: interaction=False, there is no pairwise pathway")
-        return ops.interaction_mlp(z, W1, b1, W2, b2, self.config.dropout, self.training)
+        return W1, b1, W2

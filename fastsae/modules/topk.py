@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastsae import ops
 from fastsae.code import SparseCode
 from fastsae.config import Init, TopKSAEConfig
 from fastsae.modules.base import Components, SparseAutoencoder
@@ -34,8 +35,18 @@ class TopKSAE(SparseAutoencoder):
     ) -> None:
         super().__init__(TopKSAEConfig(d_in, d_sae, k, pre_bias, init), backend, device, dtype)
 
-    def decode(self, code: SparseCode) -> Tensor:
-        return self.identity(code.flatten()).view(*code.values.shape[:-1], self.d_in)
+    def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.reconstruct(
+            code.values,
+            code.indices,
+            self.W_dec,
+            None,
+            None,
+            code.k,
+            bias=self.b_dec,
+            target=target,
+            backend=self.backend,
+        )
 
     def components(self, x: Tensor) -> Components:
         identity = self.decode(self.encode(x))

@@ -7,14 +7,7 @@ into buffers that the caller owns. docs/decisions.md says what was measured.
 import torch
 
 from fastsae.backends.cpu.blocks import set_pre_activation_bytes
-from fastsae.backends.cpu.decode import (
-    joint_decode,
-    joint_decode_backward,
-    pairwise_interaction,
-    pairwise_interaction_backward,
-    sparse_decode,
-    sparse_decode_backward,
-)
+from fastsae.backends.cpu.decode import joint_decode, joint_decode_backward
 from fastsae.backends.cpu.encode import plan, topk_encode, topk_encode_backward
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -23,12 +16,8 @@ __all__ = [
     "DTYPES",
     "joint_decode",
     "joint_decode_backward",
-    "pairwise_interaction",
-    "pairwise_interaction_backward",
     "plan",
     "set_pre_activation_bytes",
-    "sparse_decode",
-    "sparse_decode_backward",
     "topk_encode",
     "topk_encode_backward",
 ]

@@ -1,4 +1,4 @@
-"""From the code to the reconstruction and to z, and the gradients."""
+"""From the code to the reconstruction and to the pairwise sums, and the gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,33 @@ from fastsae.backends.cpu.sparse import Destination, gathered_dot, weight_gradie
 from fastsae.code import FeatureOrder, feature_order
 
 
+def joint_decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor | None,
+    W_lin: Tensor | None,
+    V: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor | None,
+    n: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """identity + linear sum + bias (B, d_in), s and q (B, E), and the mean squared error; see ops.joint_decode."""
+    sums = torch.promote_types(values.dtype, torch.float32)
+    out = values.new_empty(len(values), 0) if W_dec is None else sparse_decode(values, indices, W_dec)
+    strongest, their_indices = values[:, :n].contiguous(), indices[:, :n].contiguous()
+    if W_lin is not None:
+        out += sparse_decode(strongest, their_indices, W_lin)
+    if bias is not None:
+        out += bias
+    width = 0 if V is None else V.shape[1]
+    if V is None or n == 1:  # no pairs; s^2 - q would leave roundings, and Adam would learn from them
+        s, q = (values.new_zeros(len(values), width, dtype=sums) for _ in range(2))
+    else:
+        s = sparse_decode(strongest, their_indices, V).to(sums)
+        q = sparse_decode(strongest.square(), their_indices, _squared(V)).to(sums)
+    return out, s, q, s.new_zeros(()) if target is None else F.mse_loss(out, target).to(sums)
+
+
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """See reference.sparse_decode."""
     if values.shape[1] == 0:
@@ -16,84 +43,13 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     return F.embedding_bag(indices.contiguous(), W_dec, per_sample_weights=values.contiguous(), mode="sum")
 
 
-def sparse_decode_backward(
-    d_out: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    need_W: bool,
-    out: Destination | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """d_values (B, k), d_W_dec (d_sae, d_in)."""
-    return _decode_backward(feature_order(indices, len(W_dec)), d_out, values, W_dec, need_W, out)
-
-
-def _decode_backward(
-    order: FeatureOrder, d_out: Tensor, values: Tensor, W_dec: Tensor, need_W: bool, out: Destination | None
-) -> tuple[Tensor, Tensor | None]:
-    d_values = gathered_dot(order, d_out, W_dec).view_as(values)
-    return d_values, weight_gradient(order, values, d_out, out) if need_W else None
-
-
-def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """See reference.pairwise_interaction. Also returns s (B, E), which the backward needs."""
-    if values.shape[1] == 1:  # no pairs; s^2 - q would leave roundings, and Adam would learn from them
-        none = values.new_zeros(len(values), V.shape[1])
-        return none, none.clone()
-    s = sparse_decode(values, indices, V)
-    q = sparse_decode(values.square(), indices, _squared(V))
-    return torch.addcmul(q.neg_(), s, s).div_(2), s
-
-
-def pairwise_interaction_backward(
-    d_z: Tensor,
-    s: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    V: Tensor,
-    need_V: bool,
-    out: Destination | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """d_values (B, k): t . V_i - a d_z . V_i^2, and d_V (d_sae, E): sum a t - (sum a^2 d_z) V_i, with t = d_z * s."""
-    return _interaction_backward(feature_order(indices, len(V)), d_z, s, values, V, need_V, out)
-
-
-def _interaction_backward(
-    order: FeatureOrder, d_z: Tensor, s: Tensor, values: Tensor, V: Tensor, need_V: bool, out: Destination | None
-) -> tuple[Tensor, Tensor | None]:
-    if values.shape[1] == 1:
-        values, d_z = torch.zeros_like(values), torch.zeros_like(d_z)
-    t = d_z * s
-    of_sum, of_squares = gathered_dot(order, t, V), gathered_dot(order, d_z, _squared(V))
-    d_values = of_sum.view_as(values) - values * of_squares.view_as(values)
-    if not need_V:
-        return d_values, None
-    d_V = weight_gradient(order, values, t, out)
-    square_terms = workspace("square_terms", tuple(V.shape), V.dtype)
-    weight_gradient(order, values.square(), d_z, (square_terms, False))
-    return d_values, d_V.addcmul_(square_terms, V, value=-1)
-
-
-def joint_decode(
-    values: Tensor, indices: Tensor, W_dec: Tensor, W_lin: Tensor | None, V: Tensor | None, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.joint_decode. Also returns s (B, E), which the backward needs."""
-    out = sparse_decode(values, indices, W_dec)
-    strongest, their_indices = values[:, :n].contiguous(), indices[:, :n].contiguous()
-    if W_lin is not None:
-        out += sparse_decode(strongest, their_indices, W_lin)
-    if V is None:
-        return out, out.new_empty(len(out), 0), out.new_empty(len(out), 0)
-    return out, *pairwise_interaction(strongest, their_indices, V)
-
-
 def joint_decode_backward(
-    d_out: Tensor,
-    d_z: Tensor,
-    s: Tensor,
+    d_out: Tensor | None,
+    d_s: Tensor | None,
+    d_q: Tensor | None,
     values: Tensor,
     indices: Tensor,
-    W_dec: Tensor,
+    W_dec: Tensor | None,
     W_lin: Tensor | None,
     V: Tensor | None,
     n: int,
@@ -103,18 +59,50 @@ def joint_decode_backward(
     out: tuple[Destination | None, Destination | None, Destination | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """d_values (B, k), d_W_dec, d_W_lin (d_sae, d_in), d_V (d_sae, E)."""
-    d_out = d_out.contiguous()
-    d_values, d_W_dec = sparse_decode_backward(d_out, values, indices, W_dec, need_W_dec, out[0])
-    d_W_lin = d_V = None
-    if W_lin is not None or V is not None:
-        strongest, order = values[:, :n].contiguous(), feature_order(indices[:, :n], len(W_dec))
-        if W_lin is not None:
-            d_strongest, d_W_lin = _decode_backward(order, d_out, strongest, W_lin, need_W_lin, out[1])
+    d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    d_weights: list[Tensor | None] = [None, None, None]
+    if W_dec is not None:
+        d_out = values.new_zeros(len(values), W_dec.shape[1]) if d_out is None else d_out.contiguous()
+        order = feature_order(indices, len(W_dec))
+        d_values, d_weights[0] = _decode_backward(order, d_out, values, W_dec, need_W_dec, out[0])
+    weight = W_lin if V is None else V
+    if weight is not None:
+        strongest, order = values[:, :n].contiguous(), feature_order(indices[:, :n], len(weight))
+        if W_lin is not None and d_out is not None:
+            d_strongest, d_weights[1] = _decode_backward(order, d_out, strongest, W_lin, need_W_lin, out[1])
             d_values[:, :n] += d_strongest
         if V is not None:
-            d_strongest, d_V = _interaction_backward(order, d_z, s, strongest, V, need_V, out[2])
+            d_s, d_q = (_or_zeros(d, values, V) for d in (d_s, d_q))
+            d_strongest, d_weights[2] = _sums_backward(order, d_s, d_q, strongest, V, need_V, out[2])
             d_values[:, :n] += d_strongest
-    return d_values, d_W_dec, d_W_lin, d_V
+    return d_values, *d_weights  # type: ignore[return-value]
+
+
+def _decode_backward(
+    order: FeatureOrder, d_out: Tensor, values: Tensor, W_dec: Tensor, need_W: bool, out: Destination | None
+) -> tuple[Tensor, Tensor | None]:
+    d_values = gathered_dot(order, d_out, W_dec).view_as(values)
+    return d_values, weight_gradient(order, values, d_out, out) if need_W else None
+
+
+def _sums_backward(
+    order: FeatureOrder, d_s: Tensor, d_q: Tensor, values: Tensor, V: Tensor, need_V: bool, out: Destination | None
+) -> tuple[Tensor, Tensor | None]:
+    """d_values: d_s . V_i + 2 a d_q . V_i^2, and d_V: sum a d_s + 2 (sum a^2 d_q) V_i."""
+    if values.shape[1] == 1:  # there s and q are zero whatever V is
+        values, d_s, d_q = torch.zeros_like(values), torch.zeros_like(d_s), torch.zeros_like(d_q)
+    of_sum, of_squares = gathered_dot(order, d_s, V), gathered_dot(order, d_q, _squared(V))
+    d_values = of_sum.view_as(values) + 2 * values * of_squares.view_as(values)
+    if not need_V:
+        return d_values, None
+    d_V = weight_gradient(order, values, d_s, out)
+    square_terms = workspace("square_terms", tuple(V.shape), V.dtype)
+    weight_gradient(order, values.square(), d_q, (square_terms, False))
+    return d_values, d_V.addcmul_(square_terms, V, value=2)
+
+
+def _or_zeros(gradient: Tensor | None, values: Tensor, V: Tensor) -> Tensor:
+    return values.new_zeros(len(values), V.shape[1]) if gradient is None else gradient.to(V.dtype)
 
 
 def _squared(V: Tensor) -> Tensor:
