@@ -1,5 +1,8 @@
 """Which implementation serves a call, and why not the others."""
 
+import importlib
+import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +12,10 @@ from torch import Tensor
 from fastsae.backends import cpu, reference
 
 NAMES = ("auto", "reference", "cpu", "cuda")
+_CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads it when a kernel is defined, so it is settled at import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -16,12 +23,29 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "reference":
         return None
     if name == "cuda":
-        return "its Triton kernels are not part of this version"
+        return _cuda_refusal(device, dtype)
     if device.type != "cpu":
         return f"it serves CPU tensors, these are on {device}"
     if dtype not in cpu.DTYPES:
         return f"it serves {', '.join(str(d)[6:] for d in cpu.DTYPES)}, these are {str(dtype)[6:]}"
     return None
+
+
+def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _TRITON:
+        return "triton is not installed (pip install triton; Linux only)"
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+        return f"it serves CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs its kernels there, for testing)"
+    if dtype not in _CUDA_DTYPES:
+        return f"it serves {', '.join(str(d)[6:] for d in _CUDA_DTYPES)}, these are {str(dtype)[6:]}"
+    if device.type == "cuda" and not _has_tensor_cores(device.index):
+        return "its kernels need compute capability 8.0 or later"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -32,7 +56,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}; got {name!r}")
     if name == "auto":
-        return next(n for n in ("cuda", "cpu", "reference") if refusal(n, device, dtype) is None)
+        fast = "cpu" if device.type == "cpu" else "cuda"  # on the CPU "cuda" is the interpreter
+        return fast if refusal(fast, device, dtype) is None else "reference"
     if reason := refusal(name, device, dtype):
         raise RuntimeError(
             f"backend {name!r} cannot serve this call: {reason}. Use backend='auto' to let fastsae choose."
@@ -42,13 +67,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def implementation(name: str) -> ModuleType:
     """The module of a fast backend (one with hand-written backwards)."""
-    return {"cpu": cpu}[name]
+    # Triton takes long to import and is not there everywhere.
+    return cpu if name == "cpu" else importlib.import_module("fastsae.backends.cuda")
 
 
 def explain(x: Tensor, sae: Any) -> str:
     """Which backend and plan `sae` uses for activations x (..., d_in), and why not the others.
 
-    Reads only sae.backend, sae.k, sae.d_sae and the dtype of sae.W_enc.
+    Reads only sae.backend, sae.k, sae.d_sae and sae.W_enc; of a joint SAE also k_integration, W_lin and V.
     """
     dtype = sae.W_enc.dtype
     chosen = choose(sae.backend, x.device, dtype)
@@ -58,6 +84,8 @@ def explain(x: Tensor, sae: Any) -> str:
         plan = cpu.plan(rows, x.shape[-1], sae.d_sae, sae.k, dtype)
         what = "bf16 bounds of the pre-activations" if plan.screened else "pre-activations"
         lines.append(f"plan: {rows} rows in chunks of {plan.rows}; {plan.bytes / 2**20:.0f} MiB of {what} held, reused")
+    elif chosen == "cuda":
+        lines += implementation("cuda").explain(rows, sae, x.device)
     else:
         size = rows * sae.d_sae * dtype.itemsize / 2**20
         lines.append(f"plan: all {rows} rows at once; {size:.0f} MiB of pre-activations kept for the backward")

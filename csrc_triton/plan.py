@@ -1,0 +1,134 @@
+"""Which kernels serve a shape, decided by counted bytes and operations. Pure: no tensors, no device, no clock.
+
+The rates are estimates for one H200 until a results file of a GPU replaces them; a comparison of two ways depends on
+their ratio only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Estimates: what a large copy moves and what a large matrix product does, per second.
+BANDWIDTH = 4.3e12
+FLOPS = {2: 790e12, 4: 50e12}
+"""By bytes per number: 16-bit tensor cores, and IEEE fp32."""
+
+# A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share (a guess until measured).
+_CUBLAS_ADVANTAGE = 0.12
+# Tokens of one feature that one program adds up; longer lists are split.
+SEGMENT = 256
+# The largest k that is ranked in one program's registers.
+_MOST_RANKED = 2048
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """How topk_encode runs."""
+
+    rows: int
+    """Rows whose pre-activations are held at once."""
+    width: int
+    """What a row of them takes: M, padded to whole groups and whole 128-byte lines (odd strides make scalar stores)."""
+    gemm: Literal["cublas", "triton"]
+    """Who multiplies: cuBLAS, then a pass for the group maxima; or our kernel, which takes them on the way."""
+    select: Literal["groups", "stream", "topk"]
+    """Rank groups first; or stream each row once per bit (dictionaries small for k); or torch.topk on 64-bit keys."""
+    group: int
+    """Features per group."""
+    bytes: int
+    """Memory of the pre-activations held."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How joint_decode and the weight gradients run."""
+
+    forward: Literal["gather", "dense"]
+    backward: Literal["gather", "dense"]
+    encoder_backward: Literal["gather", "dense"]
+    shared: bool
+    """Gather rows of W_dec + W_lin, summed beforehand (the linear pathway sees the whole code)."""
+    reason: str
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int) -> EncodePlan:
+    """The plan for topk_encode of B rows; `budget` bytes of pre-activations may be held at once."""
+    group = group_size(M, K)
+    unit = max(64, group)
+    width = -(-M // unit) * unit
+    rows = max(1, min(B, budget // (width * itemsize)))
+    if K > _MOST_RANKED:
+        # Keys of 8 bytes for every feature, twice.
+        rows = max(1, min(B, budget // (width * (itemsize + 16))))
+        select, why = "topk", f"k above {_MOST_RANKED}: 64-bit keys and torch.topk"
+    elif group == 0:
+        select, why = "stream", "fewer than 16 features per active one: each row is read once per bit of its numbers"
+    else:
+        select, why = "groups", f"maxima of groups of {group}, then the members of the {K} best groups"
+    # Taking the maxima in a pass of its own reads the pre-activations once more.
+    extra = B * M * itemsize / BANDWIDTH
+    product = 2 * B * M * D / FLOPS[itemsize]
+    ours = select == "groups" and itemsize == 2 and 16 <= group <= 128 and extra > _CUBLAS_ADVANTAGE * product
+    gemm = "triton" if ours else "cublas"
+    if select == "groups":
+        share = extra / product
+        why += f"; a pass for the maxima is {share:.1%} of the product: " + (
+            "they are taken in our GEMM" if ours else "cuBLAS multiplies"
+        )
+    return EncodePlan(rows, width, gemm, select, group, rows * width * itemsize, why)
+
+
+def group_size(M: int, K: int) -> int:
+    """Features per group: ranking the maxima then costs about what reading the members does. 0: no groups."""
+    group = 8
+    while group < 256 and group * group * K < 8 * M:
+        group *= 2
+    while -(-M // group) > 4096:  # the maxima of a row lie in one program's registers
+        group *= 2
+    while group > 8 and -(-M // group) < 2 * K:
+        group //= 2
+    return group if 2 * K <= -(-M // group) <= 4096 else 0
+
+
+def gather_seconds(B: int, D: int, K: int, itemsize: int) -> float:
+    """Reading K rows of width D for each of B tokens."""
+    return B * K * D * itemsize / BANDWIDTH
+
+
+def dense_seconds(B: int, D: int, M: int, itemsize: int, products: int, passes: int) -> float:
+    """`products` matrix products of sizes B, M, D and `passes` over a dense (B, M) code."""
+    return products * 2 * B * M * D / FLOPS[itemsize] + (passes * B + D) * M * itemsize / BANDWIDTH
+
+
+def decode(B: int, D: int, M: int, K: int, N: int, linear: bool, itemsize: int) -> DecodePlan:
+    """The plan for joint_decode over W_dec and, if `linear`, W_lin for the N strongest; and for all their gradients."""
+    shared = linear and N == K and 3 * M < B * K
+    gathered = K + (N if linear and not shared else 0)
+    pathways = 1 + int(linear and not shared)
+    # The dense code is cleared, written and read.
+    ways = {
+        "forward": (gather_seconds(B, D, gathered, itemsize), dense_seconds(B, D, M, itemsize, pathways, 3 * pathways)),
+        # Gradients of values and weights: one more dense (B, M) is written and read.
+        "backward": (
+            gather_seconds(B, D, K, itemsize),
+            dense_seconds(B, D, M, itemsize, 2 * (1 + int(linear)), 5 * (1 + int(linear))),
+        ),
+        "encoder_backward": (gather_seconds(B, D, K, itemsize), dense_seconds(B, D, M, itemsize, 1, 3)),
+    }
+    chosen: dict[str, Literal["gather", "dense"]] = {
+        name: "dense" if dense < gather else "gather" for name, (gather, dense) in ways.items()
+    }
+    words = (f"{n}: gather {g * 1e3:.2g} ms, dense {d * 1e3:.2g} ms" for n, (g, d) in ways.items())
+    return DecodePlan(**chosen, shared=shared, reason="; ".join(words).replace("_", " ") + " (counted)")
+
+
+def cheapest(costs: dict[str, tuple[int, int]], itemsize: int) -> tuple[str, str]:
+    """The way of the least time by (bytes, operations), and the reason in words."""
+    seconds = {way: max(moved / BANDWIDTH, operations / FLOPS[itemsize]) for way, (moved, operations) in costs.items()}
+    words = (f"{way} {moved / 2**20:.0f} MiB, {seconds[way] * 1e3:.2g} ms" for way, (moved, _) in costs.items())
+    return min(seconds, key=lambda way: seconds[way]), ", ".join(words) + " (counted)"

@@ -1,0 +1,509 @@
+"""The gradients, over the feature order: each work item adds up its entries in registers, in order, without atomics.
+
+decode_backward     d_values, and the gradients of W_dec, W_lin and V, in one pass over the gathered rows of d_out
+weight_gradient     sum of coefficient * row for one weight, where the coefficients are known (the encoder's)
+add_slots           the parts of features that were split, in order
+gathered_dot        d_values alone, for rows too wide for registers
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csrc_triton.adam import AdamStep, Destination, Gradient, absent, finish_row, hyperparameters
+from csrc_triton.feature_order import WorkItems
+from csrc_triton.launch import launch
+from csrc_triton.plan import SEGMENT, power_of_two
+
+# A program of decode_backward holds whole rows: of each weight, its gradient, and some tokens.
+WIDEST = 8192
+
+
+@triton.jit
+def decode_backward_kernel(
+    order_ptr,  # [P] item numbers, longest first
+    feature_ptr,  # [P]
+    start_ptr,  # [P]
+    length_ptr,  # [P]
+    slot_ptr,  # [P]
+    entries_ptr,  # [nnz] int64
+    values_ptr,  # [nnz] flattened (B, K)
+    d_values_ptr,  # [nnz] out
+    d_out_ptr,  # [B, D] or None
+    d_s_ptr,  # [B, E] or None
+    d_q_ptr,  # [B, E] or None
+    w_dec_ptr,  # [M, D] or None
+    w_lin_ptr,  # [M, D] or None
+    v_ptr,  # [M, E] or None
+    dec_out_ptr,  # [M, D] see adam.finish_row; None where no gradient is wanted
+    dec_exp_avg_ptr,
+    dec_exp_avg_sq_ptr,
+    dec_copy_ptr,
+    lin_out_ptr,  # [M, D]
+    lin_exp_avg_ptr,
+    lin_exp_avg_sq_ptr,
+    lin_copy_ptr,
+    v_out_ptr,  # [M, E]
+    v_exp_avg_ptr,
+    v_exp_avg_sq_ptr,
+    v_copy_ptr,
+    parts_ptr,  # [slots, WIDTH] fp32: gradients of items of split features, those of W_dec, W_lin, V side by side
+    corrections_ptr,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    DEC_MODE: tl.constexpr,
+    LIN_MODE: tl.constexpr,
+    V_MODE: tl.constexpr,
+    ADD_VALUES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """With g = d_out[token], t = d_s[token], u = d_q[token], over a feature's entries (a, token); linear and V: j < N.
+
+        d_a = g . W_dec + g . W_lin + t . V + 2 a u . V^2
+        d_W_dec = sum a g,  d_W_lin = sum a g,  d_V = sum a t + 2 (sum a^2 u) V
+
+    Grid (P,): one work item a program, TOKENS entries at a time; sums in fp32.
+    """
+    item = tl.load(order_ptr + tl.program_id(0))
+    length = tl.load(length_ptr + item)
+    if length < 0:
+        return
+    feature = tl.load(feature_ptr + item).to(tl.int64)
+    start = tl.load(start_ptr + item)
+    slot = tl.load(slot_ptr + item).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    if w_dec_ptr is not None:
+        w_dec = tl.load(w_dec_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        d_dec = tl.zeros((BLOCK_D,), tl.float32)
+    if w_lin_ptr is not None:
+        w_lin = tl.load(w_lin_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        d_lin = tl.zeros((BLOCK_D,), tl.float32)
+    if v_ptr is not None:
+        v = tl.load(v_ptr + feature * E + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+        d_v = tl.zeros((BLOCK_E,), tl.float32)
+        d_square = tl.zeros((BLOCK_E,), tl.float32)
+    for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
+        offs_t = position + tl.arange(0, TOKENS)
+        mask_t = offs_t < start + length
+        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0)
+        a = tl.load(values_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
+        token = entry // K
+        strong = mask_t & (entry % K < N)
+        d_a = tl.zeros((TOKENS,), tl.float32)
+        if ADD_VALUES:
+            d_a += tl.load(d_values_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
+        if w_dec_ptr is not None:
+            g_ptrs = d_out_ptr + token[:, None] * D + offs_d[None, :]
+            g = tl.load(g_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+            d_a += tl.sum(g * w_dec[None, :], axis=1)
+            if dec_out_ptr is not None:
+                d_dec += tl.sum(a[:, None] * g, axis=0)
+            if w_lin_ptr is not None:
+                d_a += tl.where(strong, tl.sum(g * w_lin[None, :], axis=1), 0.0)
+                if lin_out_ptr is not None:
+                    d_lin += tl.sum(tl.where(strong, a, 0.0)[:, None] * g, axis=0)
+        if v_ptr is not None:
+            offs = token[:, None] * E + offs_e[None, :]
+            mask = strong[:, None] & mask_e[None, :]
+            t = tl.load(d_s_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(d_q_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            d_a += tl.sum(t * v[None, :], axis=1) + 2 * a * tl.sum(u * (v * v)[None, :], axis=1)
+            if v_out_ptr is not None:
+                d_v += tl.sum(a[:, None] * t, axis=0)
+                d_square += tl.sum((a * a)[:, None] * u, axis=0)
+        tl.store(d_values_ptr + entry, d_a.to(d_values_ptr.dtype.element_ty), mask=mask_t)
+
+    # A part of a split feature goes to its slot, the gradients of the three weights side by side.
+    part_ptr = parts_ptr + slot * WIDTH
+    if dec_out_ptr is not None:
+        if slot < 0:
+            finish_row(
+                d_dec, feature * D + offs_d, mask_d, dec_out_ptr, dec_exp_avg_ptr, dec_exp_avg_sq_ptr, dec_copy_ptr,
+                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, DEC_MODE,
+            )  # fmt: skip
+        else:
+            tl.store(part_ptr + offs_d, d_dec, mask=mask_d)
+        part_ptr += D
+    if lin_out_ptr is not None:
+        if slot < 0:
+            finish_row(
+                d_lin, feature * D + offs_d, mask_d, lin_out_ptr, lin_exp_avg_ptr, lin_exp_avg_sq_ptr, lin_copy_ptr,
+                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, LIN_MODE,
+            )  # fmt: skip
+        else:
+            tl.store(part_ptr + offs_d, d_lin, mask=mask_d)
+        part_ptr += D
+    if v_out_ptr is not None:
+        d_v += 2 * d_square * v
+        if slot < 0:
+            finish_row(
+                d_v, feature * E + offs_e, mask_e, v_out_ptr, v_exp_avg_ptr, v_exp_avg_sq_ptr, v_copy_ptr,
+                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, V_MODE,
+            )  # fmt: skip
+        else:
+            tl.store(part_ptr + offs_e, d_v, mask=mask_e)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    order_ptr,  # [P], and so on: see decode_backward_kernel
+    feature_ptr,
+    start_ptr,
+    length_ptr,
+    slot_ptr,
+    entries_ptr,  # [nnz] int64
+    coefficients_ptr,  # [nnz] flattened (B, K)
+    gate_ptr,  # [nnz] or None: entries whose gate is not positive count as 0
+    rows_ptr,  # [B, D]
+    w_out_ptr,  # [M, D] see adam.finish_row
+    w_exp_avg_ptr,
+    w_exp_avg_sq_ptr,
+    w_copy_ptr,
+    sums_ptr,  # [M] fp32 out, or None: sum of the coefficients
+    parts_ptr,  # [slots, D] fp32
+    sum_parts_ptr,  # [slots] fp32
+    corrections_ptr,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    W_MODE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """gradient = sum of coefficient * rows[token] over a feature's entries with j < N. Grid (P, blocks of D); fp32."""
+    item = tl.load(order_ptr + tl.program_id(0))
+    length = tl.load(length_ptr + item)
+    if length < 0:
+        return
+    block = tl.program_id(1)
+    feature = tl.load(feature_ptr + item).to(tl.int64)
+    start = tl.load(start_ptr + item)
+    slot = tl.load(slot_ptr + item).to(tl.int64)
+    offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    grad = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
+        offs_t = position + tl.arange(0, TOKENS)
+        mask_t = offs_t < start + length
+        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0)
+        mask_t = mask_t & (entry % K < N)
+        coefficient = tl.load(coefficients_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + entry, mask=mask_t, other=0.0)
+            coefficient = tl.where(gate > 0, coefficient, 0.0)
+        rows_ptrs = rows_ptr + (entry // K)[:, None] * D + offs_d[None, :]
+        rows = tl.load(rows_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        grad += tl.sum(coefficient[:, None] * rows, axis=0)
+        total += coefficient
+    if slot < 0:
+        if w_out_ptr is not None:
+            finish_row(
+                grad, feature * D + offs_d, mask_d, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
+                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+            )  # fmt: skip
+        if sums_ptr is not None:
+            if block == 0:
+                tl.store(sums_ptr + feature, tl.sum(total, axis=0))
+    else:
+        if w_out_ptr is not None:
+            tl.store(parts_ptr + slot * D + offs_d, grad, mask=mask_d)
+        if sums_ptr is not None:
+            if block == 0:
+                tl.store(sum_parts_ptr + slot, tl.sum(total, axis=0))
+
+
+@triton.jit
+def add_slots_kernel(
+    slot_feature_ptr,  # [slots]: the feature whose first slot this is, or -1
+    parts_ptr,  # [slots, stride_parts] fp32
+    w_out_ptr,  # [M, WIDTH] see adam.finish_row
+    w_exp_avg_ptr,
+    w_exp_avg_sq_ptr,
+    w_copy_ptr,
+    offsets_ptr,  # [M + 1] int32: entries of features
+    stride_parts,
+    corrections_ptr,
+    lr,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    WIDTH: tl.constexpr,
+    W_MODE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gradient[f] = the parts of f, added in order. Grid (slots, blocks of WIDTH); only first slots do anything."""
+    slot = tl.program_id(0).to(tl.int64)
+    feature = tl.load(slot_feature_ptr + slot).to(tl.int64)
+    if feature < 0:
+        return
+    count = tl.load(offsets_ptr + feature + 1) - tl.load(offsets_ptr + feature)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < WIDTH
+    grad = tl.zeros((BLOCK,), tl.float32)
+    for part in range(0, tl.cdiv(count, SEGMENT)):
+        grad += tl.load(parts_ptr + (slot + part) * stride_parts + offs, mask=mask, other=0.0)
+    finish_row(
+        grad, feature * WIDTH + offs, mask, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
+        corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+    )  # fmt: skip
+
+
+@triton.jit
+def gathered_dot_kernel(
+    values_ptr,  # [B, K]
+    indices_ptr,  # [B, K] int64
+    rows_ptr,  # [B, D]
+    w_dec_ptr,  # [M, D]
+    w_lin_ptr,  # [M, D] or None
+    d_values_ptr,  # [B, K] out
+    D: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """d_values = rows . W_dec[i_j] + (j < N) rows . W_lin[i_j]. Grid (B, cdiv(K, FEATURES)); fp32."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    mask_k = offs_k < K
+    feature = tl.load(indices_ptr + row * K + offs_k, mask=mask_k, other=0)
+    acc = tl.zeros((FEATURES,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        rows = tl.load(rows_ptr + row * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        mask = mask_k[:, None] & mask_d[None, :]
+        w = tl.load(w_dec_ptr + feature[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if w_lin_ptr is not None:
+            mask = mask & (offs_k < N)[:, None]
+            w += tl.load(w_lin_ptr + feature[:, None] * D + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.sum(w * rows[None, :], axis=1)
+    tl.store(d_values_ptr + row * K + offs_k, acc.to(d_values_ptr.dtype.element_ty), mask=mask_k)
+
+
+class Decoder(NamedTuple):
+    """One weight of the decoder and where its gradient goes (None: it gets none)."""
+
+    weight: Tensor
+    destination: Destination | None
+
+
+def decode_backward(
+    items: WorkItems,
+    values: Tensor,
+    n: int,
+    d_out: Tensor | None,
+    d_s: Tensor | None,
+    d_q: Tensor | None,
+    dec: Decoder | None,
+    lin: Decoder | None,
+    v: Decoder | None,
+    d_values: Tensor,
+    add_values: bool,
+) -> None:
+    """Write d_values (B, K), or add to it, and the gradients of the weights given. D up to WIDEST.
+
+    values (B, K); d_out (B, D) with dec or lin, d_s and d_q (B, E) with v: all contiguous.
+    """
+    K = values.shape[1]
+    D, E = 0 if d_out is None else d_out.shape[1], 0 if d_s is None else d_s.shape[1]
+    wanted = [w for w in (dec, lin, v) if w is not None and w.destination is not None]
+    width = sum(w.weight.shape[1] for w in wanted)
+    parts = torch.empty(items.n_slots, width, dtype=torch.float32, device=values.device)
+    block_d = power_of_two(max(D, 16))
+    tokens, warps, stages = _TILES[min(max(block_d, 1024), WIDEST)]
+    gathered = [(d_out, K), (d_s, n), (d_q, n)]
+    launch(
+        decode_backward_kernel,
+        (len(items.feature),),
+        {
+            **_item_arguments(items),
+            "values_ptr": values,
+            "d_values_ptr": d_values,
+            "d_out_ptr": d_out,
+            "d_s_ptr": d_s,
+            "d_q_ptr": d_q,
+            "w_dec_ptr": None if dec is None else dec.weight,
+            "w_lin_ptr": None if lin is None else lin.weight,
+            "v_ptr": None if v is None else v.weight,
+            **_destination_arguments("dec", dec),
+            **_destination_arguments("lin", lin),
+            **_destination_arguments("v", v),
+            "parts_ptr": parts,
+            **hyperparameters(*(w.destination for w in wanted)),
+            "D": D,
+            "E": E,
+            "K": K,
+            "N": n,
+            "ADD_VALUES": add_values,
+            "WIDTH": width,
+            "BLOCK_D": block_d,
+            "BLOCK_E": power_of_two(max(E, 16)),
+            "TOKENS": tokens,
+            "STAGES": stages,
+        },
+        num_warps=warps,
+        bytes_moved=len(values) * sum(t.shape[1] * t.element_size() * k for t, k in gathered if t is not None)
+        + values.numel() * (8 + 2 * values.element_size())
+        + sum(_bytes_of(w) for w in (dec, lin, v)),
+    )
+    column = 0
+    for weight in wanted:
+        _add_slots(items, parts[:, column:], weight.weight.shape[1], weight.destination)
+        column += weight.weight.shape[1]
+
+
+def weight_gradient(
+    items: WorkItems,
+    coefficients: Tensor,
+    gate: Tensor | None,
+    rows: Tensor,
+    destination: Destination | None,
+    sums: Tensor | None = None,
+    n: int | None = None,
+) -> None:
+    """sum of coefficients (B, K) * rows (B, D) over each feature's entries, and the coefficients' sums (M) in fp32.
+
+    gate (B, K): entries where it is not positive count as 0. n: only the n strongest count. All contiguous.
+    """
+    K, D = coefficients.shape[1], rows.shape[1]
+    parts = torch.empty(items.n_slots, D, dtype=torch.float32, device=rows.device)
+    sum_parts = torch.empty(items.n_slots, 1, dtype=torch.float32, device=rows.device)
+    block_d = min(power_of_two(max(D, 16)), 2048)
+    launch(
+        weight_gradient_kernel,
+        (len(items.feature), triton.cdiv(D, block_d)),
+        {
+            **_item_arguments(items),
+            "coefficients_ptr": coefficients,
+            "gate_ptr": gate,
+            "rows_ptr": rows,
+            **(absent("w") if destination is None else destination.arguments("w")),
+            "sums_ptr": sums,
+            "parts_ptr": parts,
+            "sum_parts_ptr": sum_parts,
+            **hyperparameters(destination),
+            "D": D,
+            "K": K,
+            "N": K if n is None else n,
+            "BLOCK_D": block_d,
+            "TOKENS": 4,
+            "STAGES": 2,
+        },
+        num_warps=8 if block_d > 1024 else 4,
+        bytes_moved=rows.element_size() * coefficients.numel() * D
+        + coefficients.numel() * (8 + 2 * coefficients.element_size())
+        + (0 if destination is None else _bytes_written(destination)),
+    )
+    if destination is not None:
+        _add_slots(items, parts, D, destination)
+    if sums is not None:
+        _add_slots(items, sum_parts, 1, Gradient(sums, add=False))
+
+
+def gathered_dot(
+    values: Tensor, indices: Tensor, rows: Tensor, W_dec: Tensor, W_lin: Tensor | None, n: int, d_values: Tensor
+) -> None:
+    """d_values (B, K) = rows . W_dec[i_j], for the n strongest + rows . W_lin[i_j]; any width. All contiguous."""
+    (B, K), D = values.shape, rows.shape[1]
+    launch(
+        gathered_dot_kernel,
+        (B, triton.cdiv(K, 4)),
+        {
+            "values_ptr": values,
+            "indices_ptr": indices,
+            "rows_ptr": rows,
+            "w_dec_ptr": W_dec,
+            "w_lin_ptr": W_lin,
+            "d_values_ptr": d_values,
+            "D": D,
+            "K": K,
+            "N": n,
+            "BLOCK_D": 1024,
+            "FEATURES": 4,
+        },
+        num_warps=4,
+        bytes_moved=B
+        * D
+        * ((K + (n if W_lin is not None else 0)) * W_dec.element_size() + K // 4 * rows.element_size()),
+    )
+
+
+# Tokens at a time, warps and stages of decode_backward, by the block of D: no spills up to the widest.
+_TILES = {1024: (4, 4, 2), 2048: (4, 8, 2), 4096: (2, 8, 2), 8192: (2, 16, 2)}
+
+
+def _item_arguments(items: WorkItems) -> dict[str, object]:
+    names = ("order", "feature", "start", "length", "slot", "entries")
+    return {f"{name}_ptr": getattr(items, name) for name in names}
+
+
+def _destination_arguments(name: str, weight: Decoder | None) -> dict[str, object]:
+    return absent(name) if weight is None or weight.destination is None else weight.destination.arguments(name)
+
+
+def _add_slots(items: WorkItems, parts: Tensor, width: int, destination: Destination) -> None:
+    """Finish the gradients of split features from their parts (slots, >= width)."""
+    whole = isinstance(destination, AdamStep) and destination.unit_norm
+    block = power_of_two(max(width, 16)) if whole else min(power_of_two(max(width, 16)), 1024)
+    launch(
+        add_slots_kernel,
+        (items.n_slots, triton.cdiv(width, block)),
+        {
+            "slot_feature_ptr": items.slot_feature,
+            "parts_ptr": parts,
+            **destination.arguments("w"),
+            "offsets_ptr": items.offsets,
+            "stride_parts": parts.stride(0),
+            **hyperparameters(destination),
+            "WIDTH": width,
+            "SEGMENT": SEGMENT,
+            "BLOCK": block,
+        },
+        num_warps=8 if block > 1024 else 4,
+        bytes_moved=items.n_slots * width * 4,
+    )
+
+
+def _bytes_written(destination: Destination) -> int:
+    """By a gradient, or by a step of Adam: the weight and its moments read and written, the copy written."""
+    if isinstance(destination, Gradient):
+        return destination.out.numel() * destination.out.element_size() * (1 + int(destination.add))
+    each = 2 * sum(t.element_size() for t in (destination.weight, destination.exp_avg, destination.exp_avg_sq))
+    return destination.weight.numel() * (each + (0 if destination.copy is None else destination.copy.element_size()))
+
+
+def _bytes_of(weight: Decoder | None) -> int:
+    if weight is None:
+        return 0
+    read = weight.weight.numel() * weight.weight.element_size()
+    return read + (0 if weight.destination is None else _bytes_written(weight.destination))
