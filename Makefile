@@ -2,26 +2,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test kernels check bench gpu clean
 
 demo: .venv/lab       ## train a TopK SAE and a joint SAE on a real model's activations, and compare them
 	$(BIN)/fastsae demo
 
 test: .venv/dev       ## everything that can be proved without a GPU
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n 2
+	$(BIN)/python -m csrc_triton.offline
+
+kernels: .venv/dev    ## compile every kernel for sm_80 and sm_90 without a GPU, check it, and write docs/kernels.md
+	$(BIN)/python -m csrc_triton.offline --write docs/kernels.md
 
 check: .venv/dev      ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest
+	$(MAKE) test
 
 bench: .venv/peers    ## measure this machine's CPU beside the peers, and update the README's table
 	$(BIN)/pytest benchmarks --shape bench --results
 	$(BIN)/python -m benchmarks.report
 
-gpu: .venv/dev        ## the same on an NVIDIA GPU; says so where there is nothing to measure
+# With `make gpu PYTHON=...` that interpreter runs it, with its own torch and triton, and nothing is installed.
+ifeq ($(origin PYTHON),command line)
+gpu:                  ## correctness and speed on an NVIDIA GPU
+	$(PYTHON) -m benchmarks.gpu
+else
+gpu: .venv/dev
 	$(BIN)/python -m benchmarks.gpu
+endif
 
 clean:
 	rm -rf .venv runs

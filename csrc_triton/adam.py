@@ -114,7 +114,8 @@ def finish_row(
         root = tl.sqrt(exp_avg_sq) * tl.load(corrections_ptr + 1)
         weight -= step_size * exp_avg / (root + eps)
         if MODE == ADAM_UNIT:
-            weight = weight / tl.sqrt(tl.maximum(tl.sum(tl.where(mask, weight * weight, 0.0), axis=0), 1e-38))
+            norm = tl.sqrt(tl.sum(tl.where(mask, weight * weight, 0.0), axis=0))
+            weight = weight / tl.where(norm > 0, norm, 1.0)
         tl.store(out_ptr + offs, weight.to(out_ptr.dtype.element_ty), mask=mask)
         if copy_ptr is not None:
             tl.store(copy_ptr + offs, weight.to(copy_ptr.dtype.element_ty), mask=mask)

@@ -49,19 +49,19 @@ def joint_decode_kernel(
         # int64: feature * D passes 2**31 for large dictionaries
         feature = tl.load(indices_ptr + row * K + offs_k, mask=offs_k < K, other=0).to(tl.int64)
         if w_dec_ptr is not None:
-            mask = (a != 0)[:, None] & mask_d[None, :]  # fillers read nothing
-            w = tl.load(w_dec_ptr + feature[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+            mask_w = (a != 0)[:, None] & mask_d[None, :]  # fillers read nothing
+            w = tl.load(w_dec_ptr + feature[:, None] * D + offs_d[None, :], mask=mask_w, other=0.0)
             acc += tl.sum(a[:, None] * w.to(tl.float32), axis=0)
         if start < N:
             strong = tl.where(offs_k < N, a, 0.0)
             if w_lin_ptr is not None:
-                mask = (strong != 0)[:, None] & mask_d[None, :]
-                w = tl.load(w_lin_ptr + feature[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+                mask_w = (strong != 0)[:, None] & mask_d[None, :]
+                w = tl.load(w_lin_ptr + feature[:, None] * D + offs_d[None, :], mask=mask_w, other=0.0)
                 acc += tl.sum(strong[:, None] * w.to(tl.float32), axis=0)
             if v_ptr is not None:
                 if block == 0:
-                    mask = (strong != 0)[:, None] & mask_e[None, :]
-                    v = tl.load(v_ptr + feature[:, None] * E + offs_e[None, :], mask=mask, other=0.0)
+                    mask_v = (strong != 0)[:, None] & mask_e[None, :]
+                    v = tl.load(v_ptr + feature[:, None] * E + offs_e[None, :], mask=mask_v, other=0.0)
                     term = strong[:, None] * v.to(tl.float32)
                     s += tl.sum(term, axis=0)
                     q += tl.sum(term * term, axis=0)

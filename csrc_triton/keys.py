@@ -11,10 +11,12 @@ NOTHING = tl.constexpr(-1)
 def sort_key(v):
     """int32 >= 0 that orders like relu(v): 15 bits for fp16 and bf16, 31 for fp32. NaN comes first, -0.0 is 0."""
     if v.dtype == tl.float32:
-        bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = v.to(tl.int32, bitcast=True)
+        size, infinity = bits & 0x7FFFFFFF, 0x7F800000
     else:
-        bits = v.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-    return tl.where((v > 0) | (v != v), bits, 0)
+        bits = v.to(tl.int16, bitcast=True).to(tl.int32)
+        size, infinity = bits & 0x7FFF, 0x7F80 if v.dtype == tl.bfloat16 else 0x7C00
+    return tl.where((bits >= 0) | (size > infinity), size, 0)
 
 
 @triton.jit

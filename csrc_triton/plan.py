@@ -5,7 +5,9 @@ their ratio only.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+Way = TypeVar("Way", bound=str)
 
 # Estimates: what a large copy moves and what a large matrix product does, per second.
 BANDWIDTH = 4.3e12
@@ -71,8 +73,7 @@ def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int) -> Encode
     else:
         select, why = "groups", f"maxima of groups of {group}, then the members of the {K} best groups"
     # Taking the maxima in a pass of its own reads the pre-activations once more.
-    extra = B * M * itemsize / BANDWIDTH
-    product = 2 * B * M * D / FLOPS[itemsize]
+    extra, product = M * itemsize / BANDWIDTH, 2 * M * D / FLOPS[itemsize]  # seconds a row
     ours = select == "groups" and itemsize == 2 and 16 <= group <= 128 and extra > _CUBLAS_ADVANTAGE * product
     gemm = "triton" if ours else "cublas"
     if select == "groups":
@@ -127,7 +128,7 @@ def decode(B: int, D: int, M: int, K: int, N: int, linear: bool, itemsize: int) 
     return DecodePlan(**chosen, shared=shared, reason="; ".join(words).replace("_", " ") + " (counted)")
 
 
-def cheapest(costs: dict[str, tuple[int, int]], itemsize: int) -> tuple[str, str]:
+def cheapest(costs: dict[Way, tuple[int, int]], itemsize: int) -> tuple[Way, str]:
     """The way of the least time by (bytes, operations), and the reason in words."""
     seconds = {way: max(moved / BANDWIDTH, operations / FLOPS[itemsize]) for way, (moved, operations) in costs.items()}
     words = (f"{way} {moved / 2**20:.0f} MiB, {seconds[way] * 1e3:.2g} ms" for way, (moved, _) in costs.items())

@@ -62,10 +62,10 @@ def select_kernel(
     offs_ng = tl.arange(0, BLOCK_NG)
     maxima = tl.load(maxima_ptr + row * NG + offs_ng, mask=offs_ng < NG, other=-1).to(tl.int32)
     threshold = tl.maximum(kth_key(maxima, K, N_BITS), 1)  # at least 1: what is not positive is no candidate
-    hit = (maxima >= threshold).to(tl.int32)
-    n_groups = tl.sum(hit, axis=0)
-    place = tl.cumsum(hit, axis=0) - 1
-    tl.store(groups + place, offs_ng, mask=(hit != 0) & (place < MAX_GROUPS))
+    better = (maxima >= threshold).to(tl.int32)
+    n_groups = tl.sum(better, axis=0)
+    place_g = tl.cumsum(better, axis=0) - 1
+    tl.store(groups + place_g, offs_ng, mask=(better != 0) & (place_g < MAX_GROUPS))
     tl.debug_barrier()
 
     fits = n_groups <= MAX_GROUPS

@@ -2,16 +2,18 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import numbers
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import tyro
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+# No flag: the command line takes d_in from the hook. tyro reads the mark, and nothing else here needs tyro.
+_NO_FLAG = importlib.import_module("tyro.conf").Fixed if importlib.util.find_spec("tyro") else None
 
 Init = Literal["paper", "unit"]
 
@@ -55,7 +57,7 @@ def _fits(value: Any, hint: Any) -> bool:
 class TopKSAEConfig:
     """A TopK sparse autoencoder."""
 
-    d_in: tyro.conf.Fixed[int]  # the command line takes it from the hook
+    d_in: Annotated[int, _NO_FLAG]
     """Width of the activations."""
     d_sae: int
     """Number of features."""
@@ -168,6 +170,9 @@ class TrainerConfig:
     """A feature is dead when it was active on none of this many last tokens."""
     unit_norm_decoder: bool = False
     """Keep the rows of W_dec at norm 1, and remove the parallel part of their gradient."""
+    adam_in_backward: bool = False
+    """CUDA: large weights make Adam's step inside the backward, and no gradient is ever held. Not with clip_grad_norm
+    or auxk. bf16 weights are then trained through fp32 copies."""
     k_anneal_from: int | None = None
     """Start with this k and come down linearly to the SAE's own; None does not anneal."""
     k_anneal_steps: int = 0
@@ -204,6 +209,9 @@ class TrainerConfig:
         _require(self.checkpoint_every >= 1, f"{where}.checkpoint_every", "at least 1", self.checkpoint_every)
         clip = self.clip_grad_norm
         _require(clip is None or clip > 0, f"{where}.clip_grad_norm", "None or above 0", clip)
+        held = "clip_grad_norm" if clip is not None else "auxk" if self.auxk else None
+        if self.adam_in_backward and held:
+            raise ValueError(f"{where}: adam_in_backward holds no gradients, {held} needs them; leave one of them out")
         if isinstance(self.run_dir, str):
             object.__setattr__(self, "run_dir", Path(self.run_dir))
         if self.run_dir is None and (self.resume or self.log_to):

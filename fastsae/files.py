@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -50,6 +48,9 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError, on a full disk too."""
+    from safetensors import SafetensorError  # here: training without saving needs torch and numpy only
+    from safetensors.torch import save_file
+
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     try:
         write_atomically(path, lambda p: save_file(contiguous, p))
@@ -64,6 +65,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     The tensors lie in the file's mapping: who keeps them copies them, since the file may be written anew under them.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

@@ -1,7 +1,8 @@
-"""Weight gradients written into memory that is kept from step to step."""
+"""What becomes of large weight gradients: by default, memory that is kept from step to step."""
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,32 +22,25 @@ class GradientBuffers:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
-        self._by_address: dict[int, Tensor] = {}
+        self._weights = Weights([])
         self._buffers: dict[Tensor, Tensor] = {}
 
     def __enter__(self) -> "GradientBuffers":
-        global _active
-        if _active is not None:
-            raise RuntimeError(
-                "GradientBuffers: already active. One Trainer at a time can be in a step; run others in own processes"
-            )
         for p in self._parameters:
             p.grad = None
-        # Looked up anew: .to() moves a parameter, and another one may come to lie where it was.
-        self._by_address = {p.data_ptr(): p for p in self._parameters if p.requires_grad}
-        _active = self
+        self._weights = Weights(self._parameters)
+        activate(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _active
-        _active = None
+        deactivate()
 
-    def claim(self, weight: Tensor) -> tuple[Tensor, bool] | None:
+    def claim(self, weight: Tensor, backend: str) -> tuple[Tensor, bool] | None:
         """The buffer for this weight's gradient and whether to add to it; None if the weight is not ours."""
-        parameter = self._by_address.get(weight.data_ptr())
-        if parameter is None or parameter.shape != weight.shape or parameter.stride() != weight.stride():
+        parameter = self._weights.find(weight)
+        if parameter is None:
             return None
         if parameter.grad is not None:
             return parameter.grad, True
@@ -57,9 +51,45 @@ class GradientBuffers:
         return buffer, False
 
 
+class Weights:
+    """Parameters as the ops see them: detached, by their place in memory."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        # Looked up anew at each step: .to() moves a parameter, and another one may come to lie where it was.
+        self._by_address = {p.data_ptr(): p for p in parameters if p.requires_grad}
+
+    def find(self, weight: Tensor) -> Tensor | None:
+        """The parameter that `weight` is, None for other tensors and for views of another layout."""
+        p = self._by_address.get(weight.data_ptr())
+        return p if p is not None and p.shape == weight.shape and p.stride() == weight.stride() else None
+
+
+class Claimant(Protocol):
+    """Who says, while a backward runs, what becomes of the gradients of large weights."""
+
+    def claim(self, weight: Tensor, backend: str) -> Any:
+        """What the backend's backward shall do with the gradient of `weight`; None: return it."""
+
+
 # Not thread-local: on CUDA autograd runs backward in a thread of its own.
-_active: GradientBuffers | None = None
+_active: Claimant | None = None
 
 
-def active() -> GradientBuffers | None:
+def activate(claimant: Claimant) -> None:
+    """Have `claimant` asked from now on; one at a time."""
+    global _active
+    if _active is not None:
+        raise RuntimeError(
+            f"{type(claimant).__name__}: {type(_active).__name__} is already active. One Trainer at a time can be in a "
+            "step; run others in own processes"
+        )
+    _active = claimant
+
+
+def deactivate() -> None:
+    global _active
+    _active = None
+
+
+def active() -> Claimant | None:
     return _active

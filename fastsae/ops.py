@@ -1,8 +1,9 @@
 """The operations as torch.library ops with autograd and fakes, and the functions users call.
 
 Each public function checks its arguments, picks a backend, and calls the op (or, for "reference", the specification,
-which autograd differentiates by itself). Each op's backward is an op of its own; inside `GradientBuffers` it writes
-weight gradients in place instead. Gradients of gradients exist on the reference backend only.
+which autograd differentiates by itself). Each op's backward is an op of its own; while a claimant is active
+(`GradientBuffers`, `AdamInBackward`) weight gradients go where it says, and autograd gets None for them. Gradients of
+gradients exist on the reference backend only.
 """
 
 from typing import Any
@@ -188,10 +189,9 @@ def _topk_encode_save(ctx: Any, inputs: Any, output: Any) -> None:
 def _topk_encode_grad(ctx: Any, d_values: Tensor, _: Tensor) -> Any:
     values, indices, x, W_enc = ctx.saved_tensors
     need_x, need_W = ctx.needs_input_grad[:2]
-    if need_W and (out := _claim(W_enc)):
+    if need_W and (out := _claim(W_enc, ctx.backend)):
         backward = implementation(ctx.backend).topk_encode_backward
-        d_x, _, d_b = backward(d_values, values, indices, x, W_enc, need_x, True, out)
-        return d_x, None, d_b, None, None, None
+        return *backward(d_values, values, indices, x, W_enc, need_x, True, out), None, None, None
     grads = torch.ops.fastsae.topk_encode_backward(d_values, values, indices, x, W_enc, need_x, need_W, ctx.backend)
     return *grads, None, None, None
 
@@ -261,10 +261,9 @@ def _joint_decode_grad(ctx: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: 
         d_out = d_out.to(values.dtype)  # under autocast the rows that are gathered are narrower than the weights
     arguments = (d_out, d_s, d_q, values, indices, W_dec, W_lin, V, ctx.n, *need)
     weights = zip((W_dec, W_lin, V), need, strict=True)
-    destinations = tuple(_claim(w) if w is not None and needed else None for w, needed in weights)
-    if any(destinations):
-        d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, destinations)
-        d_weights = [None if claimed else grad for claimed, grad in zip(destinations, d_weights, strict=True)]
+    out_of = tuple(_claim(w, ctx.backend) if w is not None and needed else None for w, needed in weights)
+    if any(claim is not None for claim in out_of):
+        d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, out_of)
     else:
         d_values, *d_weights = torch.ops.fastsae.joint_decode_backward(*arguments, ctx.backend)
     return d_values, None, *d_weights, d_bias, d_target, None, None
@@ -393,11 +392,11 @@ _register("joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _join
 _register("integrate", _integrate_fake, _integrate_backward_fake, _integrate_save, _integrate_grad)
 
 
-def _claim(weight: Tensor) -> tuple[Tensor, bool] | None:
-    buffers = gradients.active()
-    if buffers is None or torch.compiler.is_compiling():  # a weight that is being traced has no memory to look up
+def _claim(weight: Tensor, backend: str) -> Any:
+    claimant = gradients.active()
+    if claimant is None or torch.compiler.is_compiling():  # a weight that is being traced has no memory to look up
         return None
-    return buffers.claim(weight)
+    return claimant.claim(weight, backend)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

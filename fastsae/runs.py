@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastsae import files
 from fastsae.config import TrainerConfig
@@ -116,7 +115,7 @@ class Log:
         self._sinks = [_SINKS[name](config) for name in config.log_to]
         if self._path is not None:
             self._drop_lines_after(step)
-        self._bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not config.progress)
+        self._bar = _progress_bar(config.steps, step) if config.progress else None
 
     def _drop_lines_after(self, step: int) -> None:
         """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
@@ -153,10 +152,12 @@ class Log:
             "dead": f"{metrics['dead_share']:.1%}",
             "rows/s": f"{metrics['rows_per_second']:,.0f}",
         }
-        self._bar.set_postfix(shown, refresh=False)
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.update()
 
     def __enter__(self) -> "Log":
         return self
@@ -164,9 +165,16 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         for _, close in self._sinks:
             close()
+
+
+def _progress_bar(steps: int, done: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, initial=done, desc="train", unit="step")
 
 
 Sink = tuple[Callable[[dict[str, float]], None], Callable[[], object]]  # how to write metrics, and how to close

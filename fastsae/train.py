@@ -17,7 +17,7 @@ from fastsae import checkpoint, files, ops
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
-from fastsae.optim import clip_by_scaling, normalize_rows_, remove_parallel_
+from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
@@ -71,10 +71,13 @@ class Trainer:
             self._rows_since_fired = torch.zeros(sae.d_sae + 1, dtype=torch.int64, device=sae.W_enc.device)
         self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self._check_weights()
-        self._buffers = GradientBuffers(self._trained.values())
-        self._optimizer = torch.optim.Adam(
-            self._trained.values(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        if config.adam_in_backward:
+            unit_norm = [sae.W_dec] if config.unit_norm_decoder else []
+            self._optimizer = AdamInBackward(self._trained.values(), unit_norm=unit_norm, **options)
+        else:
+            self._optimizer = torch.optim.Adam(self._trained.values(), fused=True, **options)
+            self._buffers = GradientBuffers(self._trained.values())
 
     def _check_weights(self) -> None:
         sae = self.sae
@@ -176,18 +179,25 @@ class Trainer:
         k = self._k()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        with self._buffers:
-            output = sae(x, k)
-            loss = output.loss
-            if config.auxk:
-                loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
-            loss.backward()
-        if config.unit_norm_decoder and sae.W_dec.grad is not None:
-            remove_parallel_(sae.W_dec.grad, sae.W_dec)
-        norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
-        self._optimizer.step()
-        if config.unit_norm_decoder:
-            normalize_rows_(sae.W_dec)
+        norm = None
+        if isinstance(self._optimizer, AdamInBackward):
+            with self._optimizer.in_backward():
+                output = sae(x, k)
+                output.loss.backward()
+            self._optimizer.step()
+        else:
+            with self._buffers:
+                output = sae(x, k)
+                loss = output.loss
+                if config.auxk:
+                    loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
+                loss.backward()
+            if config.unit_norm_decoder and sae.W_dec.grad is not None:
+                remove_parallel_(sae.W_dec.grad, sae.W_dec)
+            norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
+            self._optimizer.step()
+            if config.unit_norm_decoder:
+                normalize_rows_(sae.W_dec)
         self._count_fired(output)
         self.step += 1
         self.rows_seen += len(x)

@@ -1,9 +1,11 @@
-"""The one comparison, and the table of awkward shapes."""
+"""The one comparison, the table of awkward shapes, and what every backend is put through over it."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastsae import ops
 
 
 def assert_matches(
@@ -85,3 +87,82 @@ CASES = [
     Case("all negative", 6, 32, 3000, 16, 8, 4, "all negative"),
     Case("one cluster", 6, 32, 20000, 16, 8, 4, "one cluster"),
 ]
+
+# The same awkwardness at sizes that Triton's interpreter can bear: it runs every program of a grid as a Python loop.
+KERNEL_CASES = [
+    Case("plain", 5, 24, 120, 4, 2, 6),
+    Case("one row", 1, 24, 70, 4, 2, 6),
+    Case("k = n = 1", 4, 24, 50, 1, 1, 6),
+    Case("k = n", 4, 20, 90, 5, 5, 3),
+    Case("k = d_sae", 3, 17, 23, 23, 23, 5),
+    Case("primes", 7, 31, 127, 7, 3, 11),
+    Case("empty batch", 0, 8, 40, 4, 2, 3),
+    Case("ties", 4, 16, 140, 8, 4, 4, "ties"),
+    Case("constant rows", 2, 16, 110, 6, 3, 4, "constant"),
+    Case("few positive", 3, 32, 140, 8, 4, 4, "few positive"),
+    Case("all negative", 2, 32, 70, 4, 2, 4, "all negative"),
+    Case("one cluster", 3, 16, 190, 5, 2, 4, "one cluster"),
+]
+
+NAMES = ("x", "W_enc", "b_enc", "W_dec", "W_lin", "V")
+
+
+def assert_selection(case: Case, inputs: dict[str, Tensor], values: Tensor, indices: Tensor) -> None:
+    """`values` and `indices` are the k largest of relu(pre), but for the rounding of pre in the dtype of x."""
+    dtype = inputs["x"].dtype
+    assert indices.dtype == torch.int64
+    assert values.dtype == dtype
+    x, W_enc, b_enc = (inputs[name].double() for name in ("x", "W_enc", "b_enc"))
+    activations = torch.relu(x @ W_enc.T + b_enc)
+    exact = case.kind in ("ties", "constant") or case.B == 0
+    rounding = 0.0 if exact else 8 * torch.finfo(dtype).eps * (1 + activations.abs().max().item())
+    torch.testing.assert_close(values.double(), activations.gather(1, indices), rtol=0, atol=rounding)
+    assert all(len(set(row)) == case.K for row in indices.tolist()), "indices repeat within a row"
+    assert (values[:, :-1] >= values[:, 1:]).all(), "not strongest first"
+    left_out = activations.scatter(1, indices, -1.0).amax(dim=1)
+    assert (left_out <= values[:, -1].double() + rounding).all(), "a feature left out beats one that was kept"
+    equal = values[:, :-1] == values[:, 1:]
+    assert (indices[:, :-1] < indices[:, 1:])[equal].all(), "ties are not in the order of their indices"
+
+
+def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {n: inputs[n].to(dtype or inputs[n].dtype).detach().clone().requires_grad_() for n in NAMES}
+
+
+def joint(p: dict[str, Tensor], case: Case, backend: str, indices: Tensor | None = None) -> dict[str, Tensor]:
+    """Encode, decode and all gradients. `indices` fixes the selection, so that dtypes can be compared."""
+    if indices is None:
+        values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend=backend)
+    else:
+        values = torch.relu(p["x"] @ p["W_enc"].T + p["b_enc"]).gather(1, indices)
+    out, z = ops.joint_decode(values, indices, p["W_dec"], p["W_lin"], p["V"], case.N, backend=backend)
+    return {"values": values, "indices": indices, "out": out, "z": z}
+
+
+def assert_every_gradient(case: Case, inputs: dict[str, Tensor], backend: str, slack: float = 2.0) -> None:
+    """Code, sums and the gradients of all inputs by `backend`, against the specification."""
+    results = {}
+    ours = leaves(inputs)
+    results["ours"] = joint(ours, case, backend)
+    kept = results["ours"]["indices"]
+    exact, eager = leaves(inputs, torch.float64), leaves(inputs)
+    results["exact"], results["eager"] = joint(exact, case, "reference", kept), joint(eager, case, "reference", kept)
+    for r in results.values():
+        ((r["out"] * inputs["g_out"].to(r["out"])).sum() + (r["z"] * inputs["g_z"].to(r["z"])).sum()).backward()
+    s = (results["exact"]["values"][:, : case.N, None] * exact["V"][kept[:, : case.N]]).sum(1)
+    scales = {"z": s.square().max().item() if s.numel() else 0.0}
+    for name in ("values", "out", "z"):
+        parts = (results[who][name].detach() for who in ("ours", "exact", "eager"))
+        assert_matches(name, *parts, slack=slack, scale=scales.get(name))
+    for name in NAMES:
+        grads = (p[name].grad for p in (ours, exact, eager))
+        assert_matches(f"d_{name}", *grads, slack=slack, scale=gradient_scale(name, exact, s))
+
+
+def gradient_scale(name: str, exact: dict[str, Tensor], s: Tensor) -> float | None:
+    """d_V and what hangs on d_values are differences (s - a v): their rounding is that of the larger terms."""
+    grad = exact[name].grad
+    assert grad is not None
+    if name in ("V", "x", "W_enc", "b_enc") and grad.numel() and s.numel():
+        return max(grad.abs().max().item(), 4 * s.square().max().item())
+    return None

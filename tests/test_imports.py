@@ -91,3 +91,15 @@ def test_import_is_light_and_silent():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_training_needs_torch_and_numpy_only():
+    """On a machine where nothing can be installed: `make gpu` runs there."""
+    script = (
+        "import sys; sys.modules |= dict.fromkeys(('safetensors', 'tqdm', 'tyro', 'transformer_lens', 'tokenizers')); "
+        "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: n != 'tyro' and find(n, *a); "
+        "import torch, fastsae; config = fastsae.TrainerConfig(steps=1, progress=False); "
+        "print(fastsae.Trainer(fastsae.TopKSAE(4, 20, 2), config).fit([torch.randn(8, 4)]).steps)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

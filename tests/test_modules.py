@@ -295,7 +295,7 @@ def test_impossible_configs(call, message):
 
 
 def test_a_forced_backend_that_cannot_serve_says_so_at_once():
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve this call: its Triton kernels"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve this call: it serves CUDA tensors"):
         fastsae.TopKSAE(8, 50, 5, backend="cuda")
 
 

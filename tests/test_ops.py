@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_matches
+from helpers import CASES, NAMES, Case, assert_every_gradient, assert_selection, joint, leaves
 from torch import Tensor
 
 import fastsae
@@ -13,7 +13,6 @@ from fastsae.backends.cpu import blocks, screen
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-NAMES = ("x", "W_enc", "b_enc", "W_dec", "W_lin", "V")
 
 
 @pytest.fixture(params=[True, False], ids=["screened", "plain"])
@@ -25,14 +24,6 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 on_every_processor = pytest.mark.usefixtures("processor")
 
 
-def leaves(inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return {n: inputs[n].to(dtype or inputs[n].dtype).detach().clone().requires_grad_() for n in NAMES}
-
-
-def positive(pre: Tensor) -> Tensor:
-    return torch.relu(pre)
-
-
 # ---- topk_encode ----------------------------------------------------------------------------------------------------
 
 
@@ -41,19 +32,7 @@ def positive(pre: Tensor) -> Tensor:
 @every_case
 def test_topk_encode_is_the_exact_selection(case: Case, dtype: torch.dtype):
     p = case.inputs(dtype)
-    values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu")
-    assert indices.dtype == torch.int64
-    assert values.dtype == dtype
-    activations = positive(p["x"].double() @ p["W_enc"].double().T + p["b_enc"].double())
-    exact = case.kind in ("ties", "constant") or case.B == 0
-    rounding = 0.0 if exact else 8 * torch.finfo(dtype).eps * (1 + activations.abs().max().item())
-    torch.testing.assert_close(values.double(), activations.gather(1, indices), rtol=0, atol=rounding)
-    assert all(len(set(row)) == case.K for row in indices.tolist()), "indices repeat within a row"
-    assert (values[:, :-1] >= values[:, 1:]).all(), "not strongest first"
-    left_out = activations.scatter(1, indices, -1.0).amax(dim=1)
-    assert (left_out <= values[:, -1].double() + rounding).all(), "a feature left out beats one that was kept"
-    equal = values[:, :-1] == values[:, 1:]
-    assert (indices[:, :-1] < indices[:, 1:])[equal].all(), "ties are not in the order of their indices"
+    assert_selection(case, p, *ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cpu"))
 
 
 @every_case
@@ -116,44 +95,10 @@ def test_features_restricts_who_competes(M: int):
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
-def joint(p: dict[str, Tensor], case: Case, backend: str, indices: Tensor | None = None) -> dict[str, Tensor]:
-    """Encode, decode and all gradients. `indices` fixes the selection, so that dtypes can be compared."""
-    if indices is None:
-        values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend=backend)
-    else:
-        values = positive(p["x"] @ p["W_enc"].T + p["b_enc"]).gather(1, indices)
-    out, z = ops.joint_decode(values, indices, p["W_dec"], p["W_lin"], p["V"], case.N, backend=backend)
-    return {"values": values, "indices": indices, "out": out, "z": z}
-
-
 @every_dtype
 @every_case
 def test_every_gradient(case: Case, dtype: torch.dtype):
-    inputs = case.inputs(dtype)
-    results = {}
-    ours = leaves(inputs)
-    results["ours"] = joint(ours, case, "cpu")
-    kept = results["ours"]["indices"]
-    exact, eager = leaves(inputs, torch.float64), leaves(inputs)
-    results["exact"], results["eager"] = joint(exact, case, "reference", kept), joint(eager, case, "reference", kept)
-    for r in results.values():
-        ((r["out"] * inputs["g_out"].to(r["out"])).sum() + (r["z"] * inputs["g_z"].to(r["z"])).sum()).backward()
-    s = (results["exact"]["values"][:, : case.N, None] * exact["V"][kept[:, : case.N]]).sum(1)
-    scales = {"z": s.square().max().item() if s.numel() else 0.0}
-    for name in ("values", "out", "z"):
-        parts = (results[who][name].detach() for who in ("ours", "exact", "eager"))
-        assert_matches(name, *parts, scale=scales.get(name))
-    for name in NAMES:
-        assert_matches(f"d_{name}", *(p[name].grad for p in (ours, exact, eager)), scale=gradient_scale(name, exact, s))
-
-
-def gradient_scale(name: str, exact: dict[str, Tensor], s: Tensor) -> float | None:
-    """d_V and what hangs on d_values are differences (s - a v): their rounding is that of the larger terms."""
-    grad = exact[name].grad
-    assert grad is not None
-    if name in ("V", "x", "W_enc", "b_enc") and grad.numel() and s.numel():
-        return max(grad.abs().max().item(), 4 * s.square().max().item())
-    return None
+    assert_every_gradient(case, case.inputs(dtype), "cpu")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.B], ids=lambda c: c.name)
@@ -308,6 +253,6 @@ def test_explain_names_the_backend_and_why_not_the_others(monkeypatch: pytest.Mo
     text = explain(torch.empty(2048, 1024), sae)
     assert "backend: cpu" in text
     assert "chunks of 1024; 256 MiB of pre-activations" in text
-    assert "not cuda: its Triton kernels are not part of this version" in text
+    assert "not cuda: it serves CUDA tensors, these are on cpu" in text
     sae.backend = "reference"
     assert "not cpu: 'reference' was asked for" in explain(torch.empty(2048, 1024), sae)

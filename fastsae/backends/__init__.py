@@ -38,14 +38,10 @@ def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it serves CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs its kernels there, for testing)"
     if dtype not in _CUDA_DTYPES:
         return f"it serves {', '.join(str(d)[6:] for d in _CUDA_DTYPES)}, these are {str(dtype)[6:]}"
-    if device.type == "cuda" and not _has_tensor_cores(device.index):
+    tracing = torch.compiler.is_compiling()  # where a look at the device would break the graph
+    if device.type == "cuda" and not tracing and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels need compute capability 8.0 or later"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _has_tensor_cores(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:

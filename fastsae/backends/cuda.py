@@ -63,19 +63,16 @@ def topk_encode_backward(
     out: Destination | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """d_x (B, d_in), d_W_enc (d_sae, d_in), d_b_enc (d_sae); entries of value 0 receive nothing."""
-    d_pre = torch.where(values > 0, d_values, 0)
-    x = x.contiguous()
+    d_pre, x = torch.where(values > 0, d_values, 0), x.contiguous()
     d_x = _decode(d_pre, indices, W_enc, None, values.shape[1]).to(x.dtype) if need_x else None
     d_b_enc = torch.empty(len(W_enc), dtype=torch.float32, device=x.device)
     items = _take_order(indices, len(W_enc))
-    if need_W and _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense":
-        finish, d_W_enc = _gradient(out, W_enc)
+    dense = need_W and _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense"
+    finish, d_W_enc = _finish(out, W_enc, dense) if need_W else (None, None)
+    if dense and isinstance(finish, Gradient):
         dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
-        sums = torch.zeros_like(x[:, :1])  # a weight of width 1 whose rows are all 1
-        weight_gradient(items, d_pre, None, sums, None, d_b_enc)
-    else:
-        finish, d_W_enc = _finish(out, W_enc) if need_W else (None, None)
-        weight_gradient(items, d_pre, None, x if need_W else x[:, :1].contiguous(), finish, d_b_enc)
+        finish = None
+    weight_gradient(items, d_pre, None, x if finish is not None else x[:, :1].contiguous(), finish, d_b_enc)
     return d_x, d_W_enc, d_b_enc.to(W_enc.dtype)
 
 
@@ -127,39 +124,59 @@ def joint_decode_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """d_values (B, k), d_W_dec, d_W_lin (d_sae, d_in), d_V (d_sae, E)."""
     values, indices = values.contiguous(), indices.contiguous()
-    weights = [None if w is None else w.contiguous() for w in (W_dec, W_lin, V)]
-    d_out, d_s, d_q = _rows(d_out, values, weights[0]), _rows(d_s, values, weights[2]), _rows(d_q, values, weights[2])
+    dense = W_dec is not None and _plan(values, W_dec, W_lin is not None, n).backward == "dense"
+    dec, d_W_dec = _decoder(W_dec, need_W_dec, out[0], dense)
+    lin, d_W_lin = _decoder(W_lin, need_W_lin, out[1], dense)
+    v, d_V = _decoder(V, need_V, out[2], False)
+    d_out, d_s, d_q = _rows(d_out, values, dec), _rows(d_s, values, v), _rows(d_q, values, v)
+    if d_s is not None and d_q is not None and n == 1:  # one entry makes no pairs
+        d_s, d_q = d_s.zero_(), d_q.zero_()
     d_values = torch.zeros_like(values)
-    needs, gradients = (need_W_dec, need_W_lin, need_V), [None, None, None]
-    order = _keep_order(indices, next(len(w) for w in weights if w is not None))
-    dense = d_out is not None and weights[0] is not None
-    dense = dense and _plan(values, weights[0], W_lin is not None, n).backward == "dense"
-    finishes: list[Finish | None] = [None, None, None]
-    for i, (weight, need) in enumerate(zip(weights, needs, strict=True)):
-        if weight is not None and need:
-            written = dense and i < 2
-            finishes[i], gradients[i] = _gradient(out[i], weight) if written else _finish(out[i], weight)
-    dec, lin, v = (None if w is None else Decoder(w, f) for w, f in zip(weights, finishes, strict=True))
-    if V is not None and n == 1:  # one entry makes no pairs
-        d_s, d_q = torch.zeros_like(d_s), torch.zeros_like(d_q)
-    add = False
-    if dense:
-        memory = budget(values.device)
-        d_values = dense_decode_backward(values, indices, d_out, dec.weight, finishes[0], memory)
-        if lin is not None:
-            strong, which = values[:, :n], indices[:, :n]
-            d_values[:, :n] += dense_decode_backward(strong, which, d_out, lin.weight, finishes[1], memory)
-        dec, lin, d_out, add = None, None, None, True
-    elif d_out is not None and d_out.shape[1] > WIDEST:
-        gathered_dot(values, indices, d_out, dec.weight, None if lin is None else lin.weight, n, d_values)
-        if finishes[0] is not None:
-            weight_gradient(order, values, None, d_out, finishes[0])
-        if finishes[1] is not None:
-            weight_gradient(order, values, None, d_out, finishes[1], n=n)
-        dec, lin, d_out, add = None, None, None, True
+    items = _keep_order(indices, next(len(w) for w in (W_dec, V) if w is not None))
+    apart = dense or (d_out is not None and d_out.shape[1] > WIDEST)
+    if apart and dec is not None and d_out is not None:
+        backward = _dense_backward if dense else _wide_backward
+        backward(items, values, indices, d_out, dec, lin, n, d_values)
+        d_out = dec = lin = None
     if dec is not None or v is not None:
-        decode_backward(order, values, n, d_out, d_s, d_q, dec, lin, v, d_values, add)
-    return d_values, *gradients
+        decode_backward(items, values, n, d_out, d_s, d_q, dec, lin, v, d_values, apart)
+    return d_values, d_W_dec, d_W_lin, d_V
+
+
+def _dense_backward(
+    items: WorkItems,
+    values: Tensor,
+    indices: Tensor,
+    d_out: Tensor,
+    dec: Decoder,
+    lin: Decoder | None,
+    n: int,
+    d_values: Tensor,
+) -> None:
+    """Products with the code as a dense matrix, where it is not sparse."""
+    memory = budget(values.device)
+    for weight, k in ((dec, values.shape[1]), (lin, n)):
+        if weight is not None:
+            gradient = weight.destination if isinstance(weight.destination, Gradient) else None
+            strong, which = values[:, :k], indices[:, :k]
+            d_values[:, :k] += dense_decode_backward(strong, which, d_out, weight.weight, gradient, memory)
+
+
+def _wide_backward(
+    items: WorkItems,
+    values: Tensor,
+    indices: Tensor,
+    d_out: Tensor,
+    dec: Decoder,
+    lin: Decoder | None,
+    n: int,
+    d_values: Tensor,
+) -> None:
+    """Two passes, where rows do not fit in registers: d_values, then the weights by blocks of d_in."""
+    gathered_dot(values, indices, d_out, dec.weight, None if lin is None else lin.weight, n, d_values)
+    for weight, k in ((dec, values.shape[1]), (lin, n)):
+        if weight is not None and weight.destination is not None:
+            weight_gradient(items, values, None, d_out, weight.destination, n=k)
 
 
 def _decode(values: Tensor, indices: Tensor, W: Tensor, W_lin: Tensor | None, n: int) -> Tensor:
@@ -170,26 +187,35 @@ def _plan(values: Tensor, W: Tensor, linear: bool, n: int) -> plan.DecodePlan:
     return plan.decode(len(values), W.shape[1], len(W), values.shape[1], n, linear, values.element_size())
 
 
-def _rows(gradient: Tensor | None, values: Tensor, weight: Tensor | None) -> Tensor | None:
+def _rows(gradient: Tensor | None, values: Tensor, weight: Decoder | None) -> Tensor | None:
     """A gradient as rows to gather: contiguous, in the dtype of the code, zeros where autograd has none."""
     if weight is None:
         return None
     if gradient is None:
-        return values.new_zeros(len(values), weight.shape[1])
+        return values.new_zeros(len(values), weight.weight.shape[1])
     return gradient.to(values.dtype).contiguous()
 
 
-def _finish(destination: Destination | None, weight: Tensor) -> tuple[Finish, Tensor | None]:
-    """What kernels do with a gradient, and what is returned to autograd."""
-    if isinstance(destination, AdamStep):
-        return destination, None
-    return _gradient(destination, weight)
+def _decoder(
+    weight: Tensor | None, need: bool, out: Destination | None, written: bool
+) -> tuple[Decoder | None, Tensor | None]:
+    """A weight with the destination of its gradient, and what autograd is given for it."""
+    if weight is None:
+        return None, None
+    finish, grad = _finish(out, weight, written) if need else (None, None)
+    return Decoder(weight.contiguous(), finish), grad
 
 
-def _gradient(destination: Destination | None, weight: Tensor) -> tuple[Gradient, Tensor | None]:
-    """The same where a gradient must be written: a step of Adam cannot be made there, and its gradient is returned."""
-    if isinstance(destination, tuple) and not isinstance(destination, AdamStep):
-        return Gradient(*destination), None
+def _finish(out: Destination | None, weight: Tensor, written: bool = False) -> tuple[Finish, Tensor | None]:
+    """What becomes of a gradient, and what autograd is given for it.
+
+    written: products write it whole, so no step of Adam can be made row by row, and the gradient is returned.
+    """
+    if isinstance(out, AdamStep):
+        if not written:
+            return out, None
+    elif out is not None:
+        return Gradient(*out), None
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return Gradient(made, add=False), made
 
@@ -211,9 +237,9 @@ def integrate(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """base + W2 relu(W1 dropout((s^2 - q) / 2) + b1) + bias, and its mean squared error."""
-    narrow = [t.to(compute) for t in (W1, b1, W2, bias)]
+    W1, b1, W2, bias = (t.to(compute) for t in (W1, b1, W2, bias))
     path, _ = _interaction_path(len(base), base.shape[1], s.shape[1], compute)
-    out, error = mlp.interaction_mlp(base, s, q, *narrow, target, dropout, seed, path)
+    out, error = mlp.interaction_mlp(base, s, q, W1, b1, W2, bias, target, dropout, seed, path)
     return out, s.new_zeros(()) if error is None else error / out.numel()
 
 
@@ -230,13 +256,15 @@ def integrate_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """d_s, d_q (B, E), d_W1, d_b1, d_W2, d_bias."""
-    narrow = [t.to(compute) for t in (W1, b1, W2)]
     path, _ = _interaction_path(len(d_out), d_out.shape[1], s.shape[1], compute)
-    d_s, d_q, *d_weights = mlp.interaction_mlp_backward(d_out, s, q, *narrow, dropout, seed, need_weights, path)
-    return d_s, d_q, *(None if g is None else g.to(W1.dtype) for g in d_weights)  # type: ignore[return-value]
+    dtype = W1.dtype
+    W1, b1, W2 = (t.to(compute) for t in (W1, b1, W2))
+    d_s, d_q, *grads = mlp.interaction_mlp_backward(d_out, s, q, W1, b1, W2, dropout, seed, need_weights, path)
+    d_W1, d_b1, d_W2, d_bias = (None if grad is None else grad.to(dtype) for grad in grads)
+    return d_s, d_q, d_W1, d_b1, d_W2, d_bias
 
 
-def _interaction_path(rows: int, d_in: int, d_embedding: int, compute: torch.dtype) -> tuple[str, str]:
+def _interaction_path(rows: int, d_in: int, d_embedding: int, compute: torch.dtype) -> tuple[mlp.Path, str]:
     itemsize = compute.itemsize
     return plan.cheapest(mlp.cost(rows, d_in, d_embedding, itemsize, training=True), itemsize)
 

@@ -58,7 +58,7 @@ def joint_decode_backward(
     need_V: bool,
     out: tuple[Destination | None, Destination | None, Destination | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """d_values (B, k), d_W_dec, d_W_lin (d_sae, d_in), d_V (d_sae, E)."""
+    """d_values (B, k), d_W_dec, d_W_lin (d_sae, d_in), d_V (d_sae, E); None for gradients that are written to `out`."""
     d_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
     d_weights: list[Tensor | None] = [None, None, None]
     if W_dec is not None:
@@ -75,7 +75,7 @@ def joint_decode_backward(
             d_s, d_q = (_or_zeros(d, values, V) for d in (d_s, d_q))
             d_strongest, d_weights[2] = _sums_backward(order, d_s, d_q, strongest, V, need_V, out[2])
             d_values[:, :n] += d_strongest
-    return d_values, *d_weights  # type: ignore[return-value]
+    return d_values, *(None if given else grad for given, grad in zip(out, d_weights, strict=True))  # type: ignore
 
 
 def _decode_backward(

@@ -83,7 +83,10 @@ def topk_encode_backward(
     need_W: bool,
     out: Destination | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """d_x (B, d_in), d_W_enc (d_sae, d_in), d_b_enc (d_sae); entries of value 0 receive nothing."""
+    """d_x (B, d_in), d_W_enc (d_sae, d_in; None if it is written to `out`), d_b_enc (d_sae).
+
+    Entries of value 0 receive nothing.
+    """
     d_pre = d_values.masked_fill(values <= 0, 0)
     d_x = sparse_decode(d_pre, indices, W_enc) if need_x else None
     d_W_enc = None
@@ -92,4 +95,4 @@ def topk_encode_backward(
     # bf16 would lose the small terms of a long sum.
     sums = torch.promote_types(x.dtype, torch.float32)
     d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.reshape(-1), d_pre.reshape(-1).to(sums))
-    return d_x, d_W_enc, d_b_enc.to(x.dtype)
+    return d_x, None if out else d_W_enc, d_b_enc.to(x.dtype)

@@ -1,0 +1,71 @@
+"""How long something takes on the device, and how much memory it needs beside what stays."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.place import Place
+
+ROUNDS = 3
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]], place: Place, seconds: float = 1.5
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of each function (median, p20, p80), all in turn so that the clock's drift hits them alike.
+
+    seconds: about how long each is measured. Warmed up first: kernels are compiled and memory is reserved then.
+    """
+    once = {}
+    for name, function in functions.items():
+        for _ in range(2 if place.on_gpu else 1):
+            function()
+        once[name] = max(_times(function, 1, place)[0], 1e-3)
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(ROUNDS):
+        for name, function in functions.items():
+            calls = int(min(max(1e3 * seconds / ROUNDS / once[name], 3), 50)) if place.on_gpu else 1
+            samples[name] += _times(function, calls, place)
+    return {name: _spread(found) for name, found in samples.items()}
+
+
+def _times(function: Callable[[], object], calls: int, place: Place) -> list[float]:
+    if not place.on_gpu:
+        return [_wall(function) for _ in range(calls)]
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    torch.cuda.synchronize()
+    for start, end in marks:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in marks]
+
+
+def _wall(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _spread(found: list[float]) -> dict[str, Any]:
+    p20, *_, p80 = statistics.quantiles(found, n=5)
+    spread = {"median": statistics.median(found), "p20": p20, "p80": p80}
+    return {name: round(ms, 5) for name, ms in spread.items()} | {"calls": len(found)}
+
+
+def activation_bytes(step: Callable[[], object], gradients: int, place: Place) -> int | None:
+    """What a step needs at its peak beside what is there before it and `gradients` bytes; None off the GPU."""
+    if not place.on_gpu:
+        step()
+        return None
+    step()  # optimizer state and workspaces that stay are there before
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - gradients

@@ -1,0 +1,422 @@
+"""`python -m csrc_triton.offline` compiles every kernel as it would be launched, without a GPU, and checks the result.
+
+The real launchers run on meta tensors, at real sizes, and only note their launches. Each becomes a cubin for sm_80 and
+one for sm_90; it must keep everything in registers, fit into shared memory and multiply on tensor cores.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompilationError, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from csrc_triton import plan
+from csrc_triton.adam import AdamStep, Gradient
+from csrc_triton.feature_order import work_items
+from csrc_triton.interaction_mlp import interaction_mlp, interaction_mlp_backward
+from csrc_triton.joint_decode import joint_decode
+from csrc_triton.launch import Launch, noting
+from csrc_triton.topk_encode import topk_encode
+from csrc_triton.weight_gradients import Decoder, decode_backward, gathered_dot, weight_gradient
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}
+"""Bytes one program may use. The compiler never checks it: the launch fails."""
+
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async"}
+"""Instructions of PTX that become HMMA and HGMMA. sm_90 executes the former too, but slower."""
+
+# About 3 % of an H200's memory: what topk_encode may hold of pre-activations.
+BUDGET = 4 << 30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one training step, named as in docs/architecture.md, and the dtypes it is compiled in."""
+
+    B: int
+    D: int
+    M: int
+    K: int
+    N: int
+    E: int
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+
+
+SHAPES = {
+    "modern": Shape(B=8192, D=4096, M=131072, K=64, N=32, E=256),
+    "paper": Shape(B=4096, D=3200, M=50000, K=1024, N=512, E=300),
+    "million": Shape(B=8192, D=2048, M=1048576, K=64, N=32, E=128),
+    "small": Shape(B=4096, D=768, M=32768, K=32, N=16, E=128, dtypes=(torch.bfloat16, torch.float32, torch.float16)),
+    # Nothing is divisible by 16, so that no load is known to be aligned.
+    "odd": Shape(B=4097, D=1001, M=30011, K=37, N=19, E=37, dtypes=(torch.bfloat16, torch.float32)),
+}
+
+
+class Step:
+    """A training step at one shape: what its launchers take, without memory, named as in docs/architecture.md."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        B, D, M, K, E = shape.B, shape.D, shape.M, shape.K, shape.E
+        self.shape, self.dtype = shape, dtype
+        self.x, self.out, self.delta = (self.meta(B, D) for _ in range(3))
+        self.values, self.indices = self.meta(B, K), self.meta(B, K, dtype=torch.int64)
+        self.W_enc, self.W_dec, self.W_lin, self.V = (self.meta(M, width) for width in (D, D, D, E))
+        self.b_enc, self.bias = self.meta(M), self.meta(D)
+        self.W1, self.b1, self.W2 = self.meta(E, E), self.meta(E), self.meta(D, E)
+        self.s, self.q = (self.meta(B, E, dtype=torch.float32) for _ in range(2))
+
+    def meta(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(size, dtype=dtype or self.dtype, device="meta")
+
+    def fp32(self, *weights: Tensor) -> list[Tensor]:
+        """The parameters of a module under autocast, which the gathers read as they are."""
+        return [self.meta(*weight.shape, dtype=torch.float32) for weight in weights]
+
+    def adam(self, weight: Tensor, unit_norm: bool = False) -> AdamStep:
+        master, exp_avg, exp_avg_sq = self.fp32(weight, weight, weight)
+        copy = None if self.dtype == torch.float32 else weight
+        corrections = self.meta(2, dtype=torch.float32)
+        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm)
+
+
+def _topk_encode(t: Step) -> None:
+    s = t.shape
+    topk_encode(t.x, t.W_enc, t.b_enc, s.K, None, plan.encode(s.B, s.D, s.M, s.K, t.dtype.itemsize, BUDGET))
+
+
+def _joint_decode(t: Step) -> None:
+    n, weights = t.shape.N, [t.W_dec, t.W_lin, t.V]
+    joint_decode(t.values, t.indices, t.W_dec, None, None, t.bias, t.x, n)
+    for W_dec, W_lin, V in (weights, t.fp32(*weights)):
+        joint_decode(t.values, t.indices, W_dec, W_lin, V, t.bias, None, n)
+
+
+def _interaction_mlp(t: Step) -> None:
+    seed = t.meta(1, dtype=torch.int64)
+    for path in ("triton", "cublas"):
+        interaction_mlp(t.out, t.s, t.q, t.W1, t.b1, t.W2, t.bias, t.x, 0.15, seed, path)
+        interaction_mlp_backward(t.delta, t.s, t.q, t.W1, t.b1, t.W2, 0.15, seed, True, path)
+
+
+def _gradients(t: Step) -> None:
+    n, d_values, d_b_enc = t.shape.N, torch.empty_like(t.values), t.meta(t.shape.M, dtype=torch.float32)
+    d_s, d_q = t.meta(*t.s.shape), t.meta(*t.q.shape)
+    items = work_items(t.indices, t.shape.M)
+    weights = [t.W_dec, t.W_lin, t.V]
+    written = [Decoder(weight, Gradient(weight, add=False)) for weight in t.fp32(*weights)]
+    used_up = [Decoder(weight, t.adam(weight, unit_norm=weight is t.W_dec)) for weight in weights]
+    for dec, lin, v in (written, used_up):
+        decode_backward(items, t.values, n, t.delta, None, None, dec, None, None, d_values, False)
+        decode_backward(items, t.values, n, t.delta, d_s, d_q, dec, lin, v, d_values, False)
+    for d_W_enc in (Gradient(*t.fp32(t.W_enc), add=False), t.adam(t.W_enc)):
+        weight_gradient(items, d_values, None, t.x, d_W_enc, d_b_enc)
+    gathered_dot(t.values, t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
+
+
+CASES: tuple[Callable[[Step], None], ...] = (_topk_encode, _joint_decode, _interaction_mlp, _gradients)
+
+
+def cases(*shapes: str) -> list[tuple[str, Launch]]:
+    """Everything launched at these shapes, beside the name of shape and dtype."""
+    found = []
+    for name in shapes:
+        for dtype in SHAPES[name].dtypes:
+            case = f"{name} {str(dtype).removeprefix('torch.')}"
+            with noting() as launches:
+                for run in CASES:
+                    run(Step(SHAPES[name], dtype))
+            found += [(case, launch) for launch in launches]
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides what the compiler makes of a launch. Plain data: it is sent to another process."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    num_stages: int
+    arch: int
+    computes: bool
+    """Work was counted, so its 16-bit products belong on tensor cores."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal jobs only; as a tuple, True would equal 1."""
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job came to."""
+
+    registers: int = 0
+    shared: int = 0
+    violations: tuple[str, ...] = ()
+
+
+def specialise(launch: Launch, arch: int) -> Job:
+    """Types, constants and alignments of the arguments, by the code that Triton itself runs at every launch.
+
+    A meta tensor has its storage offset for an address, so it is as aligned as a tensor of torch's allocator would be.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("offline: TRITON_INTERPRET is set, so kernels are not compiled; unset it and start again")
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = bind(**launch.arguments)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialisation, options)
+    return Job(
+        module=kernel.fn.__module__,
+        kernel=kernel.fn.__name__,
+        signature=signature,
+        constants=constants,
+        attributes=attributes,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        arch=arch,
+        computes=launch.flops > 0,
+    )
+
+
+def compiled(job: Job) -> Any:
+    """The kernel of Triton, in every stage of its compilation."""
+    kernel = getattr(import_module(job.module), job.kernel)
+    source = ASTSource(kernel, job.signature, job.constants, job.attributes)
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+
+
+def compile_here(job: Job) -> Result:
+    """Compile and check. Changes where this process writes to, so it needs a process of its own."""
+    with tempfile.TemporaryFile("w+") as log:
+        # Triton and LLVM print a failing kernel in full, from C++ too.
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            kernel = compiled(job)
+        except Exception as error:
+            log.seek(0)
+            return Result(violations=(reason(error, log.read()),))
+    registers, violations = resources(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
+    if shared > SHARED_MEMORY[job.arch]:
+        violations.append(f"{shared} bytes of shared memory, sm_{job.arch} has {SHARED_MEMORY[job.arch]}")
+    multiplies = job.computes and re.search(r"tt\.dot .*x[bf]*f16>", kernel.asm["ttir"])
+    if multiplies and TENSOR_CORES[job.arch] not in kernel.asm["ptx"]:
+        violations.append(f"tl.dot of 16-bit operands without {TENSOR_CORES[job.arch]}")
+    return Result(registers, shared, tuple(violations))
+
+
+def resources(cubin: bytes) -> tuple[int, list[str]]:
+    """Registers, and a violation if they did not suffice.
+
+    What spills goes to the stack, so LDL and STL need not be looked for: nvdisasm takes half a second per kernel.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # One line per function of the cubin: a kernel, and what it calls.
+    functions = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    registers, stack, local = (max(int(value) for value in column) for column in zip(*functions, strict=True))
+    return registers, [f"spills: {stack} bytes of stack, {local} of local memory"] if stack or local else []
+
+
+def reason(error: BaseException, log: str) -> str:
+    """The first lines that say what went wrong, where a compiler would print the kernel in full."""
+    while error.__cause__ is not None:  # an error in a function that the kernel calls
+        error = error.__cause__
+    told = str(error).splitlines()
+    if isinstance(error, CompilationError) and len(told) > 5:
+        told = [told[0], *told[-4:]]  # the place, then the source that leads to it, of which the last line is enough
+    told += [line for line in log.splitlines() if "error:" in line]
+    return "\n".join(["does not compile:", *told[:5]])
+
+
+def compile_alone(job: Job, context: BaseContext) -> Result:
+    """Compile where a crash hits nothing else."""
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(compile_here, job).result()
+        except BrokenProcessPool:
+            return Result(violations=("does not compile: the compiler crashed",))
+
+
+def compile_all(jobs: Sequence[Job]) -> list[Result]:
+    """A result per job. Equal jobs are compiled once, and as many at a time as there are CPUs."""
+    # Forks of a process that has imported what takes long, but started no threads.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton.compiler"])
+
+    distinct = {job.key: job for job in jobs}
+    results: dict[str, Result] = {}
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+            done = pool.map(compile_here, distinct.values())
+            # disable=None: no bar unless a terminal shows it
+            for key, result in zip(distinct, tqdm(done, total=len(distinct), unit="kernel", disable=None), strict=True):
+                results[key] = result
+    except BrokenProcessPool:
+        # The compiler crashed, and took all others with it: which kernel was it?
+        for key, job in distinct.items():
+            if key not in results:
+                results[key] = compile_alone(job, context)
+    return [results[job.key] for job in jobs]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A launch of a case, and what its kernel came to for each architecture."""
+
+    case: str
+    launch: Launch
+    jobs: tuple[Job, ...]
+    results: tuple[Result, ...]
+
+    @property
+    def config(self) -> str:
+        """The constants the author chose, not those Triton makes of an argument that happens to be 1."""
+        constants = (param.name for param in self.launch.kernel.params if param.is_constexpr)
+        return " ".join(f"{name}={self.launch.arguments[name]}" for name in constants)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted: memory and arithmetic overlap, each at the rate that plan.py assumes."""
+        itemsize = getattr(torch, self.case.split()[1]).itemsize
+        return max(self.launch.bytes_moved / plan.BANDWIDTH, self.launch.flops / plan.FLOPS[itemsize])
+
+
+def compiled_cases(shapes: Iterable[str]) -> list[Row]:
+    """Every launch at these shapes, compiled for every architecture."""
+    launches = cases(*shapes)
+    jobs = [tuple(specialise(launch, arch) for arch in SHARED_MEMORY) for _, launch in launches]
+    results = iter(compile_all([job for each in jobs for job in each]))
+    return [
+        Row(case, launch, each, tuple(next(results) for _ in each))
+        for (case, launch), each in zip(launches, jobs, strict=True)
+    ]
+
+
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    """What the command prints: a line per compile, under the first case that needs it."""
+    seen = set()
+    for row in rows:
+        for job, result in zip(row.jobs, row.results, strict=True):
+            if job.key in seen:
+                continue
+            seen.add(job.key)
+            yield (
+                f"{'FAIL' if result.violations else 'ok  '} sm_{job.arch} {row.case:14} {job.kernel:24} {row.config} "
+                f"warps={job.num_warps} stages={job.num_stages}: {result.registers} registers, "
+                f"{human(result.shared, 'B')} shared"
+            )
+            yield from (f"     {line}" for violation in result.violations for line in violation.splitlines())
+
+
+def human(value: float, unit: str) -> str:
+    """Three digits and a prefix: 1.07 GB."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"), (-6, "µ")):
+        if value >= 0.9995 * 10**power:  # 999.6 M rounds to 1 G
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"< 1 µ{unit}" if value else "0"
+
+
+INTRODUCTION = f"""\
+# The kernels, compiled without a GPU
+
+Written by `make kernels`; edit `csrc_triton/offline.py`, not this page. The command lets the real launchers run on
+tensors without memory, notes what they would start, and compiles it with Triton {triton.__version__} for sm_80 (A100)
+and sm_90 (H100, H200). It fails if a kernel spills registers to memory, if it needs more shared memory than the chip
+has ({human(SHARED_MEMORY[80], "B")} and {human(SHARED_MEMORY[90], "B")}), or if it multiplies 16-bit matrices without
+tensor cores.
+
+A table holds what training steps at one shape start: with and without the linear and the interaction pathway, the
+latter by our products and around those of cuBLAS (which are not listed), gradients written and used up at once by Adam.
+A row is one compiled kernel; *launches* counts the starts that share it, bytes and FLOP are their sum. Bytes are what
+is read and written in device memory, each gathered row every time; FLOP are multiply-adds, two each, and 0 where memory
+alone matters. Gathers are here even where `csrc_triton/plan.py` prefers dense products. Rows with one configuration
+differ in what their arguments are: some aligned, some of another dtype, some absent.
+
+**Predicted times are not measurements.** They are what an H200 would need at {plan.BANDWIDTH / 1e12:g} TB/s and
+{plan.FLOPS[2] / 1e12:g} TFLOP/s ({plan.FLOPS[4] / 1e12:g} in fp32), whichever takes longer, without what a launch
+costs. The rates are estimates, held in `csrc_triton/plan.py` until a GPU has been measured.
+"""
+
+
+def document(rows: Sequence[Row]) -> str:
+    """docs/kernels.md."""
+    parts = [INTRODUCTION]
+    for case in dict.fromkeys(row.case for row in rows):
+        shape = SHAPES[case.split()[0]]
+        sizes = ", ".join(f"{name} = {getattr(shape, name)}" for name in "BDMKNE")
+        parts.append(f"## {case.replace(' ', ', ')}\n\n{sizes}\n\n{table([row for row in rows if row.case == case])}")
+    return "\n".join(parts)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown, a line per compiled kernel in the order of their first launches."""
+    equal: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        equal.setdefault(tuple(job.key for job in row.jobs), []).append(row)
+    text = (
+        "| kernel | configuration | warps, stages | registers sm_80 / sm_90 | shared memory sm_80 / sm_90 "
+        "| launches | bytes | FLOP | predicted on an H200 |\n|---|---|---|---:|---:|---:|---:|---:|---:|\n"
+    )
+    for same in equal.values():
+        first = same[0]
+        moved = sum(row.launch.bytes_moved for row in same)
+        flops = sum(row.launch.flops for row in same)
+        seconds = sum(row.seconds for row in same)
+        registers = " / ".join("**fails**" if r.violations else str(r.registers) for r in first.results)
+        shared = " / ".join(human(r.shared, "B") for r in first.results)
+        text += (
+            f"| {first.jobs[0].kernel} | {first.config} | {first.launch.num_warps}, {first.launch.num_stages} "
+            f"| {registers} | {shared} | {len(same)} | {human(moved, 'B')} | {human(flops, 'FLOP')} "
+            f"| {human(seconds, 's')} |\n"
+        )
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile everything, say what it came to; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m csrc_triton.offline", description="Compile and check every kernel."
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables there: docs/kernels.md")
+    options = parser.parse_args(arguments)
+    rows = compiled_cases(SHAPES)
+    for line in lines(rows):
+        print(line)  # noqa: T201  # the command's answer
+    if options.write:
+        options.write.write_text(document(rows))
+    return int(any(result.violations for row in rows for result in row.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

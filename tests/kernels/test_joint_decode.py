@@ -1,0 +1,229 @@
+"""Decode and every gradient, in every way a plan can take, against the specification in fp64."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import KERNEL_CASES, Case, assert_every_gradient, assert_matches, joint, leaves
+from torch import Tensor
+
+from csrc_triton import feature_order, plan, weight_gradients
+from fastsae import ops
+from fastsae.backends import cuda
+from fastsae.gradients import GradientBuffers
+
+Way = Callable[[pytest.MonkeyPatch], None]
+
+
+def gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly every feature has more entries than an item."""
+    for module in (feature_order, weight_gradients):
+        monkeypatch.setattr(module, "SEGMENT", 1)
+
+
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """d_in beyond what registers hold."""
+    monkeypatch.setattr(cuda, "WIDEST", 2)
+
+
+def dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, forward="dense", backward="dense", encoder_backward="dense")
+
+
+def dense_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense(monkeypatch)
+    cuda.set_pre_activation_bytes(500)
+
+
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, shared=True)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, **ways: object) -> None:
+    chosen = plan.decode
+    monkeypatch.setattr(plan, "decode", lambda *a: dataclasses.replace(chosen(*a), **ways))
+
+
+def test_every_gradient(case: Case, inputs: dict[str, Tensor], slack: float):
+    assert_every_gradient(case, inputs, "cuda", slack)
+
+
+@pytest.mark.parametrize("way", [split, wide, dense, dense_in_blocks], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("name", ["plain", "k = d_sae", "empty batch"])
+def test_every_way_of_every_plan(way: Way, name: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    way(monkeypatch)
+    case = next(c for c in KERNEL_CASES if c.name == name)
+    assert_every_gradient(case, {n: t.to(device) for n, t in case.inputs(torch.float32).items()}, "cuda")
+
+
+@pytest.mark.parametrize("way", [shared, dense], ids=lambda w: w.__name__)
+def test_one_gather_serves_both_decoders_of_the_same_code(way: Way, device: str, monkeypatch: pytest.MonkeyPatch):
+    shared(monkeypatch)
+    way(monkeypatch)
+    case = Case("k = n", 4, 20, 90, 5, 5, 3)
+    assert_every_gradient(case, {n: t.to(device) for n, t in case.inputs(torch.float32).items()}, "cuda")
+
+
+def test_repeated_and_unused_features(device: str):
+    """Features repeat within a row, are used by one row, or by none."""
+    indices = torch.tensor([[3, 3, 1], [0, 2, 0], [3, 0, 3]], device=device)
+    grads = {}
+    for backend in ("cuda", "reference"):
+        torch.manual_seed(1)
+        values, W, V = (torch.randn(*s).to(device).requires_grad_() for s in ((3, 3), (9, 4), (9, 6)))
+        out = ops.sparse_decode(values, indices, W, backend=backend)
+        z = ops.pairwise_interaction(values, indices, V, backend=backend)
+        (out.square().sum() + z.square().sum()).backward()
+        grads[backend] = (out, z, values.grad, W.grad, V.grad)
+    for ours, theirs in zip(grads["cuda"], grads["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, every second column of a wider tensor."""
+    wide = torch.full((t.shape[0], 2 * t.shape[1]), 7, dtype=t.dtype, device=t.device)
+    wide[:, ::2] = t
+    return wide[:, ::2]
+
+
+def test_odd_strides_everywhere(dtype: torch.dtype, device: str, slack: float):
+    values, indices = torch.rand(5, 4).to(dtype), torch.randint(11, (5, 4))
+    weights = [torch.randn(11, width).to(dtype) for width in (6, 6, 3)]
+    gradients = torch.randn(5, 6).to(dtype), torch.randn(1, 3).to(dtype)
+
+    def run(backend: str, kind: torch.dtype, lay: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+        leaf = [lay(t.to(device, kind)).detach().requires_grad_() for t in (values, *weights)]
+        i = lay(indices.to(device))
+        out, z = ops.joint_decode(leaf[0], i, *leaf[1:], 2, backend=backend)
+        more = ops.sparse_decode(leaf[0][:, ::3], i[:, ::3], leaf[1].T.contiguous().T, backend)
+        d_out, d_z = (g.to(device, kind) for g in gradients)
+        torch.autograd.backward((out, z, more), (lay(d_out), d_z.expand_as(z), d_out))
+        return [out.detach(), z.detach(), more.detach(), *(t.grad for t in leaf if t.grad is not None)]
+
+    ours, exact, eager = run("cuda", dtype, strided), run("reference", torch.float64), run("reference", dtype)
+    assert len(ours) == len(exact) == 7
+    for number, (got, want, theirs) in enumerate(zip(ours, exact, eager, strict=True)):
+        assert_matches(f"result {number}", got, want, theirs, slack, scale=4 * want.abs().max().item() + 10)
+
+
+@pytest.mark.parametrize("way", [gather, split, dense], ids=lambda w: w.__name__)
+def test_the_same_bits_every_run(way: Way, device: str, monkeypatch: pytest.MonkeyPatch):
+    way(monkeypatch)
+    case = Case("determinism", 8, 12, 20, 5, 3, 5)
+    inputs = {name: t.to(device) for name, t in case.inputs(torch.float32).items()}
+    runs = []
+    for _ in range(5 if way is gather else 2):
+        p = leaves(inputs)
+        r = joint(p, case, "cuda")
+        torch.autograd.backward((r["out"], r["z"]), (inputs["g_out"], inputs["g_z"]))
+        runs.append([r["values"], r["out"], r["z"], *(t.grad for t in p.values())])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# ---- bias, loss, and where gradients go ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [gather, dense], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("need_target", [False, True])
+def test_bias_and_loss(
+    way: Way, need_target: bool, dtype: torch.dtype, device: str, slack: float, monkeypatch: pytest.MonkeyPatch
+):
+    way(monkeypatch)
+    indices = torch.randint(30, (5, 4), device=device)
+    made = {"values": (5, 4), "W_dec": (30, 7), "W_lin": (30, 7), "bias": (7,), "target": (5, 7)}
+    numbers = {name: torch.randn(*shape).to(dtype) for name, shape in made.items()}
+    extra = torch.randn(5, 7).to(dtype)
+    results = []
+    for backend, kind in (("cuda", dtype), ("reference", torch.float64), ("reference", dtype)):
+        p = {name: t.to(device, kind, copy=True) for name, t in numbers.items()}
+        for name, t in p.items():
+            t.requires_grad_(name != "target" or need_target)
+        out, loss = ops.reconstruct(
+            p["values"],
+            indices,
+            p["W_dec"],
+            p["W_lin"],
+            None,
+            2,
+            bias=p["bias"],
+            target=p["target"],
+            backend=backend,
+        )
+        (loss + (out * extra.to(device, kind)).sum()).backward()
+        results.append([out.detach(), loss.detach().to(kind), *(t.grad for t in p.values() if t.grad is not None)])
+    assert len(results[0]) == 6 + need_target
+    for number, (got, exact, eager) in enumerate(zip(*results, strict=True)):
+        assert_matches(f"result {number}", got, exact, eager, slack, scale=2 * exact.abs().max().item())
+
+
+def test_gradients_only_where_they_are_wanted(device: str):
+    values, indices = torch.rand(5, 4, device=device), torch.randint(30, (5, 4), device=device)
+    W_dec, W_lin, V = (torch.randn(30, w, device=device).requires_grad_() for w in (6, 6, 3))
+    W_lin.requires_grad_(False)
+    out, z = ops.joint_decode(values, indices, W_dec, W_lin, V, 2, "cuda")
+    (out.sum() + z.sum()).backward()
+    expected = ops.joint_decode(values, indices, W_dec, W_lin, V, 2, "reference")
+    theirs = torch.autograd.grad(expected[0].sum() + expected[1].sum(), (W_dec, V))
+    assert W_lin.grad is None
+    torch.testing.assert_close((W_dec.grad, V.grad), theirs)
+
+
+@pytest.mark.parametrize("way", [gather, split, wide, dense], ids=lambda w: w.__name__)
+def test_gradient_buffers(way: Way, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Written into, and added to for the second use of a weight."""
+    way(monkeypatch)
+    x, b = torch.randn(5, 6, device=device), torch.zeros(20, device=device)
+    weights = [torch.randn(20, w, device=device).requires_grad_() for w in (6, 6, 6, 3)]
+
+    def loss() -> Tensor:
+        W_enc, *decoder = weights
+        values, indices = ops.topk_encode(x, W_enc, b, 3, backend="cuda")
+        out, z = ops.joint_decode(values, indices, *decoder, 2, backend="cuda")
+        again = ops.joint_decode(values.flip(1), indices.flip(1), *decoder, 3, backend="cuda")
+        return sum(
+            (t.square().sum() for t in (out, z, *again)), ops.topk_encode(x, W_enc, b, 1, backend="cuda")[0].sum()
+        )
+
+    expected = torch.autograd.grad(loss(), weights)
+    buffers = GradientBuffers(weights)
+    for _ in range(2):
+        with buffers:
+            loss().backward()
+        for weight, want in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-4)
+            weight.grad.fill_(torch.nan)
+
+
+def test_the_feature_order_is_made_once_for_both_backwards(device: str, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    work_items = cuda.work_items
+    monkeypatch.setattr(cuda, "work_items", lambda *a: (seen.append(a), work_items(*a))[1])
+    case = Case("order", 4, 8, 40, 3, 2, 3)
+    p = leaves({name: t.to(device) for name, t in case.inputs(torch.float32).items()})
+    r = joint(p, case, "cuda")
+    (r["out"].sum() + r["z"].sum()).backward()
+    assert len(seen) == 1
+    r = joint(p, case, "cuda")
+    other = joint(p, case, "cuda", (r["indices"] + 1) % 40)
+    (other["out"].sum() + r["out"].sum() + r["z"].sum()).backward()
+    assert len(seen) <= 1 + 3
+    expected = torch.autograd.grad(
+        sum(t.sum() for t in (*_outputs(p, case, r["indices"]), *_outputs(p, case, (r["indices"] + 1) % 40)[:1])),
+        p["W_enc"],
+    )
+    p["W_enc"].grad = None
+    r = joint(p, case, "cuda")
+    other = joint(p, case, "cuda", (r["indices"] + 1) % 40)
+    (other["out"].sum() + r["out"].sum() + r["z"].sum()).backward()
+    torch.testing.assert_close(p["W_enc"].grad, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def _outputs(p: dict[str, Tensor], case: Case, indices: Tensor) -> tuple[Tensor, Tensor]:
+    r = joint(p, case, "reference", indices)
+    return r["out"], r["z"]

@@ -1,0 +1,266 @@
+"""`make gpu`'s runner, without a GPU: stages that fail, hang or die cost themselves only, and their rows are kept."""
+
+import contextlib
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import bars
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.ahead import compile_ahead
+from benchmarks.gpu.candidates import DenseJoint, Ours
+from benchmarks.gpu.measures import steps
+from benchmarks.gpu.place import place
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.runner import StageSpec
+from benchmarks.gpu.stage import Missing, Settings, Stage
+from benchmarks.gpu.stages import benchmark, sanitizer
+
+# Stages as the runner starts them: modules with run(stage). None imports torch, so their processes start at once.
+MODULES = {
+    "well": """
+        def run(stage):
+            stage.attempt("first", lambda: {"answer": 42})
+            stage.attempt("second", lambda: {"left": stage.left()})
+    """,
+    "raises": """
+        def run(stage):
+            stage.attempt("before", lambda: {})
+            raise OSError("no such luck")
+    """,
+    "wrong": """
+        def run(stage):
+            stage.attempt("wrong", lambda: 1 / 0)
+            stage.attempt("after", lambda: {})
+    """,
+    "hangs": """
+        import subprocess, time
+        def run(stage):
+            stage.attempt("before", lambda: {})
+            child = subprocess.Popen(["sleep", "600"])
+            stage.row("child", "ok", pid=child.pid)
+            stage.attempt("endless", lambda: time.sleep(600))
+    """,
+    "endures": """
+        import os, signal, time
+        def run(stage):
+            stage.attempt("endless", lambda: time.sleep(600), limit=0.3)
+            stage.attempt("deadly", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+            stage.attempt("after", lambda: {})
+    """,
+    "partly": """
+        from benchmarks.gpu.stage import Missing
+        class OutOfMemoryError(RuntimeError): pass
+        def missing():
+            raise Missing("not here")
+        def too_large():
+            raise OutOfMemoryError("too large")
+        def run(stage):
+            stage.attempt("missing", missing)
+            stage.attempt("too large", too_large)
+            stage.attempt("no time", lambda: {}, needs=1e6)
+            stage.attempt("theirs", lambda: 1 / 0, theirs=True)
+            for n in range(5):
+                stage.attempt(f"number {n}", lambda n=n: {"inverse": 1 / n}, group="numbers")
+    """,
+}
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that makes stages of MODULES, each with a share of the time."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.delenv("OUT", raising=False)
+
+    def make(**shares: float) -> list[StageSpec]:
+        for name in shares:
+            lines = [line[8:] for line in MODULES[name].splitlines()]
+            (tmp_path / f"stage_that_{name}.py").write_text("\n".join(lines))
+        return [StageSpec(name, "", f"stage_that_{name}", share) for name, share in shares.items()]
+
+    return make
+
+
+def read(tmp_path: Path) -> dict[str, dict[str, dict]]:
+    """The rows by stage and case."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in json.loads((tmp_path / "runs" / "smoke.json").read_text())["rows"]:
+        found.setdefault(row["stage"], {})[row["case"]] = row
+    return found
+
+
+def run(tmp_path: Path, specs: list[StageSpec], *more: str) -> int:
+    return main(["--smoke", "--runs", str(tmp_path / "runs"), *more], specs)
+
+
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([]) == 0
+    assert (
+        capsys.readouterr().out == "no NVIDIA GPU here: nothing to run (--smoke tries the runner itself on the CPU)\n"
+    )
+
+
+def test_a_hanging_stage_is_killed_at_its_limit_and_the_rest_goes_on(stages, tmp_path: Path, capsys):
+    assert run(tmp_path, stages(hangs=1, well=9), "--seconds", "20") == 1
+    rows = read(tmp_path)
+    assert rows["hangs"]["before"]["status"] == "ok"
+    assert rows["hangs"]["endless"] | {"reason": ""} == {
+        "stage": "hangs",
+        "case": "endless",
+        "status": "unfinished",
+        "reason": "",
+    }
+    assert not alive(rows["hangs"]["child"]["pid"])
+    assert rows["well"]["first"]["answer"] == 42
+    assert 10 < rows["well"]["second"]["left"] < 14  # of 20 s, less what is kept back and the 1.5 s of the other
+    printed = capsys.readouterr().out
+    assert "hangs      timeout" in printed
+    assert "well       ok" in printed
+
+
+def alive(pid: int) -> bool:
+    """A child of a killed process may stay as a zombie until its new parent looks."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_stage_that_raises_keeps_its_rows_and_is_a_failure(stages, tmp_path: Path, capsys):
+    assert run(tmp_path, stages(raises=1, wrong=1, well=1)) == 1
+    rows = read(tmp_path)
+    assert rows["raises"]["before"]["status"] == "ok"
+    assert "OSError: no such luck" in rows["raises"]["(between cases)"]["reason"]
+    assert rows["wrong"]["wrong"]["status"] == "failed"
+    assert rows["wrong"]["wrong"]["reason"] == "ZeroDivisionError: division by zero"
+    assert rows["wrong"]["after"]["status"] == "ok"
+    assert set(rows["well"]) == {"first", "second"}
+    assert "no such luck" in capsys.readouterr().out  # the end of its log
+
+
+def test_a_case_that_hangs_or_kills_its_process_costs_only_itself(stages, tmp_path: Path):
+    assert run(tmp_path, stages(endures=1)) == 1
+    rows = read(tmp_path)["endures"]
+    assert rows["endless"]["reason"] == "no end within 0.3 s; killed"
+    assert rows["deadly"]["reason"] == "killed by signal 11 (SIGSEGV)"
+    assert rows["after"]["status"] == "ok"
+
+
+def test_what_cannot_be_done_here_is_no_failure_but_a_wrong_answer_is(stages, tmp_path: Path):
+    assert run(tmp_path, stages(partly=1)) == 1
+    rows = read(tmp_path)["partly"]
+    assert {case: rows[case]["status"] for case in ("missing", "too large", "theirs", "no time")} == {
+        "missing": "missing",
+        "too large": "missing",
+        "theirs": "missing",
+        "no time": "skipped",
+    }
+    assert rows["number 0"]["status"] == "failed"
+    assert "number 1" not in rows
+    assert (rows["numbers"]["ok"], rows["numbers"]["failed"]) == (4, 1)
+
+
+def test_chosen_stages_replace_their_own_rows_only(stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    specs = stages(well=1, wrong=1)
+    assert run(tmp_path, specs) == 1
+    (tmp_path / "stage_that_well.py").write_text("def run(stage): stage.attempt('new', lambda: {})")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert run(tmp_path, specs, "--stages", "well") == 0
+    rows = read(tmp_path)
+    assert set(rows["well"]) == {"new"}
+    assert set(rows["wrong"]) == {"wrong", "after"}
+    assert (tmp_path / "out" / "smoke.json").read_bytes() == (tmp_path / "runs" / "smoke.json").read_bytes()
+    assert (tmp_path / "out" / "well.log").exists()
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, specs, "--stages", "wel")
+
+
+def test_kernels_are_compiled_ahead_for_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = ["import sys, time", f"open(r'{tmp_path}/' + '-'.join(sys.argv[1:]), 'w')", "time.sleep(600)"]
+    (tmp_path / "endless_compilation.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("benchmarks.gpu.ahead.MOST", 1)
+    settings = Settings("s", "", 5, False, str(tmp_path / "r.json"), [], str(tmp_path / "journal"))
+    stage = Stage(settings)
+    compile_ahead("endless_compilation", stage, share=0.2)
+    assert (tmp_path / "0-1").exists()
+    assert 3 < stage.left() < 4
+    stage.attempt("a case", dict)
+    (tmp_path / "0-1").unlink()
+    compile_ahead("endless_compilation", Stage(settings))
+    assert not (tmp_path / "0-1").exists(), "a second process of a stage need not"
+
+
+def test_a_damaged_results_file_is_begun_anew(tmp_path: Path):
+    results = Results(tmp_path / "r.json", [])
+    results.put({"stage": "a", "case": "b", "status": "ok"})
+    text = results.path.read_text()
+    results.path.write_text(text[: len(text) // 2])
+    results.put({"stage": "a", "case": "c", "status": "ok"})
+    assert [r["case"] for r in results.read()["rows"]] == ["c"]
+
+
+def test_bars():
+    rows = [
+        {"case": "a", "status": "ok", "bars": {"encode / GEMM": 1.2, "topk / encode": 1.8}},
+        {"case": "b", "status": "failed", "bars": {"TopKSAE / GEMM": 1.0}},
+    ]
+    lines = {line[:20].strip(): line for line in bars.table(rows).splitlines()}
+    assert lines["encode / bare GEMM,"].endswith("<= 1.15  1.2  NOT REACHED")
+    assert lines["linear + relu + torc"].endswith(">= 1.8  1.8  reached")
+    assert lines["TopKSAE step (autogr"].endswith("no number")
+
+
+def test_a_true_stage_in_a_process_of_its_own(tmp_path: Path):
+    assert main(["--smoke", "--runs", str(tmp_path / "runs"), "--stages", "kernels"]) == 0
+    assert read(tmp_path)["kernels"]["tests"]["ok"] >= 3
+
+
+@pytest.mark.parametrize("name", ["large", "soak", "parity", "benchmark"])
+def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    results = tmp_path / "runs" / "smoke.json"
+    settings = Settings(name, "", 60, True, str(results), [], str(tmp_path / "journal"))
+    importlib.import_module(f"benchmarks.gpu.stages.{name}").run(Stage(settings))
+    rows = read(tmp_path)[name]
+    assert {row["status"] for row in rows.values()} <= {"ok", "missing"}
+    if name == "soak":
+        assert rows["4 shapes"]["ok"] == 4
+    if name == "parity":
+        assert rows["JointSAE, fp32"]["drift"]["largest"] < 1e-4
+    if name == "benchmark":
+        assert rows["encode, modern"]["bars"]["encode / GEMM"] > 0
+        assert rows["dense joint step, modern"]["ms"]["step"]["calls"] == 3
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "raised", "message"),
+    [(0, None, ""), (sanitizer.FOUND, AssertionError, "Invalid __global__ read"), (3, Missing, "could not run")],
+)
+def test_what_compute_sanitizer_ends_with(ends_with, raised, message, tmp_path: Path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========='\necho '========= Invalid __global__ read'\nexit {ends_with}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer, "_find", lambda: str(tool))
+    with pytest.raises(raised, match=message) if raised else contextlib.nullcontext():
+        sanitizer._under("memcheck", ["true"], 10)
+
+
+def test_where_there_is_no_compute_sanitizer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sanitizer, "_find", lambda: None)
+    with pytest.raises(Missing, match="not on this machine"):
+        sanitizer._under("memcheck", ["true"], 10)
+
+
+def test_a_mismatch_is_not_timed():
+    shape, where = benchmark.SMOKE, place(smoke=True)
+    ours = Ours(shape, where, joint=True)
+    eager = DenseJoint(shape, where)
+    assert steps.compare([eager, ours], shape, where)
+    with torch.no_grad():
+        ours.sae.W_lin.zero_()
+    with pytest.raises(AssertionError, match="JointSAE, Adam computes another function"):
+        steps.compare([eager, ours], shape, where)
