@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -50,7 +50,7 @@ BUDGET = 4 << 30
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one training step, named as in docs/architecture.md, and the dtypes it is compiled in."""
+    """Sizes of one training step, named as in docs/architecture.md, and what of it is compiled in which dtypes."""
 
     B: int
     D: int
@@ -59,13 +59,19 @@ class Shape:
     N: int
     E: int
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    cases: tuple[str, ...] = ("encode", "decode", "integrate", "gradients")
 
 
+_SMALL = Shape(B=4096, D=768, M=32768, K=32, N=16, E=128, dtypes=(torch.bfloat16, torch.float32))
 SHAPES = {
     "modern": Shape(B=8192, D=4096, M=131072, K=64, N=32, E=256),
     "paper": Shape(B=4096, D=3200, M=50000, K=1024, N=512, E=300),
-    "million": Shape(B=8192, D=2048, M=1048576, K=64, N=32, E=128),
-    "small": Shape(B=4096, D=768, M=32768, K=32, N=16, E=128, dtypes=(torch.bfloat16, torch.float32, torch.float16)),
+    "million": Shape(B=8192, D=2048, M=1048576, K=64, N=32, E=128, cases=("encode", "gradients")),
+    "widest": Shape(B=4096, D=8192, M=65536, K=64, N=32, E=256, cases=("gradients",)),
+    "wider": Shape(B=4096, D=16384, M=65536, K=64, N=32, E=256, cases=("wide gradients",)),
+    "small": _SMALL,
+    # fp16 comes out as bf16 does; what differs is how numbers become keys, and the matrix instructions.
+    "half": replace(_SMALL, dtypes=(torch.float16,), cases=("encode", "integrate")),
     # Nothing is divisible by 16, so that no load is known to be aligned.
     "odd": Shape(B=4097, D=1001, M=30011, K=37, N=19, E=37, dtypes=(torch.bfloat16, torch.float32)),
 }
@@ -103,7 +109,16 @@ def _topk_encode(t: Step) -> None:
     topk_encode(t.x, t.W_enc, t.b_enc, s.K, None, plan.encode(s.B, s.D, s.M, s.K, t.dtype.itemsize, BUDGET))
 
 
+def _is_dense(t: Step) -> bool:
+    """Whether the plan leaves the decoder to matrix products, and only V is gathered."""
+    s = t.shape
+    return plan.decode(s.B, s.D, s.M, s.K, s.N, True, t.dtype.itemsize).backward == "dense"
+
+
 def _joint_decode(t: Step) -> None:
+    if _is_dense(t):
+        joint_decode(t.values, t.indices, None, None, t.V, None, None, t.shape.N)
+        return
     n, weights = t.shape.N, [t.W_dec, t.W_lin, t.V]
     joint_decode(t.values, t.indices, t.W_dec, None, None, t.bias, t.x, n)
     for W_dec, W_lin, V in (weights, t.fp32(*weights)):
@@ -124,15 +139,31 @@ def _gradients(t: Step) -> None:
     weights = [t.W_dec, t.W_lin, t.V]
     written = [Decoder(weight, Gradient(weight, add=False)) for weight in t.fp32(*weights)]
     used_up = [Decoder(weight, t.adam(weight, unit_norm=weight is t.W_dec)) for weight in weights]
+    if _is_dense(t):
+        for _, _, v in (written, used_up):
+            decode_backward(items, t.values, n, None, d_s, d_q, None, None, v, d_values, True)
+        weight_gradient(items, d_values, None, t.x[:, :1].contiguous(), None, d_b_enc)
+        return
     for dec, lin, v in (written, used_up):
         decode_backward(items, t.values, n, t.delta, None, None, dec, None, None, d_values, False)
         decode_backward(items, t.values, n, t.delta, d_s, d_q, dec, lin, v, d_values, False)
     for d_W_enc in (Gradient(*t.fp32(t.W_enc), add=False), t.adam(t.W_enc)):
         weight_gradient(items, d_values, None, t.x, d_W_enc, d_b_enc)
+
+
+def _wide_gradients(t: Step) -> None:
+    items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, torch.empty_like(t.values)
     gathered_dot(t.values, t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
+    weight_gradient(items, t.values, None, t.delta, Gradient(t.W_lin, add=False), n=n)
 
 
-CASES: tuple[Callable[[Step], None], ...] = (_topk_encode, _joint_decode, _interaction_mlp, _gradients)
+CASES: dict[str, Callable[[Step], None]] = {
+    "encode": _topk_encode,
+    "decode": _joint_decode,
+    "integrate": _interaction_mlp,
+    "gradients": _gradients,
+    "wide gradients": _wide_gradients,
+}
 
 
 def cases(*shapes: str) -> list[tuple[str, Launch]]:
@@ -142,8 +173,8 @@ def cases(*shapes: str) -> list[tuple[str, Launch]]:
         for dtype in SHAPES[name].dtypes:
             case = f"{name} {str(dtype).removeprefix('torch.')}"
             with noting() as launches:
-                for run in CASES:
-                    run(Step(SHAPES[name], dtype))
+                for part in SHAPES[name].cases:
+                    CASES[part](Step(SHAPES[name], dtype))
             found += [(case, launch) for launch in launches]
     return found
 

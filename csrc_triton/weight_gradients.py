@@ -242,7 +242,7 @@ def weight_gradient_kernel(
 def add_slots_kernel(
     slot_feature_ptr,  # [slots]: the feature whose first slot this is, or -1
     parts_ptr,  # [slots, stride_parts] fp32
-    w_out_ptr,  # [M, WIDTH] see adam.finish_row
+    w_out_ptr,  # [M, width] see adam.finish_row
     w_exp_avg_ptr,
     w_exp_avg_sq_ptr,
     w_copy_ptr,
@@ -255,24 +255,24 @@ def add_slots_kernel(
     beta2,
     rest2,
     eps,
-    WIDTH: tl.constexpr,
+    width,
     W_MODE: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """gradient[f] = the parts of f, added in order. Grid (slots, blocks of WIDTH); only first slots do anything."""
+    """gradient[f] = the parts of f, added in order. Grid (slots, blocks of the width); only first slots do anything."""
     slot = tl.program_id(0).to(tl.int64)
     feature = tl.load(slot_feature_ptr + slot).to(tl.int64)
     if feature < 0:
         return
     count = tl.load(offsets_ptr + feature + 1) - tl.load(offsets_ptr + feature)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < WIDTH
+    mask = offs < width
     grad = tl.zeros((BLOCK,), tl.float32)
     for part in range(0, tl.cdiv(count, SEGMENT)):
         grad += tl.load(parts_ptr + (slot + part) * stride_parts + offs, mask=mask, other=0.0)
     finish_row(
-        grad, feature * WIDTH + offs, mask, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
+        grad, feature * width + offs, mask, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
         corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
     )  # fmt: skip
 
@@ -459,7 +459,7 @@ def gathered_dot(
 
 
 # Tokens at a time, warps and stages of decode_backward, by the block of D: no spills up to the widest.
-_TILES = {1024: (4, 4, 2), 2048: (4, 8, 2), 4096: (2, 8, 2), 8192: (2, 16, 2)}
+_TILES = {1024: (4, 4, 2), 2048: (2, 8, 2), 4096: (2, 16, 2), 8192: (1, 16, 2)}
 
 
 def _item_arguments(items: WorkItems) -> dict[str, object]:
@@ -474,7 +474,7 @@ def _destination_arguments(name: str, weight: Decoder | None) -> dict[str, objec
 def _add_slots(items: WorkItems, parts: Tensor, width: int, destination: Destination) -> None:
     """Finish the gradients of split features from their parts (slots, >= width)."""
     whole = isinstance(destination, AdamStep) and destination.unit_norm
-    block = power_of_two(max(width, 16)) if whole else min(power_of_two(max(width, 16)), 1024)
+    block = max(1024, power_of_two(width)) if whole else 1024  # a norm is that of a whole row
     launch(
         add_slots_kernel,
         (items.n_slots, triton.cdiv(width, block)),
@@ -485,7 +485,7 @@ def _add_slots(items: WorkItems, parts: Tensor, width: int, destination: Destina
             "offsets_ptr": items.offsets,
             "stride_parts": parts.stride(0),
             **hyperparameters(destination),
-            "WIDTH": width,
+            "width": width,
             "SEGMENT": SEGMENT,
             "BLOCK": block,
         },

@@ -285,8 +285,8 @@ def of_shape(launches: Iterable[Launch], monkeypatch: pytest.MonkeyPatch) -> Non
             counted: dict[str, Any] = {"bytes_moved": step.shape.B * 10**6, "flops": step.shape.D * 10**9}
             launch(**(vars(case) | counted))
 
-    monkeypatch.setattr(offline, "SHAPES", {"tiny": offline.Shape(B=43, D=79, M=3, K=4, N=5, E=6)})
-    monkeypatch.setattr(offline, "CASES", (start,))
+    monkeypatch.setattr(offline, "SHAPES", {"tiny": offline.Shape(B=43, D=79, M=3, K=4, N=5, E=6, cases=("start",))})
+    monkeypatch.setattr(offline, "CASES", {"start": start})
 
 
 def test_the_command_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -334,7 +334,7 @@ def test_the_command_fails_after_all_is_done(
 def test_every_shape_and_dtype_has_its_launches():
     names = {name for name, _ in offline.cases(*offline.SHAPES)}
     assert names == {
-        *("modern bfloat16", "paper bfloat16", "million bfloat16"),
-        *("small bfloat16", "small float32", "small float16", "odd bfloat16", "odd float32"),
+        *("modern bfloat16", "paper bfloat16", "million bfloat16", "widest bfloat16", "wider bfloat16"),
+        *("small bfloat16", "small float32", "half float16", "odd bfloat16", "odd float32"),
     }
     assert {name.split()[0] for name, _ in offline.cases("small")} == {"small"}
