@@ -263,7 +263,7 @@ def samples(device: str) -> list[tuple[str, tuple]]:
         (
             "joint_decode_backward",
             (
-                made(3, 8, grad=False),
+                plain_x,
                 *(t.detach() for t in (s, q, values)),
                 indices,
                 *plain,
