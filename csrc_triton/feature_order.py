@@ -79,6 +79,11 @@ def work_items_kernel(
 def work_items(indices: Tensor, d_sae: int) -> WorkItems:
     """The items of a code with indices (B, K) int64 in [0, d_sae)."""
     nnz, device = indices.numel(), indices.device
+    if nnz >= 2**31:
+        raise ValueError(
+            f"work_items: {nnz} entries, {indices.shape[0]} rows of {indices.shape[1]}, pass what int32 can "
+            "count; take fewer rows at once"
+        )
     features, entries = indices.reshape(-1).to(torch.int32).sort(stable=True)
     edges = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
     offsets = torch.searchsorted(features, edges, out_int32=True)

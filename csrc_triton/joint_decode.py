@@ -22,10 +22,10 @@ def joint_decode_kernel(
     s_ptr,  # [B, E] out, fp32
     q_ptr,  # [B, E] out, fp32
     error_ptr,  # [B, blocks of D] out, fp32: squared error of this program's part of a row
+    K,
+    N,
     D: tl.constexpr,
     E: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,

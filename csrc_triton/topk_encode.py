@@ -46,7 +46,7 @@ def select_kernel(
     values_ptr,  # [R, K] in the dtype of y
     indices_ptr,  # [R, K] int64
     NG,
-    K: tl.constexpr,
+    K,
     GROUP: tl.constexpr,
     N_BITS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
@@ -104,7 +104,7 @@ def select_slow_kernel(
     indices_ptr,  # [R, K] int64
     M,
     width,
-    K: tl.constexpr,
+    K,
     N_BITS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -58,10 +58,10 @@ def decode_backward_kernel(
     beta2,
     rest2,
     eps,
+    K,
+    N,
     D: tl.constexpr,
     E: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
     DEC_MODE: tl.constexpr,
     LIN_MODE: tl.constexpr,
     V_MODE: tl.constexpr,
@@ -103,9 +103,9 @@ def decode_backward_kernel(
     for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
         offs_t = position + tl.arange(0, TOKENS)
         mask_t = offs_t < start + length
-        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0)
+        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0).to(tl.int32)
         a = tl.load(values_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
-        token = entry // K
+        token = (entry // K).to(tl.int64)
         strong = mask_t & (entry % K < N)
         d_a = tl.zeros((TOKENS,), tl.float32)
         if ADD_VALUES:
@@ -187,9 +187,9 @@ def weight_gradient_kernel(
     beta2,
     rest2,
     eps,
+    K,
+    N,
     D: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
     W_MODE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -211,13 +211,13 @@ def weight_gradient_kernel(
     for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
         offs_t = position + tl.arange(0, TOKENS)
         mask_t = offs_t < start + length
-        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0)
+        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0).to(tl.int32)
         mask_t = mask_t & (entry % K < N)
         coefficient = tl.load(coefficients_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + entry, mask=mask_t, other=0.0)
             coefficient = tl.where(gate > 0, coefficient, 0.0)
-        rows_ptrs = rows_ptr + (entry // K)[:, None] * D + offs_d[None, :]
+        rows_ptrs = rows_ptr + (entry // K).to(tl.int64)[:, None] * D + offs_d[None, :]
         rows = tl.load(rows_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         grad += tl.sum(coefficient[:, None] * rows, axis=0)
         total += coefficient
@@ -285,9 +285,9 @@ def gathered_dot_kernel(
     w_dec_ptr,  # [M, D]
     w_lin_ptr,  # [M, D] or None
     d_values_ptr,  # [B, K] out
+    K,
+    N,
     D: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
