@@ -36,7 +36,7 @@ from csrc_triton.interaction_mlp import interaction_mlp, interaction_mlp_backwar
 from csrc_triton.joint_decode import joint_decode
 from csrc_triton.launch import Launch, noting
 from csrc_triton.topk_encode import topk_encode
-from csrc_triton.weight_gradients import Decoder, decode_backward, gathered_dot, weight_gradient
+from csrc_triton.weight_gradients import Decoder, decode_backward, feature_sums, gathered_dot, weight_gradient
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 """Bytes one program may use. The compiler never checks it: the launch fails."""
@@ -133,28 +133,28 @@ def _interaction_mlp(t: Step) -> None:
 
 
 def _gradients(t: Step) -> None:
-    n, d_values, d_b_enc = t.shape.N, torch.empty_like(t.values), t.meta(t.shape.M, dtype=torch.float32)
+    n, d_values = t.shape.N, torch.empty_like(t.values)
     d_s, d_q = t.meta(*t.s.shape), t.meta(*t.q.shape)
     items = work_items(t.indices, t.shape.M)
+    feature_sums(items, d_values, t.shape.M)
     weights = [t.W_dec, t.W_lin, t.V]
     written = [Decoder(weight, Gradient(weight, add=False)) for weight in t.fp32(*weights)]
     used_up = [Decoder(weight, t.adam(weight, unit_norm=weight is t.W_dec)) for weight in weights]
     if _is_dense(t):
         for _, _, v in (written, used_up):
             decode_backward(items, t.values, n, None, d_s, d_q, None, None, v, d_values, True)
-        weight_gradient(items, d_values, None, t.x[:, :1].contiguous(), None, d_b_enc)
         return
     for dec, lin, v in (written, used_up):
         decode_backward(items, t.values, n, t.delta, None, None, dec, None, None, d_values, False)
         decode_backward(items, t.values, n, t.delta, d_s, d_q, dec, lin, v, d_values, False)
     for d_W_enc in (Gradient(*t.fp32(t.W_enc), add=False), t.adam(t.W_enc)):
-        weight_gradient(items, d_values, None, t.x, d_W_enc, d_b_enc)
+        weight_gradient(items, d_values, t.x, d_W_enc)
 
 
 def _wide_gradients(t: Step) -> None:
     items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, torch.empty_like(t.values)
     gathered_dot(t.values, t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
-    weight_gradient(items, t.values, None, t.delta, Gradient(t.W_lin, add=False), n=n)
+    weight_gradient(items, t.values, t.delta, Gradient(t.W_lin, add=False), n)
 
 
 CASES: dict[str, Callable[[Step], None]] = {

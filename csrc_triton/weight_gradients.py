@@ -171,15 +171,12 @@ def weight_gradient_kernel(
     slot_ptr,
     entries_ptr,  # [nnz] int64
     coefficients_ptr,  # [nnz] flattened (B, K)
-    gate_ptr,  # [nnz] or None: entries whose gate is not positive count as 0
     rows_ptr,  # [B, D]
     w_out_ptr,  # [M, D] see adam.finish_row
     w_exp_avg_ptr,
     w_exp_avg_sq_ptr,
     w_copy_ptr,
-    sums_ptr,  # [M] fp32 out, or None: sum of the coefficients
     parts_ptr,  # [slots, D] fp32
-    sum_parts_ptr,  # [slots] fp32
     corrections_ptr,
     lr,
     beta1,
@@ -207,35 +204,46 @@ def weight_gradient_kernel(
     offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     grad = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((TOKENS,), tl.float32)
     for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
         offs_t = position + tl.arange(0, TOKENS)
         mask_t = offs_t < start + length
         entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0).to(tl.int32)
         mask_t = mask_t & (entry % K < N)
         coefficient = tl.load(coefficients_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
-        if gate_ptr is not None:
-            gate = tl.load(gate_ptr + entry, mask=mask_t, other=0.0)
-            coefficient = tl.where(gate > 0, coefficient, 0.0)
         rows_ptrs = rows_ptr + (entry // K).to(tl.int64)[:, None] * D + offs_d[None, :]
         rows = tl.load(rows_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         grad += tl.sum(coefficient[:, None] * rows, axis=0)
-        total += coefficient
     if slot < 0:
-        if w_out_ptr is not None:
-            finish_row(
-                grad, feature * D + offs_d, mask_d, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
-                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
-            )  # fmt: skip
-        if sums_ptr is not None:
-            if block == 0:
-                tl.store(sums_ptr + feature, tl.sum(total, axis=0))
+        finish_row(
+            grad, feature * D + offs_d, mask_d, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
+            corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+        )  # fmt: skip
     else:
-        if w_out_ptr is not None:
-            tl.store(parts_ptr + slot * D + offs_d, grad, mask=mask_d)
-        if sums_ptr is not None:
-            if block == 0:
-                tl.store(sum_parts_ptr + slot, tl.sum(total, axis=0))
+        tl.store(parts_ptr + slot * D + offs_d, grad, mask=mask_d)
+
+
+@triton.jit
+def feature_sums_kernel(
+    offsets_ptr,  # [M + 1] int32: feature f owns entries offsets[f] ... offsets[f + 1]
+    entries_ptr,  # [nnz] int64
+    coefficients_ptr,  # [nnz] flattened (B, K)
+    sums_ptr,  # [M] fp32 out
+    M,
+    FEATURES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """sums[f] = the coefficients of f's entries, added up in fp32. Grid (cdiv(M, FEATURES),)."""
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    mask_m = feature < M
+    start = tl.load(offsets_ptr + feature, mask=mask_m, other=0)
+    end = tl.load(offsets_ptr + feature + 1, mask=mask_m, other=0)
+    acc = tl.zeros((FEATURES, ENTRIES), tl.float32)
+    for position in range(0, tl.max(end - start, axis=0), ENTRIES):
+        offs = start[:, None] + position + tl.arange(0, ENTRIES)[None, :]
+        mask = offs < end[:, None]
+        entry = tl.load(entries_ptr + offs, mask=mask, other=0)
+        acc += tl.load(coefficients_ptr + entry, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + feature, tl.sum(acc, axis=1), mask=mask_m)
 
 
 @triton.jit
@@ -383,21 +391,14 @@ def decode_backward(
 
 
 def weight_gradient(
-    items: WorkItems,
-    coefficients: Tensor,
-    gate: Tensor | None,
-    rows: Tensor,
-    destination: Destination | None,
-    sums: Tensor | None = None,
-    n: int | None = None,
+    items: WorkItems, coefficients: Tensor, rows: Tensor, destination: Destination, n: int | None = None
 ) -> None:
-    """sum of coefficients (B, K) * rows (B, D) over each feature's entries, and the coefficients' sums (M) in fp32.
+    """sum of coefficients (B, K) * rows (B, D) over each feature's entries; of the n strongest, if given.
 
-    gate (B, K): entries where it is not positive count as 0. n: only the n strongest count. All contiguous.
+    Both contiguous.
     """
     K, D = coefficients.shape[1], rows.shape[1]
     parts = torch.empty(items.n_slots, D, dtype=torch.float32, device=rows.device)
-    sum_parts = torch.empty(items.n_slots, 1, dtype=torch.float32, device=rows.device)
     block_d = min(power_of_two(max(D, 16)), 2048)
     launch(
         weight_gradient_kernel,
@@ -405,12 +406,9 @@ def weight_gradient(
         {
             **_item_arguments(items),
             "coefficients_ptr": coefficients,
-            "gate_ptr": gate,
             "rows_ptr": rows,
-            **(absent("w") if destination is None else destination.arguments("w")),
-            "sums_ptr": sums,
+            **destination.arguments("w"),
             "parts_ptr": parts,
-            "sum_parts_ptr": sum_parts,
             **hyperparameters(destination),
             "D": D,
             "K": K,
@@ -421,13 +419,32 @@ def weight_gradient(
         },
         num_warps=8 if block_d > 1024 else 4,
         bytes_moved=rows.element_size() * coefficients.numel() * D
-        + coefficients.numel() * (8 + 2 * coefficients.element_size())
-        + (0 if destination is None else _bytes_written(destination)),
+        + coefficients.numel() * (8 + coefficients.element_size())
+        + _bytes_written(destination),
     )
-    if destination is not None:
-        _add_slots(items, parts, D, destination)
-    if sums is not None:
-        _add_slots(items, sum_parts, 1, Gradient(sums, add=False))
+    _add_slots(items, parts, D, destination)
+
+
+def feature_sums(items: WorkItems, coefficients: Tensor, d_sae: int) -> Tensor:
+    """The sum of each feature's coefficients (B, K): (d_sae) in fp32."""
+    sums = torch.empty(d_sae, dtype=torch.float32, device=coefficients.device)
+    features = 16
+    launch(
+        feature_sums_kernel,
+        (triton.cdiv(d_sae, features),),
+        {
+            "offsets_ptr": items.offsets,
+            "entries_ptr": items.entries,
+            "coefficients_ptr": coefficients,
+            "sums_ptr": sums,
+            "M": d_sae,
+            "FEATURES": features,
+            "ENTRIES": 32,
+        },
+        num_warps=4,
+        bytes_moved=coefficients.numel() * (8 + coefficients.element_size()) + 8 * d_sae,
+    )
+    return sums
 
 
 def gathered_dot(

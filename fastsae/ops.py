@@ -25,24 +25,32 @@ _library = torch.library.Library("fastsae", "DEF")
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, backend: str = "auto", features: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    backend: str = "auto",
+    features: Tensor | None = None,
+    b_dec: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(x @ W_enc.T + b_enc) per row, without ever holding all of it.
+    """The k largest of relu((x - b_dec) @ W_enc.T + b_enc) per row, without ever holding all of it.
 
     x         float (B, d_in)       gets a gradient
     W_enc     float (d_sae, d_in)   gets a gradient
     b_enc     float (d_sae)         gets a gradient
     features  int64 (n,) ascending, optional: only these features compete
-    Returns values (B, k) in the dtype of x, indices (B, k) int64: strongest first, distinct, ties to the lower index.
-    Rows with fewer than k positive pre-activations are filled with entries of value 0, which pass no gradient. NaN
-    ranks first, so it is seen and not lost. Exact and deterministic.
+    b_dec     float (d_in), optional: subtracted from x; gets a gradient, which costs less than that of x would
+    Returns values (B, k) in the dtype of x (on the CUDA backend in autocast's, where that is on), indices (B, k) int64:
+    strongest first, distinct, ties to the lower index. Rows with fewer than k positive pre-activations are filled with
+    entries of value 0, which pass no gradient. NaN ranks first, so it is seen and not lost. Exact and deterministic.
     """
     where = "topk_encode"
-    _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc)
-    x = x.to(_autocast_dtype(backend, x.device, x.dtype))
+    _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     _check_shape(where, "W_enc", W_enc, (None, None), "(d_sae, d_in)")
     _check_shape(where, "x", x, (None, W_enc.shape[-1]), "(B, d_in) with d_in of W_enc")
     _check_shape(where, "b_enc", b_enc, (len(W_enc),), "(d_sae,) of W_enc")
+    if b_dec is not None:
+        _check_shape(where, "b_dec", b_dec, (W_enc.shape[1],), "(d_in,) of W_enc")
     if features is not None:
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
@@ -56,8 +64,9 @@ def topk_encode(
         raise ValueError(f"{where}: k must be between 1 and {what} = {competing}; got {k}")
     name = choose(backend, x.device, x.dtype)
     if name == "reference":
-        return reference.topk_encode(x, W_enc, b_enc, k, features)
-    return torch.ops.fastsae.topk_encode(x, W_enc, b_enc, k, features, name)
+        return reference.topk_encode(x, W_enc, b_enc, k, features, b_dec)
+    compute = _autocast_dtype(backend, x.device, x.dtype)
+    return torch.ops.fastsae.topk_encode(x, W_enc, b_enc, b_dec, k, features, compute, name)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str = "auto") -> Tensor:
@@ -167,33 +176,82 @@ def _pooled(s: Tensor, q: Tensor) -> Tensor:
 # ---- topk_encode ----------------------------------------------------------------------------------------------------
 
 _library.define(
-    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? features, str backend) -> (Tensor, Tensor)"
+    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? features, ScalarType compute, "
+    "str backend) -> (Tensor, Tensor)"
 )
 _library.define(
-    "topk_encode_backward(Tensor d_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, bool need_x, "
-    "bool need_W, str backend) -> (Tensor?, Tensor?, Tensor)"
+    "topk_encode_backward(Tensor d_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, Tensor? b_dec, "
+    "bool need_x, bool need_W, bool need_b_dec, str backend) -> (Tensor?, Tensor?, Tensor, Tensor?)"
 )
 
 
-def _topk_encode_fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None, backend: str) -> Any:
-    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+def _topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    features: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend).topk_encode(_centred(x, b_dec, compute), W_enc, b_enc, k, features)
+
+
+def _topk_encode_backward(
+    d_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    need_x: bool,
+    need_W: bool,
+    need_b_dec: bool,
+    backend: str,
+    out: Any = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    rows = _centred(x, b_dec, values.dtype)
+    backward = implementation(backend).topk_encode_backward
+    d_x, *others = backward(d_values, values, indices, rows, W_enc, need_x, need_W, need_b_dec, out)
+    return d_x if d_x is None else d_x.to(x.dtype), *others
+
+
+def _centred(x: Tensor, b_dec: Tensor | None, compute: torch.dtype) -> Tensor:
+    """What is encoded. Cheaper to form once more in the backward than to keep."""
+    return (x if b_dec is None else x - b_dec).to(compute)
+
+
+def _topk_encode_fake(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    features: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+) -> Any:
+    return x.new_empty(x.shape[0], k, dtype=compute), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 def _topk_encode_save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, W_enc, _, _, _, ctx.backend = inputs
+    x, W_enc, _, b_dec, _, _, _, ctx.backend = inputs
     values, indices = output
     ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(values, indices, x, W_enc)
+    ctx.save_for_backward(values, indices, x, W_enc, b_dec)
 
 
 def _topk_encode_grad(ctx: Any, d_values: Tensor, _: Tensor) -> Any:
-    values, indices, x, W_enc = ctx.saved_tensors
-    need_x, need_W = ctx.needs_input_grad[:2]
-    if need_W and (out := _claim(W_enc, ctx.backend)):
-        backward = implementation(ctx.backend).topk_encode_backward
-        return *backward(d_values, values, indices, x, W_enc, need_x, True, out), None, None, None
-    grads = torch.ops.fastsae.topk_encode_backward(d_values, values, indices, x, W_enc, need_x, need_W, ctx.backend)
-    return *grads, None, None, None
+    values, indices, x, W_enc, b_dec = ctx.saved_tensors
+    need_x, need_W, _, need_b_dec = ctx.needs_input_grad[:4]
+    arguments = (d_values, values, indices, x, W_enc, b_dec, need_x, need_W, need_b_dec, ctx.backend)
+    out = _claim(W_enc, ctx.backend) if need_W else None
+    if out is None:
+        grads = torch.ops.fastsae.topk_encode_backward(*arguments)
+    else:
+        grads = _topk_encode_backward(*arguments, out)
+    return *grads, None, None, None, None
 
 
 def _topk_encode_backward_fake(
@@ -202,13 +260,16 @@ def _topk_encode_backward_fake(
     indices: Tensor,
     x: Tensor,
     W_enc: Tensor,
+    b_dec: Tensor | None,
     need_x: bool,
     need_W: bool,
+    need_b_dec: bool,
     backend: str,
 ) -> Any:
     d_x = x.new_empty(x.shape) if need_x else None
     d_W = W_enc.new_empty(W_enc.shape) if need_W else None
-    return d_x, d_W, x.new_empty(W_enc.shape[0])
+    d_b_dec = W_enc.new_empty(W_enc.shape[1]) if need_b_dec else None
+    return d_x, d_W, W_enc.new_empty(W_enc.shape[0]), d_b_dec
 
 
 # ---- joint_decode ---------------------------------------------------------------------------------------------------
@@ -380,16 +441,34 @@ def _dispatch(op: str) -> Any:
     return lambda *arguments: getattr(implementation(arguments[-1]), op)(*arguments[:-1])
 
 
-def _register(name: str, fake: Any, backward_fake: Any, save: Any, grad: Any) -> None:
-    for op, shapes in ((name, fake), (f"{name}_backward", backward_fake)):
-        _library.impl(op, _dispatch(op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastsae::{op}", shapes, lib=_library)
+def _register(name: str, implementations: Any, fakes: Any, save: Any, grad: Any) -> None:
+    for op, function, fake in zip((name, f"{name}_backward"), implementations, fakes, strict=True):
+        _library.impl(op, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastsae::{op}", fake, lib=_library)
     torch.library.register_autograd(f"fastsae::{name}", grad, setup_context=save, lib=_library)
 
 
-_register("topk_encode", _topk_encode_fake, _topk_encode_backward_fake, _topk_encode_save, _topk_encode_grad)
-_register("joint_decode", _joint_decode_fake, _joint_decode_backward_fake, _joint_decode_save, _joint_decode_grad)
-_register("integrate", _integrate_fake, _integrate_backward_fake, _integrate_save, _integrate_grad)
+_register(
+    "topk_encode",
+    (_topk_encode, _topk_encode_backward),
+    (_topk_encode_fake, _topk_encode_backward_fake),
+    _topk_encode_save,
+    _topk_encode_grad,
+)
+_register(
+    "joint_decode",
+    (_dispatch("joint_decode"), _dispatch("joint_decode_backward")),
+    (_joint_decode_fake, _joint_decode_backward_fake),
+    _joint_decode_save,
+    _joint_decode_grad,
+)
+_register(
+    "integrate",
+    (_dispatch("integrate"), _dispatch("integrate_backward")),
+    (_integrate_fake, _integrate_backward_fake),
+    _integrate_save,
+    _integrate_grad,
+)
 
 
 def _claim(weight: Tensor, backend: str) -> Any:

@@ -225,9 +225,8 @@ class Trainer:
         dead = (self._rows_since_fired[:-1] >= self.config.dead_after_tokens).nonzero().squeeze(1)
         if len(dead) == 0:
             return x.new_zeros(())
-        rows = x if sae.b_dec is None else x - sae.b_dec
         k = min(self.config.auxk, len(dead))
-        values, indices = ops.topk_encode(rows, sae.W_enc, sae.b_enc, k, features=dead, backend=sae.backend)
+        values, indices = ops.topk_encode(x, sae.W_enc, sae.b_enc, k, sae.backend, dead, sae.b_dec)
         return F.mse_loss(ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
 
     def _count_fired(self, output: SAEOutput) -> None:

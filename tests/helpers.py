@@ -166,3 +166,24 @@ def gradient_scale(name: str, exact: dict[str, Tensor], s: Tensor) -> float | No
     if name in ("V", "x", "W_enc", "b_enc") and grad.numel() and s.numel():
         return max(grad.abs().max().item(), 4 * s.square().max().item())
     return None
+
+
+def assert_b_dec(dtype: torch.dtype, need_x: bool, backend: str, device: str, slack: float = 2.0) -> None:
+    """b_dec is taken off x, and every gradient is that of the specification."""
+    made = {"x": (5, 6), "W_enc": (70, 6), "b_enc": (70,), "b_dec": (6,)}
+    numbers = {name: torch.randn(*shape).to(dtype) for name, shape in made.items()}
+    weight, results, kept = torch.rand(5, 3), [], None
+    for who, kind in ((backend, dtype), ("reference", torch.float64), ("reference", dtype)):
+        p = {name: t.to(device, kind, copy=True) for name, t in numbers.items()}
+        for name, t in p.items():
+            t.requires_grad_(name != "x" or need_x)
+        if kept is None:
+            values, kept = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], 3, who, b_dec=p["b_dec"])
+        else:
+            values = torch.relu((p["x"] - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]).gather(1, kept)
+        (values * weight.to(device, kind)).sum().backward()
+        results.append([values.detach(), *(t.grad for t in p.values() if t.grad is not None)])
+    assert len(results[0]) == 4 + need_x
+    for number, (got, exact, eager) in enumerate(zip(*results, strict=True)):
+        # d_b_dec comes by another way than eager's: its terms are this large.
+        assert_matches(f"result {number}", got, exact, eager, slack, scale=4 * exact.abs().max().item())

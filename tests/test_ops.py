@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, NAMES, Case, assert_every_gradient, assert_selection, joint, leaves
+from helpers import CASES, NAMES, Case, assert_b_dec, assert_every_gradient, assert_selection, joint, leaves
 from torch import Tensor
 
 import fastsae
@@ -90,6 +90,12 @@ def test_features_restricts_who_competes(M: int):
     assert torch.isin(indices, features).all()
     theirs = ops.topk_encode(x, W, b, 5, features=features, backend="reference")
     assert torch.equal(indices, theirs[1])
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+@every_dtype
+def test_b_dec_is_subtracted_and_gets_its_gradient(dtype: torch.dtype, need_x: bool):
+    assert_b_dec(dtype, need_x, "cpu", "cpu")
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -197,10 +203,10 @@ def samples() -> list[tuple[str, tuple]]:
     s, bias, target = torch.randn(5, 3), torch.randn(8).requires_grad_(), torch.randn(5, 8).requires_grad_()
     plain = values.detach()
     return [
-        ("topk_encode", (x, W, b, 4, None, "cpu")),
-        ("topk_encode", (x, W, b, 4, torch.arange(0, 60, 2), "cpu")),
-        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), True, True, "cpu")),
-        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), False, False, "cpu")),
+        ("topk_encode", (x, W, b, None, 4, None, torch.float32, "cpu")),
+        ("topk_encode", (x, W, b, bias, 4, torch.arange(0, 60, 2), torch.float32, "cpu")),
+        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), None, True, True, False, "cpu")),
+        ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), g[0], False, False, True, "cpu")),
         ("joint_decode", (values, indices, W, None, None, None, None, 4, "cpu")),
         ("joint_decode", (values, indices, None, None, V, None, None, 4, "cpu")),
         ("joint_decode", (values, indices, W, W2, V, None, None, 2, "cpu")),

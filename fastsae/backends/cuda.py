@@ -16,7 +16,14 @@ from csrc_triton.dense_code import dense_decode, dense_decode_backward, dense_we
 from csrc_triton.feature_order import WorkItems, work_items
 from csrc_triton.joint_decode import joint_decode as launch_joint_decode
 from csrc_triton.topk_encode import topk_encode as launch_topk_encode
-from csrc_triton.weight_gradients import WIDEST, Decoder, decode_backward, gathered_dot, weight_gradient
+from csrc_triton.weight_gradients import (
+    WIDEST,
+    Decoder,
+    decode_backward,
+    feature_sums,
+    gathered_dot,
+    weight_gradient,
+)
 
 Destination = tuple[Tensor, bool] | AdamStep
 
@@ -60,20 +67,28 @@ def topk_encode_backward(
     W_enc: Tensor,
     need_x: bool,
     need_W: bool,
+    need_b_dec: bool,
     out: Destination | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """d_x (B, d_in), d_W_enc (d_sae, d_in), d_b_enc (d_sae); entries of value 0 receive nothing."""
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """d_x (B, d_in), d_W_enc (d_sae, d_in), d_b_enc (d_sae), d_b_dec (d_in); entries of value 0 receive nothing.
+
+    d_b_dec = -sum of d_x = -d_b_enc @ W_enc, which reads the dictionary once and gathers nothing.
+    """
     d_pre, x = torch.where(values > 0, d_values, 0), x.contiguous()
-    d_x = _decode(d_pre, indices, W_enc, None, values.shape[1]).to(x.dtype) if need_x else None
-    d_b_enc = torch.empty(len(W_enc), dtype=torch.float32, device=x.device)
+    # All that reads W_enc comes before its gradient, whose step of Adam may change it.
+    d_x = _decode(d_pre, indices, W_enc, None, values.shape[1]) if need_x else None
     items = _take_order(indices, len(W_enc))
-    dense = need_W and _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense"
-    finish, d_W_enc = _finish(out, W_enc, dense) if need_W else (None, None)
-    if dense and isinstance(finish, Gradient):
-        dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
-        finish = None
-    weight_gradient(items, d_pre, None, x if finish is not None else x[:, :1].contiguous(), finish, d_b_enc)
-    return d_x, d_W_enc, d_b_enc.to(W_enc.dtype)
+    d_b_enc = feature_sums(items, d_pre, len(W_enc)).to(W_enc.dtype)
+    d_b_dec = -(d_b_enc @ W_enc) if need_b_dec else None
+    d_W_enc = None
+    if need_W:
+        dense = _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense"
+        finish, d_W_enc = _finish(out, W_enc, dense)
+        if dense and isinstance(finish, Gradient):
+            dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
+        else:
+            weight_gradient(items, d_pre, x, finish)
+    return d_x, d_W_enc, d_b_enc, d_b_dec
 
 
 # ---- decode ---------------------------------------------------------------------------------------------------------
@@ -176,7 +191,7 @@ def _wide_backward(
     gathered_dot(values, indices, d_out, dec.weight, None if lin is None else lin.weight, n, d_values)
     for weight, k in ((dec, values.shape[1]), (lin, n)):
         if weight is not None and weight.destination is not None:
-            weight_gradient(items, values, None, d_out, weight.destination, n=k)
+            weight_gradient(items, values, d_out, weight.destination, k)
 
 
 def _decode(values: Tensor, indices: Tensor, W: Tensor, W_lin: Tensor | None, n: int) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Tensor
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """values, indices = the k largest of relu(x @ W_enc.T + b_enc), strongest first, ties to the lower index.
+    """values, indices = the k largest of relu((x - b_dec) @ W_enc.T + b_enc), strongest first, ties to the lower index.
 
     features (n,) int64, ascending: only these compete (the others are treated as if they did not exist).
     """
+    if b_dec is not None:
+        x = x - b_dec
     if features is not None:
         W_enc, b_enc = W_enc[features], b_enc[features]
     activations = torch.relu(x @ W_enc.T + b_enc)

@@ -126,9 +126,7 @@ class SparseAutoencoder(nn.Module):
                 )
             x = x.to(self.W_enc.dtype)  # what a layer before gives under autocast
         rows = x.reshape(-1, self.d_in)
-        if self.b_dec is not None:
-            rows = rows - self.b_dec
-        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, backend=self.backend)
+        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
         return SparseCode(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), self.d_sae)
 
     def decode(self, code: SparseCode) -> Tensor:

@@ -109,7 +109,7 @@ def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypa
     """Split and whole features, used and unused ones, three weights at once."""
     for module in (feature_order, weight_gradients):
         monkeypatch.setattr(module, "SEGMENT", 3)
-    weights = [torch.randn(7, width, device=device) for width in (6, 6, 3)]
+    weights = [torch.randn(4, width, device=device) for width in (6, 6, 3)]
     ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
     fused, plain = AdamInBackward(ours, lr=1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
 
@@ -118,7 +118,7 @@ def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypa
         return (out.square().sum() + z.square().sum()) / 10
 
     for step in range(50):
-        values, indices = torch.rand(4, 3, device=device), torch.randint(6, (4, 3), device=device)
+        values, indices = torch.rand(3, 3, device=device), torch.randint(3, (3, 3), device=device)
         with fused.in_backward():
             loss(ours, values, indices, "cuda").backward()
         assert all(w.grad is None for w in ours)
@@ -256,8 +256,8 @@ def samples(device: str) -> list[tuple[str, tuple]]:
     seed = torch.tensor([5], device=device)
     plain, plain_x = [t.detach() for t in (W, W2, V)], x.detach()
     return [
-        ("topk_encode", (x, W, b, 2, None, "cuda")),
-        ("topk_encode_backward", (values, values, indices, x.detach(), plain[0], True, True, "cuda")),
+        ("topk_encode", (x, W, b, made(8), 2, None, torch.float32, "cuda")),
+        ("topk_encode_backward", (values, values, indices, plain_x, plain[0], plain_x[0], True, True, True, "cuda")),
         ("joint_decode", (values.requires_grad_(), indices, W, W2, V, None, None, 1, "cuda")),
         ("joint_decode", (values, indices, W, W2, None, mlp[3], made(3, 8), 2, "cuda")),
         (

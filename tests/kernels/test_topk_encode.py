@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import Case, assert_selection
+from helpers import Case, assert_b_dec, assert_selection
 from torch import Tensor
 
 from csrc_triton import plan
@@ -132,6 +132,11 @@ def test_either_product_gives_the_selection(gemm: str, device: str, monkeypatch:
     chosen = plan.encode
     monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), gemm=gemm, group=16, width=320))
     assert_selection(case, p, *ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], 4, backend="cuda"))
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+def test_b_dec_is_subtracted_and_gets_its_gradient(need_x: bool, dtype: torch.dtype, device: str, slack: float):
+    assert_b_dec(dtype, need_x, "cuda", device, slack)
 
 
 def test_chunks_of_rows_change_nothing(device: str):

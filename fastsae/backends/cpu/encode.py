@@ -81,11 +81,12 @@ def topk_encode_backward(
     W_enc: Tensor,
     need_x: bool,
     need_W: bool,
+    need_b_dec: bool,
     out: Destination | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """d_x (B, d_in), d_W_enc (d_sae, d_in; None if it is written to `out`), d_b_enc (d_sae).
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """d_x (B, d_in), d_W_enc (d_sae, d_in; None if it is written to `out`), d_b_enc (d_sae), d_b_dec (d_in).
 
-    Entries of value 0 receive nothing.
+    Entries of value 0 receive nothing. d_b_dec = -sum of d_x = -d_b_enc @ W_enc.
     """
     d_pre = d_values.masked_fill(values <= 0, 0)
     d_x = sparse_decode(d_pre, indices, W_enc) if need_x else None
@@ -95,4 +96,5 @@ def topk_encode_backward(
     # bf16 would lose the small terms of a long sum.
     sums = torch.promote_types(x.dtype, torch.float32)
     d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.reshape(-1), d_pre.reshape(-1).to(sums))
-    return d_x, None if out else d_W_enc, d_b_enc.to(x.dtype)
+    d_b_enc = d_b_enc.to(x.dtype)
+    return d_x, None if out else d_W_enc, d_b_enc, -(d_b_enc @ W_enc) if need_b_dec else None
