@@ -39,6 +39,8 @@ class AdamStep(NamedTuple):
     eps: float
     unit_norm: bool
     """Take the part along the row out of its gradient, and bring the row back to norm 1."""
+    made: list[bool]
+    """Not empty once a backward has taken the step on."""
 
     def arguments(self, name: str) -> dict[str, object]:
         """The kernel arguments for the weight called `name`."""

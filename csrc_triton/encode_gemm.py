@@ -79,7 +79,7 @@ def encode_gemm(x: Tensor, W_enc: Tensor, b_enc: Tensor, y: Tensor, group: int) 
         {
             "x_ptr": x,
             "w_enc_ptr": W_enc.contiguous(),
-            "b_enc_ptr": b_enc,
+            "b_enc_ptr": b_enc.contiguous(),
             "y_ptr": y,
             "maxima_ptr": maxima,
             "R": rows,

@@ -114,7 +114,7 @@ def joint_decode(
             "w_dec_ptr": weights[0],
             "w_lin_ptr": weights[1],
             "v_ptr": weights[2],
-            "bias_ptr": bias,
+            "bias_ptr": None if bias is None else bias.contiguous(),
             "target_ptr": None if target is None else target.contiguous(),
             "out_ptr": out,
             "s_ptr": s,

@@ -1,9 +1,11 @@
 """How every kernel is started: on the device, or noted down for the offline compile."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ def launch(
     bytes_moved: int,
     flops: int = 0,
 ) -> None:
-    """Start `kernel` on `grid`. An empty grid starts nothing."""
+    """Start `kernel` on `grid`, on the device of its tensors. An empty grid starts nothing."""
     if _noted is not None:
         _noted.append(Launch(kernel, grid, arguments, num_warps, num_stages, bytes_moved, flops))
     elif all(grid):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)

@@ -101,7 +101,7 @@ class Step:
         master, exp_avg, exp_avg_sq = self.fp32(weight, weight, weight)
         copy = None if self.dtype == torch.float32 else weight
         corrections = self.meta(2, dtype=torch.float32)
-        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm)
+        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm, [])
 
 
 def _topk_encode(t: Step) -> None:
@@ -112,7 +112,8 @@ def _topk_encode(t: Step) -> None:
 def _is_dense(t: Step) -> bool:
     """Whether the plan leaves the decoder to matrix products, and only V is gathered."""
     s = t.shape
-    return plan.decode(s.B, s.D, s.M, s.K, s.N, True, t.dtype.itemsize).backward == "dense"
+    itemsize = t.dtype.itemsize
+    return plan.decode(s.B, s.D, s.M, s.K, s.N, True, itemsize, itemsize, BUDGET, False).backward == "dense"
 
 
 def _joint_decode(t: Step) -> None:

@@ -13,6 +13,8 @@ Way = TypeVar("Way", bound=str)
 BANDWIDTH = 4.3e12
 FLOPS = {2: 790e12, 4: 50e12}
 """By bytes per number: 16-bit tensor cores, and IEEE fp32."""
+TF32_FLOPS = 395e12
+"""fp32 where the user allowed TF32."""
 
 # A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share (a guess until measured).
 _CUBLAS_ADVANTAGE = 0.12
@@ -58,22 +60,27 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int) -> EncodePlan:
+def rate(itemsize: int, tf32: bool = False) -> float:
+    """Operations per second of a matrix product."""
+    return TF32_FLOPS if tf32 and itemsize == 4 else FLOPS[itemsize]
+
+
+def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int, tf32: bool = False) -> EncodePlan:
     """The plan for topk_encode of B rows; `budget` bytes of pre-activations may be held at once."""
     group = group_size(M, K)
     unit = max(64, group)
     width = -(-M // unit) * unit
-    rows = max(1, min(B, budget // (width * itemsize)))
+    # Keys of 8 bytes for every feature, and four temporaries of their size.
+    each = itemsize + 40 if K > _MOST_RANKED else itemsize
+    rows = _chunk(B, budget // (width * each))
     if K > _MOST_RANKED:
-        # Keys of 8 bytes for every feature, twice.
-        rows = max(1, min(B, budget // (width * (itemsize + 16))))
         select, why = "topk", f"k above {_MOST_RANKED}: 64-bit keys and torch.topk"
     elif group == 0:
-        select, why = "stream", "fewer than 16 features per active one: each row is read once per bit of its numbers"
+        select, why = "stream", f"{M} features make too few groups for k = {K}: a row is read once per bit of a number"
     else:
         select, why = "groups", f"maxima of groups of {group}, then the members of the {K} best groups"
     # Taking the maxima in a pass of its own reads the pre-activations once more.
-    extra, product = M * itemsize / BANDWIDTH, 2 * M * D / FLOPS[itemsize]  # seconds a row
+    extra, product = M * itemsize / BANDWIDTH, 2 * M * D / rate(itemsize, tf32)  # seconds a row
     ours = select == "groups" and itemsize == 2 and 16 <= group <= 128 and extra > _CUBLAS_ADVANTAGE * product
     gemm = "triton" if ours else "cublas"
     if select == "groups":
@@ -84,6 +91,15 @@ def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int) -> Encode
     return EncodePlan(rows, width, gemm, select, group, rows * width * itemsize, why)
 
 
+def _chunk(rows: int, most: int) -> int:
+    """Rows at a time, at most `most`: chunks of one size, of whole tiles where that fits."""
+    if most >= rows:
+        return max(1, rows)
+    even = -(-rows // -(-rows // max(1, most)))
+    tiles = -(-even // 128) * 128
+    return tiles if tiles <= most else even
+
+
 def group_size(M: int, K: int) -> int:
     """Features per group: ranking the maxima then costs about what reading the members does. 0: no groups."""
     group = 8
@@ -91,9 +107,10 @@ def group_size(M: int, K: int) -> int:
         group *= 2
     while -(-M // group) > 4096:  # the maxima of a row lie in one program's registers
         group *= 2
-    while group > 8 and -(-M // group) < 2 * K:
+    while group > 8 and -(-M // group) < 2 * K and -(-M // (group // 2)) <= 4096:
         group //= 2
-    return group if 2 * K <= -(-M // group) <= 4096 else 0
+    # With 1.5 k groups about 1.65 k features reach the k-th largest maximum, and 2 k have room.
+    return group if 3 * K <= 2 * -(-M // group) <= 2 * 4096 else 0
 
 
 def gather_seconds(B: int, D: int, K: int, itemsize: int) -> float:
@@ -101,25 +118,33 @@ def gather_seconds(B: int, D: int, K: int, itemsize: int) -> float:
     return B * K * D * itemsize / BANDWIDTH
 
 
-def dense_seconds(B: int, D: int, M: int, itemsize: int, products: int, passes: int) -> float:
+def dense_seconds(B: int, D: int, M: int, itemsize: int, products: int, passes: int, tf32: bool = False) -> float:
     """`products` matrix products of sizes B, M, D and `passes` over a dense (B, M) code."""
-    return products * 2 * B * M * D / FLOPS[itemsize] + (passes * B + D) * M * itemsize / BANDWIDTH
+    return products * 2 * B * M * D / rate(itemsize, tf32) + (passes * B + D) * M * itemsize / BANDWIDTH
 
 
-def decode(B: int, D: int, M: int, K: int, N: int, linear: bool, itemsize: int) -> DecodePlan:
-    """The plan for joint_decode over W_dec and, if `linear`, W_lin for the N strongest; and for all their gradients."""
-    shared = linear and N == K and 3 * M < B * K
+def decode(
+    B: int, D: int, M: int, K: int, N: int, linear: bool, itemsize: int, weight_itemsize: int, budget: int, tf32: bool
+) -> DecodePlan:
+    """The plan for joint_decode over W_dec and, if `linear`, W_lin for the N strongest; and for all their gradients.
+
+    itemsize is that of the code and of what is computed in, weight_itemsize that of the weights (fp32 under autocast).
+    """
+    shared = linear and N == K and 3 * M < B * K and M * D * weight_itemsize <= budget
     gathered = K + (N if linear and not shared else 0)
     pathways = 1 + int(linear and not shared)
     # The dense code is cleared, written and read.
     ways = {
-        "forward": (gather_seconds(B, D, gathered, itemsize), dense_seconds(B, D, M, itemsize, pathways, 3 * pathways)),
+        "forward": (
+            gather_seconds(B, D, gathered, weight_itemsize),
+            dense_seconds(B, D, M, itemsize, pathways, 3 * pathways, tf32),
+        ),
         # Gradients of values and weights: one more dense (B, M) is written and read.
         "backward": (
             gather_seconds(B, D, K, itemsize),
-            dense_seconds(B, D, M, itemsize, 2 * (1 + int(linear)), 5 * (1 + int(linear))),
+            dense_seconds(B, D, M, itemsize, 2 * (1 + int(linear)), 5 * (1 + int(linear)), tf32),
         ),
-        "encoder_backward": (gather_seconds(B, D, K, itemsize), dense_seconds(B, D, M, itemsize, 1, 3)),
+        "encoder_backward": (gather_seconds(B, D, K, itemsize), dense_seconds(B, D, M, itemsize, 1, 3, tf32)),
     }
     chosen: dict[str, Literal["gather", "dense"]] = {
         name: "dense" if dense < gather else "gather" for name, (gather, dense) in ways.items()
@@ -128,8 +153,9 @@ def decode(B: int, D: int, M: int, K: int, N: int, linear: bool, itemsize: int) 
     return DecodePlan(**chosen, shared=shared, reason="; ".join(words).replace("_", " ") + " (counted)")
 
 
-def cheapest(costs: dict[Way, tuple[int, int]], itemsize: int) -> tuple[Way, str]:
+def cheapest(costs: dict[Way, tuple[int, int]], itemsize: int, tf32: bool = False) -> tuple[Way, str]:
     """The way of the least time by (bytes, operations), and the reason in words."""
-    seconds = {way: max(moved / BANDWIDTH, operations / FLOPS[itemsize]) for way, (moved, operations) in costs.items()}
+    speed = rate(itemsize, tf32)
+    seconds = {way: max(moved / BANDWIDTH, operations / speed) for way, (moved, operations) in costs.items()}
     words = (f"{way} {moved / 2**20:.0f} MiB, {seconds[way] * 1e3:.2g} ms" for way, (moved, _) in costs.items())
     return min(seconds, key=lambda way: seconds[way]), ", ".join(words) + " (counted)"

@@ -159,8 +159,8 @@ def select_slow_kernel(
         tl.store(indices_ptr + row * K + offs_k, index_of(ranked), mask=offs_k < K)
 
 
-# The features of a dictionary that compete are gathered so many at a time, when only some do.
-_GATHERED = 16384
+# Features are copied so many at a time where only some compete, or where they are multiplied in another dtype.
+_COPIED = 16384
 
 
 def topk_encode(
@@ -168,7 +168,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """values (B, k) in the dtype of x and indices (B, k) int64, strongest first, ties to the lower index.
 
-    x (B, D); W_enc (M, D) and b_enc (M) in the dtype of x; features int64 ascending or None: only these compete.
+    x (B, D); W_enc (M, D) and b_enc (M), multiplied in the dtype of x; features int64 ascending or None: only these
+    compete.
     """
     x = x.contiguous()
     M = len(W_enc) if features is None else len(features)
@@ -178,10 +179,14 @@ def topk_encode(
         return values, indices
     y = x.new_empty(plan.rows, plan.width)
     y[:, M:] = 0  # not positive: never among the largest
+    b_enc = b_enc.to(x.dtype)
+    ours = plan.gemm == "triton" and features is None
+    if ours:
+        W_enc = W_enc.to(x.dtype)
     for start in range(0, len(x), plan.rows):
         chunk = slice(start, min(start + plan.rows, len(x)))
         pre, maxima = y[: len(x[chunk])], None
-        if plan.gemm == "triton" and features is None:
+        if ours:
             maxima = encode_gemm(x[chunk], W_enc, b_enc, pre, plan.group)
         else:
             _multiply(x[chunk], W_enc, b_enc, features, pre)
@@ -190,12 +195,14 @@ def topk_encode(
 
 
 def _multiply(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor | None, y: Tensor) -> None:
-    if features is None:
+    if features is None and W_enc.dtype == x.dtype:
         torch.addmm(b_enc, x, W_enc.T, out=y[:, : len(W_enc)])
         return
-    for start in range(0, len(features), _GATHERED):
-        some = features[start : start + _GATHERED]
-        torch.addmm(b_enc[some], x, W_enc[some].T, out=y[:, start : start + len(some)])
+    M = len(W_enc) if features is None else len(features)
+    for start in range(0, M, _COPIED):
+        some = slice(start, min(start + _COPIED, M)) if features is None else features[start : start + _COPIED]
+        W, b = W_enc[some].to(x.dtype), b_enc[some]
+        torch.addmm(b, x, W.T, out=y[:, start : start + len(b)])
 
 
 def _select(

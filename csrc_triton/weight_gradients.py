@@ -20,6 +20,8 @@ from csrc_triton.plan import SEGMENT, power_of_two
 
 # A program of decode_backward holds whole rows: of each weight, its gradient, and some tokens.
 WIDEST = 8192
+# One of weight_gradient takes at most so much of a row.
+WIDEST_BLOCK = 2048
 
 
 @triton.jit
@@ -399,7 +401,7 @@ def weight_gradient(
     """
     K, D = coefficients.shape[1], rows.shape[1]
     parts = torch.empty(items.n_slots, D, dtype=torch.float32, device=rows.device)
-    block_d = min(power_of_two(max(D, 16)), 2048)
+    block_d = min(power_of_two(max(D, 16)), WIDEST_BLOCK)
     launch(
         weight_gradient_kernel,
         (len(items.feature), triton.cdiv(D, block_d)),

@@ -40,7 +40,7 @@ class GradientBuffers:
     def claim(self, weight: Tensor, backend: str) -> tuple[Tensor, bool] | None:
         """The buffer for this weight's gradient and whether to add to it; None if the weight is not ours."""
         parameter = self._weights.find(weight)
-        if parameter is None:
+        if parameter is None or (backend == "cuda" and not _is_plain(parameter)):
             return None
         if parameter.grad is not None:
             return parameter.grad, True
@@ -49,6 +49,11 @@ class GradientBuffers:
             buffer = self._buffers[parameter] = torch.empty_like(parameter, requires_grad=False)
         parameter.grad = buffer
         return buffer, False
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether kernels can write its gradient: they count on rows one after another."""
+    return parameter.is_contiguous() and (parameter.grad is None or parameter.grad.is_contiguous())
 
 
 class Weights:

@@ -73,7 +73,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str =
     """identity[b] = sum_j values[b, j] * W_dec[indices[b, j]].
 
     values   float (B, k)          gets a gradient
-    indices  int64 (B, k) in [0, d_sae); may repeat within a row
+    indices  int64 (B, k) in [0, d_sae), which is not checked on a GPU; may repeat within a row
     W_dec    float (d_sae, d_in)   gets a gradient
     Returns (B, d_in). The backward sums over each feature's tokens in one fixed order: the same bits every run.
     """
@@ -146,6 +146,20 @@ def reconstruct(
     if (mlp is None) != (V is None):
         raise ValueError(f"{where}: V and mlp belong together; got {'V' if mlp is None else 'mlp'} alone")
     rows, d_in = len(values), W_dec.shape[1]
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}: dropout must be in [0, 1); got {dropout}")
+    if mlp is not None and V is not None:
+        W1, b1, W2 = mlp
+        _check_floats(where, W_dec=W_dec, W1=W1, b1=b1, W2=W2)
+        E = V.shape[1]
+        _check_shape(where, "W1", W1, (E, E), "(E, E) of V")
+        _check_shape(where, "b1", b1, (E,), "(E,) of V")
+        _check_shape(where, "W2", W2, (d_in, E), "(d_in, E) of W_dec and V")
+    _check_floats(where, W_dec=W_dec, bias=bias)
+    if target is not None and (target.device != values.device or not target.is_floating_point()):
+        raise TypeError(
+            f"{where}: target must be a float tensor on {values.device}; got {target.dtype} on {target.device}"
+        )
     if bias is not None:
         _check_shape(where, "bias", bias, (d_in,), "(d_in,) of W_dec")
     if target is not None:
@@ -314,7 +328,7 @@ def _joint_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
 def _joint_decode_grad(ctx: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: Tensor | None, d_loss: Any) -> Any:
     values, indices, W_dec, W_lin, V, target, out = ctx.saved_tensors
     d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[6])
-    if d_out is None and d_s is None:
+    if d_out is None and d_s is None and d_q is None:
         return (None,) * 9
     d_bias = None if d_out is None or not ctx.needs_input_grad[5] else d_out.sum(dim=0)
     need = ctx.needs_input_grad[2:5]
@@ -522,8 +536,8 @@ def _choose_for_code(where: str, backend: str, values: Tensor, indices: Tensor, 
             f"{where}: values and indices must both be (B, k); got {tuple(values.shape)} and {tuple(indices.shape)}. "
             "Pass the pair that topk_encode returns."
         )
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{where}: indices must be int64; got {indices.dtype}")
+    if indices.dtype != torch.int64 or indices.device != values.device:
+        raise TypeError(f"{where}: indices must be int64 on {values.device}; got {indices.dtype} on {indices.device}")
     given = {name: t for name, t in weights.items() if t is not None}
     first = next(iter(given.values()))
     # Under autocast the code comes in the narrower dtype, and the CUDA kernels read weights as they are.

@@ -47,11 +47,14 @@ class AdamInBackward(torch.optim.Adam):
             sae(x).loss.backward()     # CUDA backend: W_enc, W_dec, W_lin, V make their step, their .grad stays None
         optimizer.step()               # everything else
 
-    Equal to the plain optimizer to rounding, and so are its states, which have the same names. Where a backend or a
-    plan makes gradients by matrix products, or the backend is not "cuda", gradients are written and step() uses them.
+    Equal to the plain optimizer to rounding, and so are its states, which have the same names. Where a gradient is made
+    by matrix products, in a compiled model, and on other backends, gradients are written and step() uses them.
     bf16 and fp16 parameters get a state "master" in fp32, which is what is trained; moments are then fp32 too.
     unit_norm: weights (d_sae, d_in) whose rows stay at norm 1, the part of the gradient along them removed.
-    Not for gradient clipping or accumulation, which need the gradients; a weight takes part once per backward.
+
+    Inside in_backward() every backward makes steps, torch.autograd.grad too: one backward a step, in which a weight is
+    used once. A second use raises, from autograd ("modified by an inplace operation") or from step(); by then the first
+    step is made, so go on from a checkpoint. Not for clipping, accumulation or GradScaler, which need the gradients.
     """
 
     def __init__(
@@ -62,67 +65,85 @@ class AdamInBackward(torch.optim.Adam):
         eps: float = 1e-8,
         unit_norm: Iterable[Tensor] = (),
     ) -> None:
-        super().__init__(list(params), lr=lr, betas=betas, eps=eps, fused=True)
+        params = list(params)
+        if not all(isinstance(p, Tensor) for p in params) or isinstance(lr, Tensor):
+            raise TypeError("AdamInBackward: expected tensors and a float lr; groups of parameters are not supported")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self._unit_norm = {id(p) for p in unit_norm}
         self._weights = gradients.Weights([])
-        self._stepped: list[Tensor] = []
+        self._offered: list[tuple[Tensor, Any]] = []
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
         """Sets every .grad to None; the backward inside makes steps."""
         self.zero_grad()
-        self._stepped = []
-        self._weights = gradients.Weights([p for group in self.param_groups for p in group["params"]])
+        self._offered = []
+        self._weights = gradients.Weights(self._parameters)
         gradients.activate(self)
         try:
             yield
         finally:
             gradients.deactivate()
 
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return self.param_groups[0]["params"]
+
     def claim(self, weight: Tensor, backend: str) -> Any:
         """The step for this weight, which the backend makes row by row; None where it cannot."""
         parameter = self._weights.find(weight)
-        if parameter is None or backend != "cuda":
+        if parameter is None or backend != "cuda" or not parameter.is_contiguous():
             return None
         from csrc_triton.adam import AdamStep  # brings triton
 
-        if any(parameter is p for p in self._stepped):
-            raise RuntimeError(
-                "AdamInBackward: a weight takes part twice in one backward, and its first step is made already. Use "
-                "torch.optim.Adam(fused=True) there."
-            )
-        self._stepped.append(parameter)
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        state = self._state_of(parameter)
+        group, state = self.param_groups[0], self._state_of(parameter)
         # On the device, so that nobody waits: the count of steps lies there.
         t = state["step"].double() + 1
         beta1, beta2 = group["betas"]
-        corrections = torch.stack([1 / (1 - beta1**t), (1 - beta2**t).rsqrt()]).float().view(2)
         master = state.get("master")
-        return AdamStep(
-            weight=parameter if master is None else master,
+        step = AdamStep(
+            weight=parameter.detach() if master is None else master,
             exp_avg=state["exp_avg"],
             exp_avg_sq=state["exp_avg_sq"],
             copy=None if master is None else parameter.detach(),
-            corrections=corrections,
+            corrections=torch.stack([1 / (1 - beta1**t), (1 - beta2**t).rsqrt()]).float(),
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             unit_norm=id(parameter) in self._unit_norm,
+            made=[],
         )
+        self._offered.append((parameter, step))
+        # Kernels write past autograd: who saved the weight, and reads it after the step, must be told.
+        torch.autograd.graph.increment_version(parameter)
+        return step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """The steps that the backward did not make."""
-        for p in self._stepped:
-            if p.grad is None:
-                self.state[p]["step"] += 1
-        self._stepped = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_alone(p, group)
+        """The steps that the backward did not make. Raises RuntimeError where a weight has made one and has a .grad."""
+        if closure is not None or getattr(self, "grad_scale", None) is not None:
+            what = "a closure" if closure is not None else "GradScaler"
+            raise RuntimeError(f"AdamInBackward.step: {what} needs gradients, and some were used up in the backward")
+        made = [p for p, step in self._offered if step.made]
+        self._offered = []
+        for p in made:
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"AdamInBackward: a weight {tuple(p.shape)} was used outside of fastsae's operations too, and made "
+                    "its step without that part of its gradient. Go on from a checkpoint, with torch.optim.Adam."
+                )
+            self.state[p]["step"] += 1
+        for p in self._parameters:
+            if p.grad is not None:
+                self._step_alone(p, self.param_groups[0])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Like torch's, but what is fp32 beside narrow parameters stays fp32."""
+        super().load_state_dict(state_dict)
+        for number, p in zip(state_dict["param_groups"][0]["params"], self._parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[p][name] = value.to(p.device, copy=True)
 
     def _step_alone(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(p)

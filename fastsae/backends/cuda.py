@@ -13,11 +13,13 @@ from csrc_triton import plan
 from csrc_triton.adam import AdamStep, Gradient
 from csrc_triton.adam import Destination as Finish
 from csrc_triton.dense_code import dense_decode, dense_decode_backward, dense_weight_gradient
+from csrc_triton.dot import precision
 from csrc_triton.feature_order import WorkItems, work_items
 from csrc_triton.joint_decode import joint_decode as launch_joint_decode
 from csrc_triton.topk_encode import topk_encode as launch_topk_encode
 from csrc_triton.weight_gradients import (
     WIDEST,
+    WIDEST_BLOCK,
     Decoder,
     decode_backward,
     feature_sums,
@@ -55,8 +57,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """See reference.topk_encode."""
     d_sae = len(W_enc) if features is None else len(features)
-    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device))
-    return launch_topk_encode(x, W_enc.to(x.dtype), b_enc.to(x.dtype), k, features, chosen)
+    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32())
+    return launch_topk_encode(x, W_enc, b_enc, k, features, chosen)
 
 
 def topk_encode_backward(
@@ -83,7 +85,7 @@ def topk_encode_backward(
     d_W_enc = None
     if need_W:
         dense = _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense"
-        finish, d_W_enc = _finish(out, W_enc, dense)
+        finish, d_W_enc = _finish(out, W_enc, dense or _cuts_rows(out, W_enc))
         if dense and isinstance(finish, Gradient):
             dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
         else:
@@ -140,15 +142,16 @@ def joint_decode_backward(
     """d_values (B, k), d_W_dec, d_W_lin (d_sae, d_in), d_V (d_sae, E)."""
     values, indices = values.contiguous(), indices.contiguous()
     dense = W_dec is not None and _plan(values, W_dec, W_lin is not None, n).backward == "dense"
-    dec, d_W_dec = _decoder(W_dec, need_W_dec, out[0], dense)
-    lin, d_W_lin = _decoder(W_lin, need_W_lin, out[1], dense)
+    wide = W_dec is not None and W_dec.shape[1] > WIDEST
+    dec, d_W_dec = _decoder(W_dec, need_W_dec, out[0], dense or (wide and _cuts_rows(out[0], W_dec)))
+    lin, d_W_lin = _decoder(W_lin, need_W_lin, out[1], dense or (wide and _cuts_rows(out[1], W_lin)))
     v, d_V = _decoder(V, need_V, out[2], False)
     d_out, d_s, d_q = _rows(d_out, values, dec), _rows(d_s, values, v), _rows(d_q, values, v)
     if d_s is not None and d_q is not None and n == 1:  # one entry makes no pairs
-        d_s, d_q = d_s.zero_(), d_q.zero_()
+        d_s, d_q = torch.zeros_like(d_s), torch.zeros_like(d_q)
     d_values = torch.zeros_like(values)
     items = _keep_order(indices, next(len(w) for w in (W_dec, V) if w is not None))
-    apart = dense or (d_out is not None and d_out.shape[1] > WIDEST)
+    apart = dense or wide
     if apart and dec is not None and d_out is not None:
         backward = _dense_backward if dense else _wide_backward
         backward(items, values, indices, d_out, dec, lin, n, d_values)
@@ -199,7 +202,13 @@ def _decode(values: Tensor, indices: Tensor, W: Tensor, W_lin: Tensor | None, n:
 
 
 def _plan(values: Tensor, W: Tensor, linear: bool, n: int) -> plan.DecodePlan:
-    return plan.decode(len(values), W.shape[1], len(W), values.shape[1], n, linear, values.element_size())
+    (rows, k), (d_sae, d_in) = values.shape, W.shape
+    sizes = values.element_size(), W.element_size()
+    return plan.decode(rows, d_in, d_sae, k, n, linear, *sizes, budget(values.device), _tf32())
+
+
+def _tf32() -> bool:
+    return precision() == "tf32"
 
 
 def _rows(gradient: Tensor | None, values: Tensor, weight: Decoder | None) -> Tensor | None:
@@ -221,6 +230,12 @@ def _decoder(
     return Decoder(weight.contiguous(), finish), grad
 
 
+def _cuts_rows(out: Destination | None, weight: Tensor | None) -> bool:
+    """Whether weight_gradient would take rows apart that a step needs whole."""
+    wide = weight is not None and weight.shape[1] > WIDEST_BLOCK
+    return wide and isinstance(out, AdamStep) and out.unit_norm
+
+
 def _finish(out: Destination | None, weight: Tensor, written: bool = False) -> tuple[Finish, Tensor | None]:
     """What becomes of a gradient, and what autograd is given for it.
 
@@ -228,6 +243,7 @@ def _finish(out: Destination | None, weight: Tensor, written: bool = False) -> t
     """
     if isinstance(out, AdamStep):
         if not written:
+            out.made.append(True)
             return out, None
     elif out is not None:
         return Gradient(*out), None
@@ -281,7 +297,7 @@ def integrate_backward(
 
 def _interaction_path(rows: int, d_in: int, d_embedding: int, compute: torch.dtype) -> tuple[mlp.Path, str]:
     itemsize = compute.itemsize
-    return plan.cheapest(mlp.cost(rows, d_in, d_embedding, itemsize, training=True), itemsize)
+    return plan.cheapest(mlp.cost(rows, d_in, d_embedding, itemsize, training=True), itemsize, _tf32())
 
 
 # ---- the feature order, made once for the decoder's backward and the encoder's --------------------------------------
@@ -331,10 +347,11 @@ def explain(rows: int, sae: Any, device: torch.device) -> list[str]:
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     d_in, d_sae, k, itemsize = sae.W_enc.shape[1], sae.d_sae, sae.k, dtype.itemsize
-    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device))
+    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device), _tf32())
     W_lin, V = getattr(sae, "W_lin", None), getattr(sae, "V", None)
     n = getattr(sae, "k_integration", k)
-    decode = plan.decode(rows, d_in, d_sae, k, n, W_lin is not None, itemsize)
+    sizes = itemsize, sae.W_enc.element_size()
+    decode = plan.decode(rows, d_in, d_sae, k, n, W_lin is not None, *sizes, budget(device), _tf32())
     lines = [
         f"plan: {rows} rows in chunks of {encode.rows}; {encode.bytes / 2**20:.0f} MiB of pre-activations held",
         f"encode: {encode.gemm} product, {encode.select} selection; {encode.reason}",

@@ -126,6 +126,20 @@ def test_the_same_bits_every_run(way: Way, device: str, monkeypatch: pytest.Monk
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("way", [gather, split], ids=lambda w: w.__name__)
+def test_rows_of_several_blocks(way: Way, device: str, monkeypatch: pytest.MonkeyPatch):
+    """d_in beyond a block of joint_decode (1024) and of weight_gradient (2048)."""
+    way(monkeypatch)
+    case = Case("several blocks", 2, 2100, 4, 2, 2, 3)
+    inputs = {n: t.to(device) for n, t in case.inputs(torch.float32).items()}
+    assert_every_gradient(case, inputs, "cuda")
+    indices, target = torch.tensor([[0, 3], [1, 3]], device=device), torch.randn(2, 2100, device=device)
+    values = torch.rand(2, 2, device=device)
+    out, loss = ops.reconstruct(values, indices, inputs["W_dec"], None, None, 2, target=target, backend="cuda")
+    torch.testing.assert_close(loss, (out - target).square().mean())
+    torch.testing.assert_close(out, ops.sparse_decode(values, indices, inputs["W_dec"], "reference"))
+
+
 # ---- bias, loss, and where gradients go ------------------------------------------------------------------------------
 
 
@@ -151,7 +165,7 @@ def test_bias_and_loss(
             p["W_lin"],
             None,
             2,
-            bias=p["bias"],
+            bias=torch.stack([p["bias"], p["bias"]], dim=1)[:, 0],  # every second number
             target=p["target"],
             backend=backend,
         )

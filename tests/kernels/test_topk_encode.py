@@ -97,6 +97,17 @@ def test_select(kind: str, group: int, dtype: torch.dtype, device: str):
     torch.testing.assert_close(values.cpu(), torch.relu(y).gather(1, expected), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("group", [8, 0], ids=["groups", "stream"])
+@pytest.mark.parametrize("kind", ["normal", "few values"])
+def test_select_over_several_blocks(kind: str, group: int, device: str):
+    """More groups and members than one read takes, and rows longer than one."""
+    y = adversarial(kind, 5000, 140).half()[:1]
+    values, indices = selected(y.to(device), 140, group)
+    expected = torch.relu(y.double()).sort(dim=1, descending=True, stable=True).indices[:, :140]
+    assert torch.equal(indices.cpu(), expected)
+    assert torch.equal(values.cpu(), torch.relu(y).gather(1, expected))
+
+
 def test_the_limits_of_select_are_reached(device: str, monkeypatch: pytest.MonkeyPatch):
     """Rows that overflow the lists must be finished by select_slow: without it they stay as they were."""
     y = adversarial("equal", 331, 5).to(device)
@@ -139,6 +150,18 @@ def test_b_dec_is_subtracted_and_gets_its_gradient(need_x: bool, dtype: torch.dt
     assert_b_dec(dtype, need_x, "cuda", device, slack)
 
 
+@pytest.mark.parametrize("gemm", ["cublas", "triton"])
+def test_narrow_products_of_wide_weights(gemm: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Under autocast: blocks of W_enc are multiplied as fp16; whole numbers, so that it shows."""
+    monkeypatch.setattr(module, "_COPIED", 70)
+    x, W, b = (torch.randint(-2, 3, s, device=device).float() for s in ((3, 12), (200, 12), (200,)))
+    made = dataclasses.replace(plan.encode(3, 12, 200, 4, 2, 2**28), gemm=gemm, group=16, width=256)
+    values, indices = module.topk_encode(x.half(), W, b[::1], 4, None, made)
+    expected = ops.topk_encode(x, W, b, 4, "reference")
+    assert torch.equal(values.float(), expected[0])
+    assert torch.equal(indices, expected[1])
+
+
 def test_chunks_of_rows_change_nothing(device: str):
     case = Case("chunks", 7, 16, 200, 4, 2, 3, "ties")
     p = {name: t.to(device) for name, t in case.inputs(torch.float32).items()}
@@ -150,7 +173,7 @@ def test_chunks_of_rows_change_nothing(device: str):
 
 
 def test_features_restricts_who_competes(device: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_GATHERED", 30)
+    monkeypatch.setattr(module, "_COPIED", 30)
     x, W, b = (torch.randint(-2, 3, s, device=device).float() for s in ((4, 12), (200, 12), (200,)))
     features = torch.randperm(200)[:100].sort().values.to(device)
     ours = ops.topk_encode(x, W, b, 5, "cuda", features)
