@@ -93,7 +93,7 @@ class Stage:
             traceback.print_exc(file=sys.stdout)
             short = f"{type(error).__name__}: {error}".strip().splitlines()
             facts = {"reason": " ".join(short)[:500]}
-            if theirs or type(error).__name__ == "OutOfMemoryError":
+            if theirs:
                 status = "missing"
         # After the handler, which held the failed frames and all their tensors.
         lost = device_lost() if status != "ok" or group is None else None
