@@ -68,6 +68,8 @@ SHAPES = {
     "paper": Shape(B=4096, D=3200, M=50000, K=1024, N=512, E=300),
     "million": Shape(B=8192, D=2048, M=1048576, K=64, N=32, E=128, cases=("encode", "gradients")),
     "widest": Shape(B=4096, D=8192, M=65536, K=64, N=32, E=256, cases=("gradients",)),
+    "precise": Shape(B=4096, D=4096, M=65536, K=64, N=32, E=256, dtypes=(torch.float32,), cases=("gradients",)),
+    "few": Shape(B=1024, D=512, M=1000, K=200, N=100, E=64, dtypes=(torch.bfloat16, torch.float32), cases=("encode",)),
     "wider": Shape(B=4096, D=16384, M=65536, K=64, N=32, E=256, cases=("wide gradients",)),
     "small": _SMALL,
     # fp16 comes out as bf16 does; what differs is how numbers become keys, and the matrix instructions.

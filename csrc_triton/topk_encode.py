@@ -271,7 +271,7 @@ def _select(
             "N_BITS": n_bits,
             "MAX_CANDIDATES": max_candidates,
             "BLOCK_K": block_k,
-            "BLOCK_M": min(power_of_two(M), 4096),
+            "BLOCK_M": min(max(power_of_two(M), 1024), 4096),
         },
         num_warps=8,
         # Nothing but the counts where no row is left; else a row's pre-activations once per bit.

@@ -351,6 +351,8 @@ def decode_backward(
     parts = torch.empty(items.n_slots, width, dtype=torch.float32, device=values.device)
     block_d = power_of_two(max(D, 16))
     tokens, warps, stages = _TILES[min(max(block_d, 1024), WIDEST)]
+    if values.element_size() == 4:  # the rows gathered are twice as wide
+        tokens = max(1, tokens // 2)
     gathered = [(d_out, K), (d_s, n), (d_q, n)]
     launch(
         decode_backward_kernel,
@@ -477,8 +479,8 @@ def gathered_dot(
     )
 
 
-# Tokens at a time, warps and stages of decode_backward, by the block of D: no spills up to the widest.
-_TILES = {1024: (4, 4, 2), 2048: (2, 8, 2), 4096: (2, 16, 2), 8192: (1, 16, 2)}
+# Tokens at a time, warps and stages of decode_backward, by the block of D: what does not spill.
+_TILES = {1024: (4, 4, 2), 2048: (2, 8, 2), 4096: (2, 16, 2), 8192: (1, 16, 1)}
 
 
 def _item_arguments(items: WorkItems) -> dict[str, object]:

@@ -335,6 +335,26 @@ def test_every_shape_and_dtype_has_its_launches():
     names = {name for name, _ in offline.cases(*offline.SHAPES)}
     assert names == {
         *("modern bfloat16", "paper bfloat16", "million bfloat16", "widest bfloat16", "wider bfloat16"),
+        *("precise float32", "few bfloat16", "few float32"),
         *("small bfloat16", "small float32", "half float16", "odd bfloat16", "odd float32"),
     }
     assert {name.split()[0] for name, _ in offline.cases("small")} == {"small"}
+
+
+def test_another_k_or_learning_rate_compiles_nothing_anew():
+    """k is annealed, AuxK's follows the number of dead features, and the learning rate its schedule."""
+
+    def keys(k: int, lr: float) -> set[str]:
+        shape = offline.Shape(B=512, D=256, M=30000, K=k, N=k // 2 + 1, E=64)
+        step = offline.Step(shape, torch.float32)
+        adam = step.adam(step.W_dec)._replace(lr=lr)
+        with noting() as launches:
+            items = offline.work_items(step.indices, shape.M)
+            offline._topk_encode(step)
+            offline._joint_decode(step)
+            decoder = offline.Decoder(step.W_dec, adam)
+            offline.decode_backward(items, step.values, k, step.x, None, None, decoder, None, None, step.values, False)
+            offline.weight_gradient(items, step.values, step.x, adam)
+        return {offline.specialise(launch, 90).key for launch in launches}
+
+    assert keys(35, 1e-3) == keys(53, 7e-4)
