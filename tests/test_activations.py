@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny_lm
 import torch
 from torch import Tensor
@@ -313,7 +314,7 @@ def test_a_full_disk_costs_only_the_shard_that_did_not_fit(
     hooked: Any, windows: TokenWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     harvest(sources(hooked, windows), tmp_path / "whole")
-    save, folder = files.save_file, tmp_path / "full"
+    save, folder = safetensors.torch.save_file, tmp_path / "full"
 
     def save_until_full(tensors: dict[str, Tensor], path: Path) -> None:
         if len(list(folder.glob("shard_*"))) == 2:
@@ -321,7 +322,7 @@ def test_a_full_disk_costs_only_the_shard_that_did_not_fit(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(tensors, path)
 
-    monkeypatch.setattr(files, "save_file", save_until_full)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_until_full)
     with pytest.raises(OSError, match="No space left on device"):
         harvest(sources(hooked, windows), folder)
     kept = contents(folder)

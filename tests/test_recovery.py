@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from test_train import D, K, M, activations, assert_same, config, joint, weights
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastsae
-from fastsae import checkpoint, files, gradients
+from fastsae import checkpoint, gradients
 from fastsae.train import Trainer
 
 
@@ -37,7 +38,7 @@ class Disk:
             (shutil, "rmtree"),
             (Path, "unlink"),
             (Path, "write_text"),
-            (files, "save_file"),
+            (safetensors.torch, "save_file"),
         ):
             patch.setattr(where, name, self._counted(name, getattr(where, name)))
 
