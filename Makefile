@@ -10,7 +10,7 @@ demo: .venv/lab       ## train a TopK SAE and a joint SAE on a real model's acti
 test: .venv/dev       ## everything that can be proved without a GPU
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n 2
-	$(BIN)/python -m csrc_triton.offline
+	$(BIN)/python -m csrc_triton.offline modern odd small narrow few wider
 
 kernels: .venv/dev    ## compile every kernel for sm_80 and sm_90 without a GPU, check it, and write docs/kernels.md
 	$(BIN)/python -m csrc_triton.offline --write docs/kernels.md

@@ -145,6 +145,7 @@ def assert_every_gradient(case: Case, inputs: dict[str, Tensor], backend: str, s
     ours = leaves(inputs)
     results["ours"] = joint(ours, case, backend)
     kept = results["ours"]["indices"]
+    assert_selection(case, inputs, results["ours"]["values"].detach(), kept)
     exact, eager = leaves(inputs, torch.float64), leaves(inputs)
     results["exact"], results["eager"] = joint(exact, case, "reference", kept), joint(eager, case, "reference", kept)
     for r in results.values():

@@ -336,7 +336,7 @@ def test_every_shape_and_dtype_has_its_launches():
     assert names == {
         *("modern bfloat16", "paper bfloat16", "million bfloat16", "widest bfloat16", "wider bfloat16"),
         *("precise float32", "few bfloat16", "few float32"),
-        *("small bfloat16", "small float32", "half float16", "odd bfloat16", "odd float32"),
+        *("small float32", "narrow bfloat16", "narrow float16", "odd bfloat16", "odd float32"),
     }
     assert {name.split()[0] for name, _ in offline.cases("small")} == {"small"}
 

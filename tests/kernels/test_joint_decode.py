@@ -1,4 +1,4 @@
-"""Decode and every gradient, in every way a plan can take, against the specification in fp64."""
+"""Encode, decode and every gradient, in every way a plan can take, against the specification in fp64."""
 
 import dataclasses
 from collections.abc import Callable

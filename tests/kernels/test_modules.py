@@ -109,7 +109,7 @@ def test_autocast_computes_narrow_and_keeps_fp32_weights(make: Make, device: str
 def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypatch: pytest.MonkeyPatch):
     """Split and whole features, used and unused ones, three weights at once."""
     for module in (feature_order, weight_gradients):
-        monkeypatch.setattr(module, "SEGMENT", 3)
+        monkeypatch.setattr(module, "SEGMENT", 2)
     weights = [torch.randn(4, width, device=device) for width in (6, 6, 3)]
     ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
     fused, plain = AdamInBackward(ours, lr=1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
@@ -119,7 +119,7 @@ def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypa
         return (out.square().sum() + z.square().sum()) / 10
 
     for step in range(50):
-        values, indices = torch.rand(3, 3, device=device), torch.randint(3, (3, 3), device=device)
+        values, indices = torch.rand(2, 3, device=device), torch.randint(3, (2, 3), device=device)
         with fused.in_backward():
             loss(ours, values, indices, "cuda").backward()
         assert all(w.grad is None for w in ours)
@@ -273,13 +273,13 @@ def batches(n: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("adam_in_backward", [False, True])
 @pytest.mark.parametrize("make", [topk, joint], ids=lambda m: m.__name__)
 def test_the_trainer_does_what_it_does_on_the_reference(make: Make, adam_in_backward: bool, device: str):
-    config = {"normalize": "none", "progress": False, "unit_norm_decoder": True, "steps": 3}
+    config = {"normalize": "none", "progress": False, "unit_norm_decoder": True, "steps": 2}
     torch.manual_seed(0)
     ours = make(device=device, **({} if make is topk else {"dropout": 0.0}))
     theirs = copy.deepcopy(ours)
     theirs.backend = "reference"
-    fastsae.Trainer(ours, fastsae.TrainerConfig(**config, adam_in_backward=adam_in_backward)).fit(batches(3))
-    fastsae.Trainer(theirs, fastsae.TrainerConfig(**config)).fit(batches(3))
+    fastsae.Trainer(ours, fastsae.TrainerConfig(**config, adam_in_backward=adam_in_backward)).fit(batches(2))
+    fastsae.Trainer(theirs, fastsae.TrainerConfig(**config)).fit(batches(2))
     for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 

@@ -14,15 +14,6 @@ from csrc_triton.plan import EncodePlan
 from fastsae import ops
 from fastsae.backends import cuda
 
-
-def test_the_exact_selection(case: Case, inputs: dict[str, Tensor]):
-    p = inputs
-    values, indices = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, backend="cuda")
-    if case.kind == "constant":
-        assert (indices == torch.arange(case.K, device=indices.device)).all()
-    assert_selection(case, p, values, indices)
-
-
 # ---- select, on pre-activations as they are --------------------------------------------------------------------------
 
 
