@@ -342,7 +342,8 @@ def decode_backward(
 ) -> None:
     """Write d_values (B, K), or add to it, and the gradients of the weights given. D up to WIDEST.
 
-    values (B, K); d_out (B, D) with dec or lin, d_s and d_q (B, E) with v: all contiguous.
+    values (B, K); d_out (B, D) with dec or lin, d_s and d_q (B, E) with v: all contiguous. Parts of features that are
+    split take B * K / 32 bytes for each column of the weights: 134 MB at B=8192 K=64 D=4096.
     """
     K = values.shape[1]
     D, E = 0 if d_out is None else d_out.shape[1], 0 if d_s is None else d_s.shape[1]
