@@ -447,6 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"no shape is called {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    if options.write and not options.write.absolute().parent.is_dir():
+        parser.error(f"--write: there is no folder {options.write.parent}")
     rows = compiled_cases(options.shapes or SHAPES)
     for line in lines(rows):
         print(line)  # noqa: T201  # the command's answer
