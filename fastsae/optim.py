@@ -54,7 +54,8 @@ class AdamInBackward(torch.optim.Adam):
 
     Inside in_backward() every backward makes steps, torch.autograd.grad too: one backward a step, in which a weight is
     used once. A second use raises, from autograd ("modified by an inplace operation") or from step(); by then the first
-    step is made, so go on from a checkpoint. Not for clipping, accumulation or GradScaler, which need the gradients.
+    step is made, so go on from a checkpoint. Not for clipping, accumulation or GradScaler, which need the gradients; so
+    not under fp16 autocast either, where gradients vanish without one.
     """
 
     def __init__(
@@ -183,4 +184,9 @@ class AdamInBackward(torch.optim.Adam):
                 state[moment] = torch.zeros_like(p, dtype=precise, memory_format=torch.contiguous_format)
             if p.dtype != precise:
                 state["master"] = p.detach().to(precise)
+        elif p.dtype in (torch.float16, torch.bfloat16) and "master" not in state:
+            raise RuntimeError(
+                f"AdamInBackward: a parameter {tuple(p.shape)} was cast to {p.dtype} after its first step, without "
+                "an fp32 master; cast first, or make a new optimizer"
+            )
         return state

@@ -204,6 +204,22 @@ def test_what_needs_gradients_is_refused(device: str):
         AdamInBackward([{"params": [W], "weight_decay": 0.5}])  # type: ignore[list-item]
 
 
+def test_a_cast_after_the_first_step_is_refused(device: str):
+    values, indices = torch.rand(2, 1, device=device), torch.tensor([[0], [2]], device=device)
+    holder = torch.nn.ParameterDict({"W": torch.randn(4, 6, device=device)})
+    optimizer = AdamInBackward(holder.values())
+    for dtype in (torch.float32, torch.bfloat16):
+        holder.to(dtype)
+        with optimizer.in_backward():
+            loss = ops.sparse_decode(values.to(dtype), indices, holder["W"], "cuda").sum()
+            if dtype == torch.bfloat16:
+                with pytest.raises(RuntimeError, match=r"was cast to torch\.bfloat16 after its first step"):
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+
+
 def test_its_state_is_loaded_as_it_was(device: str):
     values, indices = torch.rand(5, 3, device=device).bfloat16(), torch.randint(9, (5, 3), device=device)
     W = torch.randn(9, 6, device=device).bfloat16().requires_grad_()
