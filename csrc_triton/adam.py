@@ -17,7 +17,7 @@ class Gradient(NamedTuple):
 
     def arguments(self, name: str) -> dict[str, object]:
         """The kernel arguments for the weight called `name`."""
-        made = dict.fromkeys((f"{name}_exp_avg_ptr", f"{name}_exp_avg_sq_ptr", f"{name}_copy_ptr"), None)
+        made = dict.fromkeys((f"{name}_{p}_ptr" for p in ("exp_avg", "exp_avg_sq", "copy", "corrections")), None)
         return {f"{name}_out_ptr": self.out, **made, f"{name.upper()}_MODE": ADD.value if self.add else STORE.value}
 
 
@@ -49,6 +49,7 @@ class AdamStep(NamedTuple):
             f"{name}_exp_avg_ptr": self.exp_avg,
             f"{name}_exp_avg_sq_ptr": self.exp_avg_sq,
             f"{name}_copy_ptr": self.copy,
+            f"{name}_corrections_ptr": self.corrections,  # of its own: a weight may have made fewer steps
             f"{name.upper()}_MODE": (ADAM_UNIT if self.unit_norm else ADAM).value,
         }
 
@@ -58,7 +59,7 @@ Destination = Gradient | AdamStep
 
 def absent(name: str) -> dict[str, object]:
     """The kernel arguments for a weight that gets no gradient."""
-    pointers = ("out", "exp_avg", "exp_avg_sq", "copy")
+    pointers = ("out", "exp_avg", "exp_avg_sq", "copy", "corrections")
     return {**{f"{name}_{p}_ptr": None for p in pointers}, f"{name.upper()}_MODE": STORE.value}
 
 
@@ -66,9 +67,8 @@ def hyperparameters(*destinations: Destination | None) -> dict[str, object]:
     """The kernel arguments all weights of one launch share."""
     step = next((d for d in destinations if isinstance(d, AdamStep)), None)
     if step is None:
-        return {"corrections_ptr": None, "lr": 0.0, "beta1": 0.0, "rest1": 0.0, "beta2": 0.0, "rest2": 0.0, "eps": 0.0}
+        return {"lr": 0.0, "beta1": 0.0, "rest1": 0.0, "beta2": 0.0, "rest2": 0.0, "eps": 0.0}
     return {
-        "corrections_ptr": step.corrections,
         "lr": step.lr,
         "beta1": step.beta1,
         "rest1": 1 - step.beta1,  # not from beta1 in fp32, where 1 - 0.999 is 1e-5 off

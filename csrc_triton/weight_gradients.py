@@ -44,16 +44,18 @@ def decode_backward_kernel(
     dec_exp_avg_ptr,
     dec_exp_avg_sq_ptr,
     dec_copy_ptr,
+    dec_corrections_ptr,
     lin_out_ptr,  # [M, D]
     lin_exp_avg_ptr,
     lin_exp_avg_sq_ptr,
     lin_copy_ptr,
+    lin_corrections_ptr,
     v_out_ptr,  # [M, E]
     v_exp_avg_ptr,
     v_exp_avg_sq_ptr,
     v_copy_ptr,
+    v_corrections_ptr,
     parts_ptr,  # [slots, WIDTH] fp32: gradients of items of split features, those of W_dec, W_lin, V side by side
-    corrections_ptr,
     lr,
     beta1,
     rest1,
@@ -139,7 +141,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_dec, feature * D + offs_d, mask_d, dec_out_ptr, dec_exp_avg_ptr, dec_exp_avg_sq_ptr, dec_copy_ptr,
-                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, DEC_MODE,
+                dec_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, DEC_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_d, d_dec, mask=mask_d)
@@ -148,7 +150,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_lin, feature * D + offs_d, mask_d, lin_out_ptr, lin_exp_avg_ptr, lin_exp_avg_sq_ptr, lin_copy_ptr,
-                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, LIN_MODE,
+                lin_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, LIN_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_d, d_lin, mask=mask_d)
@@ -158,7 +160,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_v, feature * E + offs_e, mask_e, v_out_ptr, v_exp_avg_ptr, v_exp_avg_sq_ptr, v_copy_ptr,
-                corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, V_MODE,
+                v_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, V_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_e, d_v, mask=mask_e)
@@ -178,8 +180,8 @@ def weight_gradient_kernel(
     w_exp_avg_ptr,
     w_exp_avg_sq_ptr,
     w_copy_ptr,
+    w_corrections_ptr,
     parts_ptr,  # [slots, D] fp32
-    corrections_ptr,
     lr,
     beta1,
     rest1,
@@ -218,7 +220,7 @@ def weight_gradient_kernel(
     if slot < 0:
         finish_row(
             grad, feature * D + offs_d, mask_d, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
-            corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+            w_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
         )  # fmt: skip
     else:
         tl.store(parts_ptr + slot * D + offs_d, grad, mask=mask_d)
@@ -256,9 +258,9 @@ def add_slots_kernel(
     w_exp_avg_ptr,
     w_exp_avg_sq_ptr,
     w_copy_ptr,
+    w_corrections_ptr,
     offsets_ptr,  # [M + 1] int32: entries of features
     stride_parts,
-    corrections_ptr,
     lr,
     beta1,
     rest1,
@@ -283,7 +285,7 @@ def add_slots_kernel(
         grad += tl.load(parts_ptr + (slot + part) * stride_parts + offs, mask=mask, other=0.0)
     finish_row(
         grad, feature * width + offs, mask, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
-        corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+        w_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
     )  # fmt: skip
 
 

@@ -74,6 +74,12 @@ class AdamInBackward(torch.optim.Adam):
         self._weights = gradients.Weights([])
         self._offered: list[tuple[Tensor, Any]] = []
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the one group that the constructor makes. Raises TypeError for another."""
+        if self.param_groups:
+            raise TypeError("AdamInBackward: groups of parameters are not supported; make an optimizer for each")
+        super().add_param_group(param_group)
+
     @contextmanager
     def in_backward(self) -> Iterator[None]:
         """Sets every .grad to None; the backward inside makes steps."""

@@ -76,7 +76,7 @@ def topk_encode_backward(
 
     d_b_dec = -sum of d_x = -d_b_enc @ W_enc, which reads the dictionary once and gathers nothing.
     """
-    d_pre, x = torch.where(values > 0, d_values, 0), x.contiguous()
+    d_pre, x = torch.where(values <= 0, 0, d_values), x.contiguous()
     # All that reads W_enc comes before its gradient, whose step of Adam may change it.
     d_x = _decode(d_pre, indices, W_enc, None, values.shape[1]) if need_x else None
     items = _take_order(indices, len(W_enc))

@@ -179,6 +179,29 @@ def test_bf16_weights_are_trained_through_fp32_copies(device: str):
     assert (master != theirs.bfloat16().float()).any(), "steps this small would be lost in bf16"
 
 
+def test_weights_with_fewer_steps_have_their_own_bias_correction(device: str):
+    """V joins late, and a weight that the loss does not reach makes no step."""
+    weights = [torch.randn(5, width, device=device) for width in (6, 6, 3)]
+    ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
+    fused, plain = AdamInBackward(ours, lr=1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    values, indices = torch.rand(2, 3, device=device), torch.randint(5, (2, 3), device=device)
+    for reach in ("out", "out", "both", "z"):
+
+        def loss(weights: list[Tensor], backend: str, reach: str = reach) -> Tensor:
+            out, z = ops.joint_decode(values, indices, *weights, 2, backend)
+            return (out.square().sum() if reach != "z" else 0) + (z.square().sum() if reach != "out" else 0)
+
+        with fused.in_backward():
+            loss(ours, "cuda").backward()
+        fused.step()
+        plain.zero_grad()
+        loss(theirs, "reference").backward()
+        plain.step()
+    assert [int(fused.state[w]["step"]) for w in ours] == [3, 3, 2]
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_weight_is_used_once(device: str):
     W = torch.randn(9, 6, device=device).requires_grad_()
     values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
@@ -202,6 +225,8 @@ def test_what_needs_gradients_is_refused(device: str):
         optimizer.step()
     with pytest.raises(TypeError, match="groups of parameters are not supported"):
         AdamInBackward([{"params": [W], "weight_decay": 0.5}])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="groups of parameters are not supported"):
+        optimizer.add_param_group({"params": [W.detach().clone()]})
 
 
 def test_a_cast_after_the_first_step_is_refused(device: str):
