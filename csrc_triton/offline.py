@@ -156,7 +156,7 @@ def _gradients(t: Step) -> None:
 
 def _wide_gradients(t: Step) -> None:
     items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, torch.empty_like(t.values)
-    gathered_dot(t.values, t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
+    gathered_dot(t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
     weight_gradient(items, t.values, t.delta, Gradient(t.W_lin, add=False), n)
 
 

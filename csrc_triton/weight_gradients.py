@@ -291,7 +291,6 @@ def add_slots_kernel(
 
 @triton.jit
 def gathered_dot_kernel(
-    values_ptr,  # [B, K]
     indices_ptr,  # [B, K] int64
     rows_ptr,  # [B, D]
     w_dec_ptr,  # [M, D]
@@ -454,16 +453,13 @@ def feature_sums(items: WorkItems, coefficients: Tensor, d_sae: int) -> Tensor:
     return sums
 
 
-def gathered_dot(
-    values: Tensor, indices: Tensor, rows: Tensor, W_dec: Tensor, W_lin: Tensor | None, n: int, d_values: Tensor
-) -> None:
+def gathered_dot(indices: Tensor, rows: Tensor, W_dec: Tensor, W_lin: Tensor | None, n: int, d_values: Tensor) -> None:
     """d_values (B, K) = rows . W_dec[i_j], for the n strongest + rows . W_lin[i_j]; any width. All contiguous."""
-    (B, K), D = values.shape, rows.shape[1]
+    (B, K), D = indices.shape, rows.shape[1]
     launch(
         gathered_dot_kernel,
         (B, triton.cdiv(K, 4)),
         {
-            "values_ptr": values,
             "indices_ptr": indices,
             "rows_ptr": rows,
             "w_dec_ptr": W_dec,

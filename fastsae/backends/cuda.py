@@ -78,13 +78,14 @@ def topk_encode_backward(
     """
     d_pre, x = torch.where(values <= 0, 0, d_values), x.contiguous()
     # All that reads W_enc comes before its gradient, whose step of Adam may change it.
-    d_x = _decode(d_pre, indices, W_enc, None, values.shape[1]) if need_x else None
+    k = values.shape[1]
+    d_x = joint_decode(d_pre, indices, W_enc, None, None, None, None, k)[0] if need_x else None
     items = _take_order(indices, len(W_enc))
     d_b_enc = feature_sums(items, d_pre, len(W_enc)).to(W_enc.dtype)
     d_b_dec = -(d_b_enc @ W_enc) if need_b_dec else None
     d_W_enc = None
     if need_W:
-        dense = _plan(d_pre, W_enc, False, d_pre.shape[1]).encoder_backward == "dense"
+        dense = _plan(d_pre, W_enc, False, k).encoder_backward == "dense"
         finish, d_W_enc = _finish(out, W_enc, dense or _cuts_rows(out, W_enc))
         if dense and isinstance(finish, Gradient):
             dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
@@ -191,14 +192,10 @@ def _wide_backward(
     d_values: Tensor,
 ) -> None:
     """Two passes, where rows do not fit in registers: d_values, then the weights by blocks of d_in."""
-    gathered_dot(values, indices, d_out, dec.weight, None if lin is None else lin.weight, n, d_values)
+    gathered_dot(indices, d_out, dec.weight, None if lin is None else lin.weight, n, d_values)
     for weight, k in ((dec, values.shape[1]), (lin, n)):
         if weight is not None and weight.destination is not None:
             weight_gradient(items, values, d_out, weight.destination, k)
-
-
-def _decode(values: Tensor, indices: Tensor, W: Tensor, W_lin: Tensor | None, n: int) -> Tensor:
-    return joint_decode(values, indices, W, W_lin, None, None, None, n)[0]
 
 
 def _plan(values: Tensor, W: Tensor, linear: bool, n: int) -> plan.DecodePlan:
