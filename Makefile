@@ -21,8 +21,8 @@ check: .venv/dev      ## what a change must pass: format, lint, types, tests
 	$(BIN)/pyright
 	$(MAKE) test
 
-bench: .venv/peers    ## measure this machine's CPU beside the peers, and update the README's table
-	$(BIN)/pytest benchmarks --shape bench --results
+bench: .venv/peers    ## measure this machine's CPU beside the peers: benchmarks/results/, tables and plots
+	$(BIN)/pytest benchmarks --suite cpu --results
 	$(BIN)/python -m benchmarks.report
 
 # With `make gpu PYTHON=...` that interpreter runs it, with its own torch and triton, and nothing is installed.
@@ -30,7 +30,7 @@ ifeq ($(origin PYTHON),command line)
 gpu:                  ## correctness and speed on an NVIDIA GPU
 	$(PYTHON) -m benchmarks.gpu
 else
-gpu: .venv/dev
+gpu: .venv/peers
 	$(BIN)/python -m benchmarks.gpu
 endif
 
@@ -44,8 +44,11 @@ clean:
 # One stamp per set of extras; a changed constraint or dependency installs again.
 .venv/lab .venv/dev .venv/peers: .venv/%: .venv/pip constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS_$*)]"
+	$(AFTER_$*)
 	touch $@
 
 EXTRAS_lab := lab
 EXTRAS_dev := dev
 EXTRAS_peers := dev,peers
+# It pins an nnsight that pins much else, and that its trainers do not need.
+AFTER_peers := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps dictionary-learning

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "numpy", "fastsae", "sae-lens", "eai-sparsify", "dictionary-learning")
 
 
 def hardware() -> dict[str, Any]:
@@ -25,24 +26,41 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": multiplies_bf16(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
+def multiplies_bf16() -> bool:
+    """Whether the processor has products of bf16, without which fastsae does not screen its encoding."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def results_file() -> Path:
-    """Of this machine."""
+    """Of this machine: with its instructions, since one name of a CPU is given to processors that differ in them."""
     found = hardware()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{found['cpu']} {found['cores']} cores".lower()).strip("-")
-    return RESULTS / f"{name}.json"
+    told = f"{found['cpu']} {found['cores']} cores {found['instructions']}" + " bf16" * found["native_bf16"]
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', told.lower()).strip('-')}.json"
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "fastsae", "sae-lens", "eai-sparsify"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    found["commit"] = commit.stdout.strip()
+    mkl = re.search(r"Math Kernel Library Version ([\d.]+)", torch.__config__.show())
+    found["mkl"] = mkl[1] if mkl else "not used"
+    found["commit"] = answer("git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty")
     return found
+
+
+def answer(*command: str) -> str:
+    """The first line a command prints, or that it is not known."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"

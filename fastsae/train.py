@@ -192,16 +192,22 @@ class Trainer:
                 if config.auxk:
                     loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
                 loss.backward()
-            if config.unit_norm_decoder and sae.W_dec.grad is not None:
-                remove_parallel_(sae.W_dec.grad, sae.W_dec)
-            norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
-            self._optimizer.step()
-            if config.unit_norm_decoder:
-                normalize_rows_(sae.W_dec)
+            norm = self._apply_gradients()
         self._count_fired(output)
         self.step += 1
         self.rows_seen += len(x)
         return SAEOutput(output.reconstruction.detach(), output.loss.detach(), output.code.detach()), norm
+
+    def _apply_gradients(self) -> Tensor | None:
+        """The optimizer's step, and what the config asks for around it; returns the norm that was clipped."""
+        config, sae = self.config, self.sae
+        if config.unit_norm_decoder and sae.W_dec.grad is not None:
+            remove_parallel_(sae.W_dec.grad, sae.W_dec)
+        norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
+        self._optimizer.step()
+        if config.unit_norm_decoder:
+            normalize_rows_(sae.W_dec)
+        return norm
 
     def learning_rate(self, step: int) -> float:
         """Adam's learning rate at optimizer step `step`, counted from 0."""

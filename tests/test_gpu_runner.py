@@ -1,24 +1,31 @@
 """`make gpu`'s runner, without a GPU: stages that fail, hang or die cost themselves only, and their rows are kept."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.machine
+from benchmarks import correct
+from benchmarks.cases import Shape
 from benchmarks.gpu import bars
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.ahead import compile_ahead
-from benchmarks.gpu.candidates import DenseJoint, Ours
 from benchmarks.gpu.measures import steps
-from benchmarks.gpu.place import place
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import StageSpec
-from benchmarks.gpu.stage import Missing, Settings, Stage
+from benchmarks.gpu.stage import Settings, Stage
 from benchmarks.gpu.stages import benchmark, sanitizer
+from benchmarks.outcomes import Missing, WrongAnswer
+from benchmarks.place import Place, place
+from benchmarks.providers.base import Candidate, weights
+from benchmarks.providers.ours import Autograd
 
 # Stages as the runner starts them: modules with run(stage). None imports torch, so their processes start at once.
 MODULES = {
@@ -53,18 +60,21 @@ MODULES = {
             stage.attempt("after", lambda: {})
     """,
     "partly": """
-        from benchmarks.gpu.stage import Missing
+        from benchmarks.outcomes import Missing, WrongAnswer
         class OutOfMemoryError(RuntimeError): pass
         def missing():
             raise Missing("not here")
         def too_large():
             raise OutOfMemoryError("too large")
+        def wrong():
+            raise WrongAnswer("another function")
         def run(stage):
             stage.attempt("missing", missing)
             stage.attempt("ours too large", too_large)
             stage.attempt("theirs too large", too_large, theirs=True)
             stage.attempt("no time", lambda: {}, needs=1e6)
             stage.attempt("theirs", lambda: 1 / 0, theirs=True)
+            stage.attempt("theirs wrong", wrong, theirs=True)
             for n in range(5):
                 stage.attempt(f"number {n}", lambda n=n: {"inverse": 1 / n}, group="numbers")
     """,
@@ -158,11 +168,14 @@ def test_what_cannot_be_done_here_is_no_failure_but_a_wrong_answer_is(stages, tm
         "ours too large": "failed",
         "theirs too large": "missing",
         "theirs": "missing",
+        "theirs wrong": "failed",
         "no time": "skipped",
     }
     assert rows["number 0"]["status"] == "failed"
     assert "number 1" not in rows
-    assert (rows["numbers"]["ok"], rows["numbers"]["failed"]) == (4, 2)  # of the stage: one more is too large
+    assert rows["theirs"]["reason"] == "ZeroDivisionError: division by zero"
+    # Of the stage: two more have failed.
+    assert (rows["numbers"]["ok"], rows["numbers"]["failed"]) == (4, 3)
 
 
 def test_chosen_stages_replace_their_own_rows_only(stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -221,6 +234,14 @@ def test_a_true_stage_in_a_process_of_its_own(tmp_path: Path):
     assert read(tmp_path)["kernels"]["tests"]["ok"] >= 3
 
 
+PEERS = {
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+    "SAELens": "sae_lens",
+    "SAELens, use_sparse_activations": "sae_lens",
+}
+
+
 @pytest.mark.parametrize("name", ["large", "soak", "parity", "benchmark"])
 def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -235,7 +256,95 @@ def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.
         assert rows["JointSAE, fp32"]["drift"]["largest"] < 1e-4
     if name == "benchmark":
         assert rows["encode, modern"]["bars"]["encode / GEMM"] > 0
-        assert rows["dense joint step, modern"]["ms"]["step"]["calls"] == 3
+        dense = rows["dense joint step, modern"]
+        assert dense["ms"]["step"]["calls"] == 3
+        assert dense["errors"]["reconstruction"] > 0
+        assert dense["step / floor"] == pytest.approx(dense["ms"]["step"]["median"] / dense["floor_ms"], rel=1e-2)
+        assert rows["million features"]["reason"] == "needs an NVIDIA GPU (make gpu)"
+        for name, module in PEERS.items():
+            if importlib.util.find_spec(module):
+                assert rows[f"{name} step, modern"]["status"] == "ok", rows[f"{name} step, modern"]["reason"]
+
+
+class Absent:
+    """In place of a module: each function says that it is missing."""
+
+    def __getattr__(self, name: str) -> Callable[..., dict]:
+        def missing(*arguments: object) -> dict:
+            raise Missing("of no interest here")
+
+        return missing
+
+
+@pytest.fixture
+def steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that runs stage `benchmark` with another steps.step, and returns its rows of steps."""
+
+    def rows(step: Callable[..., dict]) -> dict[str, dict]:
+        monkeypatch.setattr(benchmark, "kernels", Absent())
+        monkeypatch.setattr(benchmark, "sweeps", Absent())
+        monkeypatch.setattr(benchmark.roofs, "copy", lambda *_: {"bytes_per_second": 1e12})
+        monkeypatch.setattr(benchmark.roofs, "gemm", lambda *_: {"flops": 1e14})
+        for name in ("million", "sparsify"):
+            monkeypatch.setattr(steps, name, getattr(Absent(), name))
+        monkeypatch.setattr(steps, "step", step)
+        settings = Settings("s", "", 60, True, str(tmp_path / "runs" / "smoke.json"), [], str(tmp_path / "journal"))
+        benchmark.run(Stage(settings))
+        return {case: row for case, row in read(tmp_path)["s"].items() if " step" in case and "sparsify" not in case}
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("error", "plain", "peers"),
+    [
+        (torch.cuda.OutOfMemoryError("too large"), "missing", "missing"),
+        (TypeError("not that way"), "failed", "missing"),
+        (WrongAnswer("another function"), "failed", "failed"),
+    ],
+)
+def test_whose_errors_are_failures(error: Exception, plain: str, peers: str, steps_alone):
+    def step(*_: object) -> dict:
+        raise error
+
+    rows = steps_alone(step)
+    found = {case.removesuffix(" step, modern"): row["status"] for case, row in rows.items()}
+    assert {name: found.pop(name) for name in PEERS if name in found} == dict.fromkeys(list(PEERS)[1:], peers)
+    dense = {name: found.pop(name) for name in list(found) if name.startswith(("PyTorch", "dense"))}
+    assert dense == dict.fromkeys(dense, plain)
+    assert len(dense) == 4
+    assert found == dict.fromkeys(found, "failed")
+    assert {"fastsae TopKSAE, Trainer", "fastsae JointSAE, Trainer"} <= found.keys()
+
+
+def test_steps_that_write_no_gradients_have_no_floor(steps_alone):
+    spread = {"step": {"median": 1.0}}
+    facts = {"ms": spread, "activation_bytes": None, "step / GEMM": 2.0}
+    rows = steps_alone(lambda *_: facts)
+    with_floor = {case for case, row in rows.items() if "floor_ms" in row}
+    assert {case for case in rows if case not in with_floor} == {
+        "TopKSAE step in backward, modern",
+        "JointSAE step in backward, modern",
+    }
+    assert {case for case, row in rows.items() if "step / floor" in row} == with_floor
+
+
+@pytest.mark.parametrize(("ours", "raised"), [(True, TypeError), (False, Missing)])
+def test_ours_beside_sparsify_fails_as_ours(ours: bool, raised: type[Exception], monkeypatch: pytest.MonkeyPatch):
+    def checked(candidate: Candidate, *_: object) -> tuple[None, dict]:
+        if (candidate is steps.TOPK) == ours:
+            raise TypeError("not that way")
+        return None, {}
+
+    monkeypatch.setattr(steps, "checked", checked)
+    with pytest.raises(raised, match="not that way"):
+        steps.sparsify(benchmark.SMOKE, place(smoke=True))
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert benchmarks.machine.answer("echo", "told") == "told"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert benchmarks.machine.versions()["commit"] == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -257,12 +366,34 @@ def test_where_there_is_no_compute_sanitizer(monkeypatch: pytest.MonkeyPatch):
         sanitizer._under("memcheck", ["true"], 10)
 
 
-def test_a_mismatch_is_not_timed():
+class Altered(Autograd):
+    """JointSAE with one thing wrong."""
+
+    def __init__(self, fault: str, shape: Shape, place: Place) -> None:
+        super().__init__(shape, place, joint=True)
+        self.fault = fault
+        if fault == "weight":
+            with torch.no_grad():
+                self.sae.W_lin.zero_()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        found = super().gradients()
+        if self.fault == "gradient":
+            found["V"] = 1.1 * found["V"]
+        if self.fault == "absent":
+            del found["V"]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("none", None), ("weight", "reconstruction is off"), ("gradient", "d V is off"), ("absent", "no gradient .d V")],
+)
+def test_a_mismatch_is_not_timed(fault: str, message: str | None):
+    altered = Candidate("fastsae altered", "joint", partial(Altered, fault))
     shape, where = benchmark.SMOKE, place(smoke=True)
-    ours = Ours(shape, where, joint=True)
-    eager = DenseJoint(shape, where)
-    assert steps.compare([eager, ours], shape, where)
-    with torch.no_grad():
-        ours.sae.W_lin.zero_()
-    with pytest.raises(AssertionError, match="JointSAE, Adam computes another function"):
-        steps.compare([eager, ours], shape, where)
+    with pytest.raises(WrongAnswer, match=message) if message else contextlib.nullcontext():
+        provider, errors = steps.checked(altered, shape, where)
+        assert errors.keys() == {"reconstruction", *(f"d {name}" for name in weights(shape, where, joint=True))}
+        assert provider.gradients() == {}, "they hold memory, and would be added to"
+    assert not correct.truth._kept, "it holds memory that steps are in need of"

@@ -44,25 +44,3 @@ def check_encode(
     if (ordered[:, :-1] == ordered[:, 1:]).any():
         raise AssertionError("encode: indices repeat within a row")
     return error
-
-
-def joint_reconstruction(w: dict[str, Tensor], x: Tensor, K: int, N: int) -> Tensor:
-    """The reconstruction of few rows in fp64, without dropout; w as in fastsae, W_lin and the rest optional."""
-    d = {name: t.double() for name, t in w.items() if t.dim() == 1 or name in ("W1", "W2")}
-    x = x.double() - d.get("b_dec", 0.0)
-    values, indices = torch.relu(pre_activations(x, w["W_enc"], w["b_enc"])).topk(K, dim=1)
-
-    def weighted(W: Tensor, n: int) -> Tensor:
-        return values[:, :n, None] * W[indices[:, :n]].double()
-
-    out = weighted(w["W_dec"], K).sum(dim=1) + d.get("b_dec", 0.0)
-    if "W_lin" in w:
-        terms = weighted(w["V"], N)
-        z = (terms.sum(dim=1).square() - terms.square().sum(dim=1)) / 2
-        hidden = torch.relu(F.linear(z, d["W1"], d["b1"]))
-        out = out + weighted(w["W_lin"], N).sum(dim=1) + d["b_lin"] + F.linear(hidden, d["W2"], d["b2"])
-    return out
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import fastsae
-from benchmarks.gpu.place import Place, place
+from benchmarks.place import Place, place
 
 
 def main(where: Place) -> None:

@@ -5,20 +5,18 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.results import Results
+from benchmarks.outcomes import Missing, WrongAnswer
 
 # The exit code with which a process asks for another one to go on, its own GPU context being unusable.
 DEVICE_LOST = 75
-
-
-class Missing(Exception):
-    """Something cannot be done here; the message says why. Its row says so, and nothing has failed."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,8 @@ class Stage:
 
         limit: seconds after which the runner kills this process and starts another for the cases after this one.
         needs: seconds without which the case is not begun. group: of many small cases only failures get a row of their
-        own, and the group one row with counts. theirs: someone else's code runs, whose errors are no failure of ours.
+        own, and the group one row with counts. theirs: someone else's code runs, whose errors are no failure of ours; a
+        wrong answer is one.
         """
         if self.done(case):
             before = [r for r in self.results.rows(self.name) if r["case"] == case and r["status"] == "ok"]
@@ -85,16 +84,13 @@ class Stage:
         facts: dict[str, Any] = {}
         status = "failed"
         try:
-            facts = function()
+            with excused(*([Exception] if theirs else [])):
+                facts = function()
             status = "ok"
         except Missing as reason:
             status, facts = "missing", {"reason": str(reason)}
         except Exception as error:
-            traceback.print_exc(file=sys.stdout)
-            short = f"{type(error).__name__}: {error}".strip().splitlines()
-            facts = {"reason": " ".join(short)[:500]}
-            if theirs:
-                status = "missing"
+            facts = {"reason": _reason(error)}
         # After the handler, which held the failed frames and all their tensors.
         lost = device_lost() if status != "ok" or group is None else None
         if lost:
@@ -112,6 +108,23 @@ class Stage:
         self.journal.end(case, status)
         if group is not None:
             self.results.put({"stage": self.name, "case": group, "status": "ok", **Counter(self._ended.values())})
+
+
+@contextmanager
+def excused(*errors: type[Exception]) -> Iterator[None]:
+    """Make of these errors, which are no failure of ours, Missing; a wrong answer is raised as it is."""
+    try:
+        yield
+    except (Missing, WrongAnswer):
+        raise
+    except errors as error:
+        raise Missing(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """For a row; the rest of it goes to the stage's log."""
+    traceback.print_exception(error, file=sys.stdout)
+    return " ".join(f"{type(error).__name__}: {error}".strip().splitlines())[:500]
 
 
 def device_lost() -> str | None:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.place import Place
+from benchmarks.place import Place
+from benchmarks.providers.base import Provider
 
 ROUNDS = 3
 
@@ -57,15 +59,17 @@ def _spread(found: list[float]) -> dict[str, Any]:
     return {name: round(ms, 5) for name, ms in spread.items()} | {"calls": len(found)}
 
 
-def activation_bytes(step: Callable[[], object], gradients: int, place: Place) -> int | None:
-    """What a step needs at its peak beside what is there before it and `gradients` bytes; None off the GPU."""
+def activation_bytes(provider: Provider, x: Tensor, gradients: int, place: Place) -> int | None:
+    """What a step needs at its peak beside what is there without gradients, and these bytes of them; None off the GPU.
+
+    After some steps, so that optimizer state and workspaces that stay are there before.
+    """
     if not place.on_gpu:
-        step()
         return None
-    step()  # optimizer state and workspaces that stay are there before
+    provider.optimizer.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
+    provider.step(x)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - gradients

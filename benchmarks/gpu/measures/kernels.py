@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.cases import Shape
 from benchmarks.gpu.exact import check_encode
-from benchmarks.gpu.place import Place
 from benchmarks.gpu.timing import measure
+from benchmarks.place import Place
 from fastsae import ops
 from fastsae.backends import reference
 

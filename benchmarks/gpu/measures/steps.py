@@ -1,163 +1,134 @@
-"""Whole training steps (forward, backward, Adam), each first compared with the others at its very shape."""
+"""Whole training steps (forward, backward, Adam), each first compared with the specification at its very shape."""
 
+import dataclasses
+import functools
 import gc
+import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks import correct
 from benchmarks.cases import Shape
-from benchmarks.gpu.candidates import DenseJoint, EagerTopK, Ours, Sparsify, batches, weights
-from benchmarks.gpu.exact import joint_reconstruction, relative_error
 from benchmarks.gpu.measures.kernels import ratio
-from benchmarks.gpu.place import Place
+from benchmarks.gpu.stage import excused
 from benchmarks.gpu.timing import activation_bytes, measure
-from benchmarks.providers import Provider
+from benchmarks.place import Place
+from benchmarks.providers import CANDIDATES
+from benchmarks.providers.base import Candidate, Provider, batch
+from benchmarks.providers.eleuther import Sparsify
+from benchmarks.providers.ours import InBackward, TrainerStep
+from benchmarks.providers.roofs import BareGemm
 
-CHECKED = 16
-# Times eager PyTorch's own error in bf16, which takes a few other features than fp64 does.
-SLACK = 2.0
+NAMED = {candidate.name: candidate for candidate in CANDIDATES}
+TOPK, JOINT = NAMED["fastsae TopKSAE, autograd"], NAMED["fastsae JointSAE, autograd"]
+TOPK_IN_BACKWARD = NAMED["fastsae TopKSAE, AdamInBackward"]
+JOINT_IN_BACKWARD = NAMED["fastsae JointSAE, AdamInBackward"]
+# Their large gradients are never written, which the counted floor charges for.
+WITHOUT_FLOOR = (TOPK_IN_BACKWARD, JOINT_IN_BACKWARD)
+DENSE_JOINT = NAMED["PyTorch joint, dense"]
+EAGER = {"topk": NAMED["PyTorch TopK, topk + embedding_bag"], "joint": DENSE_JOINT}
+
+# The graph of plain PyTorch holds (B, d_sae) tensors; more numbers than this in each and a GPU is too small.
+MOST = 2**30
 
 
-def compare(candidates: list[Provider], shape: Shape, place: Place) -> dict[str, float]:
-    """Relative errors of the reconstructions of some rows, the first candidate being eager PyTorch and the scale.
+def checked(
+    candidate: Candidate, shape: Shape, place: Place, without: tuple[str, ...] = ()
+) -> tuple[Provider, dict[str, float]]:
+    """The candidate made, and its errors; what it was compared with is freed again.
 
-    Candidates reconstruct the whole batch. Raises AssertionError when one computes another function.
+    Raises WrongAnswer if its reconstruction or a gradient is wrong or absent.
     """
-    x = batches(shape, place, 1)()
-    rows = torch.linspace(0, shape.B - 1, CHECKED, device=place.device).long()
-    joint = isinstance(candidates[0], DenseJoint)
-    exact = joint_reconstruction(weights(shape, place, joint), x[rows], shape.K, shape.N)
-    errors = {c.name: relative_error(c.reconstruct(x)[rows], exact) for c in candidates}
-    eager = errors[candidates[0].name]
-    for name, error in errors.items():
-        if not error <= SLACK * eager + 1e-3:
-            raise AssertionError(
-                f"{name} computes another function: error {error:.3f}, eager's is {eager:.3f}; not timed"
-            )
-    return errors
+    torch.compiler.reset()  # what was compiled before holds memory
+    try:
+        eager = scale(shape, place, candidate.architecture, without)  # first: there is no memory for both at once
+        provider = candidate.make(shape, place)
+        errors = correct.check(provider, candidate, shape, place, eager, without)
+    finally:
+        correct.forget()
+    if provider.used_up:
+        provider.update()  # ends the step that the backward began, which would be counted twice
+    return provider, errors
 
 
-def topk(shape: Shape, place: Place, uneven: bool = False) -> dict[str, Any]:
-    """TopKSAE's step beside the bare encoder product, in one round.
+@functools.cache
+def scale(shape: Shape, place: Place, architecture: str, without: tuple[str, ...]) -> dict[str, float]:
+    """The errors of plain PyTorch in bf16. They are of the norm, and so nearly the same on fewer rows."""
+    fewer = dataclasses.replace(shape, B=min(shape.B, max(1, MOST // shape.M)))
+    eager = EAGER[architecture]
+    try:
+        return correct.errors(eager.make(fewer, place), eager, fewer, place, without)
+    finally:
+        gc.collect()  # providers hold themselves, by a method of theirs
+
+
+def batches(shape: Shape, place: Place) -> Callable[[], Tensor]:
+    """A function that returns one of three batches in turn."""
+    return itertools.cycle([batch(shape, place, number) for number in range(3)]).__next__
+
+
+def step(candidate: Candidate, shape: Shape, place: Place, uneven: bool = False) -> dict[str, Any]:
+    """The candidate's step beside the bare encoder product, in one round, and what it needs at its peak.
 
     uneven: some features are active on nearly every token and most on none, as in real dictionaries.
     """
-    draw = batches(shape, place)
-    eager = EagerTopK(shape, place)
-    plain = Ours(shape, place, joint=False)
-    errors = compare([eager, plain], shape, place)
-    del eager
-    gc.collect()
+    provider, errors = checked(candidate, shape, place)
     if uneven:
         with torch.no_grad():
-            plain.sae.b_enc.normal_(generator=place.generator(3))
-    x = draw().bfloat16()
-    W = plain.sae.W_enc.detach().bfloat16()
-    y = torch.empty(shape.B, shape.M, dtype=torch.bfloat16, device=place.device)
-    times = measure(
-        {
-            "step": lambda: plain.step(draw()),
-            "forward": lambda: plain.forward(draw()),
-            "GEMM": lambda: torch.mm(x, W.T, out=y),
-        },
-        place,
-    )
-    held = sum(p.numel() * p.element_size() for p in plain.sae.parameters())
-    return {
-        "shape": shape.name,
-        "candidate": plain.name,
-        "relative_errors": errors,
+            provider.sae.b_enc.normal_(generator=place.generator(3))  # type: ignore[attr-defined]  # one of ours
+    draw, roof = batches(shape, place), BareGemm(shape, place)
+    x = draw().to(roof.W.dtype)
+    forward = {"forward": lambda: provider.loss(draw())} if candidate.ours else {}
+    times = measure({"step": lambda: provider.step(draw()), **forward, "GEMM": lambda: roof.step(x)}, place)
+    kept = isinstance(provider, TrainerStep)  # from step to step, and so there before
+    gradients = 0 if provider.used_up or kept else provider.parameter_bytes()
+    return about(candidate, provider, shape, errors) | {
         "ms": times,
-        "activation_bytes": activation_bytes(lambda: plain.step(draw()), held, place),
+        "activation_bytes": activation_bytes(provider, draw(), gradients, place),
         "step / GEMM": ratio(times, "step", "GEMM"),
     }
 
 
-def topk_in_backward(shape: Shape, place: Place) -> dict[str, Any]:
-    """The same with Adam inside the backward: no gradient of a large weight is written."""
-    draw = batches(shape, place)
-    eager = EagerTopK(shape, place)
-    ours = Ours(shape, place, joint=False, in_backward=True)
-    errors = compare([eager, ours], shape, place)
-    del eager
-    gc.collect()
-    x = draw().bfloat16()
-    W = ours.sae.W_enc.detach().bfloat16()
-    y = torch.empty(shape.B, shape.M, dtype=torch.bfloat16, device=place.device)
-    times = measure({"step": lambda: ours.step(draw()), "GEMM": lambda: torch.mm(x, W.T, out=y)}, place)
-    return {
-        "shape": shape.name,
-        "candidate": ours.name,
-        "relative_errors": errors,
-        "ms": times,
-        "step / GEMM": ratio(times, "step", "GEMM"),
-    }
+def about(candidate: Candidate, provider: Provider, shape: Shape, errors: dict[str, float]) -> dict[str, Any]:
+    """What a row says beside times."""
+    rounded = {name: float(f"{error:.1e}") for name, error in errors.items()}
+    version = {"version": provider.version} if provider.version else {}
+    return {"shape": shape.name, "candidate": candidate.name, **version, "errors": rounded}
 
 
 def sparsify(shape: Shape, place: Place) -> dict[str, Any]:
-    """sparsify's module beside ours, in one round."""
+    """sparsify's module beside ours, in one round. Raises Missing for errors of theirs, and of theirs alone."""
+    candidate = Candidate("sparsify's module", "topk", partial(Sparsify, unit_norm=False))
+    ours, _ = checked(TOPK, shape, place)  # first, and so with all that both are compared with
+    with excused(Exception):
+        theirs, errors = checked(candidate, shape, place)
     draw = batches(shape, place)
-    theirs = Sparsify(shape, place)  # first: where it is missing nothing else is made
-    eager = EagerTopK(shape, place)
-    ours = Ours(shape, place, joint=False)
-    errors = compare([eager, ours, theirs], shape, place)
-    del eager
-    gc.collect()
+
+    def sparsify_step(unit_norm: bool) -> None:
+        with excused(Exception):
+            theirs.unit_norm = unit_norm  # type: ignore[attr-defined]
+            theirs.step(draw())
+
     times = measure(
         {
             "step": lambda: ours.step(draw()),
-            "sparsify": lambda: theirs.step(draw()),
-            "sparsify, as its Trainer": lambda: theirs.trainer_step(draw()),
+            "sparsify": lambda: sparsify_step(unit_norm=False),
+            "sparsify, as its Trainer": lambda: sparsify_step(unit_norm=True),  # keeps decoder rows at norm 1
         },
         place,
     )
-    return {
-        "shape": shape.name,
-        "candidate": theirs.name,
-        "relative_errors": errors,
-        "ms": times,
-        "sparsify / step": ratio(times, "sparsify", "step"),
-    }
-
-
-def joint(shape: Shape, place: Place, in_backward: bool = False) -> dict[str, Any]:
-    """JointSAE's step, and what it needs at its peak."""
-    draw = batches(shape, place)
-    ours = Ours(shape, place, joint=True, in_backward=in_backward)
-    errors = compare([DenseJoint(shape, place), ours], shape, place)
-    gc.collect()
-    times = measure({"step": lambda: ours.step(draw())}, place)
-    held = 0 if in_backward else sum(p.numel() * p.element_size() for p in ours.sae.parameters())
-    return {
-        "shape": shape.name,
-        "candidate": ours.name,
-        "relative_errors": errors,
-        "ms": times,
-        "activation_bytes": activation_bytes(lambda: ours.step(draw()), held, place),
-    }
-
-
-def dense(shape: Shape, place: Place, compiled: bool = False) -> dict[str, Any]:
-    """The same architecture with dense codes. By itself: with ours beside it the memory of a GPU would not do."""
-    draw = batches(shape, place)
-    dense = DenseJoint(shape, place, compiled)
-    errors = compare([DenseJoint(shape, place), dense], shape, place) if compiled else {}
-    gc.collect()
-    times = measure({"step": lambda: dense.step(draw())}, place)
-    held = sum(p.numel() * p.element_size() for p in dense.w.values())
-    return {
-        "shape": shape.name,
-        "candidate": dense.name,
-        "relative_errors": errors,
-        "ms": times,
-        "activation_bytes": activation_bytes(lambda: dense.step(draw()), held, place),
-    }
+    found = {"ms": times, "sparsify / step": ratio(times, "sparsify", "step")}
+    return about(candidate, theirs, shape, errors) | found
 
 
 def million(shape: Shape, place: Place) -> dict[str, Any]:
     """Steps on one batch; the loss must fall. With Adam inside the backward, so that no gradients take memory."""
-    x = batches(shape, place, 1)()
-    ours = Ours(shape, place, joint=False, in_backward=True)
+    ours, errors = checked(TOPK_IN_BACKWARD, shape, place, without=InBackward.used_up)
+    x = batch(shape, place, 0)
     if place.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     losses = [ours.step(x).item() for _ in range(6)]
@@ -165,4 +136,4 @@ def million(shape: Shape, place: Place) -> dict[str, Any]:
         raise AssertionError(f"the loss does not fall: {losses}")
     times = measure({"step": lambda: ours.step(x)}, place, seconds=1.0)
     peak = torch.cuda.max_memory_allocated() if place.on_gpu else None
-    return {"shape": shape.name, "candidate": ours.name, "losses": losses, "ms": times, "peak_bytes": peak}
+    return about(TOPK_IN_BACKWARD, ours, shape, errors) | {"losses": losses, "ms": times, "peak_bytes": peak}

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.cases import Shape
 from benchmarks.gpu.measures.kernels import decode, encode, ratio
-from benchmarks.gpu.place import Place
-from benchmarks.gpu.stage import Missing
+from benchmarks.outcomes import Missing
+from benchmarks.place import Place
 
 
 @contextmanager

@@ -5,15 +5,33 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import SHAPES, Shape
+from benchmarks.cases import SHAPES, Shape, floor_seconds
 from benchmarks.gpu.measures import kernels, roofs, steps, sweeps
-from benchmarks.gpu.place import place
-from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.stage import Stage, excused
+from benchmarks.place import place
+from benchmarks.providers.base import Candidate
 
 # Sizes of a rehearsal, in place of every one below.
 SMOKE = Shape("smoke", B=4, D=16, M=64, K=4, N=2, E=8)
 WIDTHS = (768, 1024, 4096)
 SWEPT = (16, 64, 128, 192, 256, 384, 512, 1024)
+LATE = (
+    "PyTorch TopK, dense",
+    "dictionary_learning",
+    "SAELens",
+    "SAELens, use_sparse_activations",
+    "fastsae TopKSAE, Trainer",
+    "fastsae JointSAE, Trainer",
+    "PyTorch TopK, topk + embedding_bag",
+)
+# Last: each is compiled for half a minute, and may fail in code that is not ours.
+COMPILED = (
+    ("fastsae TopKSAE, torch.compile", "modern"),
+    ("fastsae JointSAE, torch.compile", "modern"),
+    ("PyTorch joint, dense, torch.compile", "paper"),
+    ("PyTorch joint, dense, torch.compile", "modern"),
+    ("PyTorch TopK, dense, torch.compile", "modern"),
+)
 
 
 def run(stage: Stage) -> None:
@@ -25,6 +43,8 @@ def run(stage: Stage) -> None:
         measured: Callable[[], dict[str, Any]],
         bars: Callable[[Any], dict[str, float]] | None = None,
         theirs: bool = False,
+        limit: float = 120,
+        needs: float = 5,
     ) -> dict[str, Any] | None:
         """A row of `measured`; `bars` picks from its facts what the bars are about."""
 
@@ -32,35 +52,61 @@ def run(stage: Stage) -> None:
             facts = measured()
             return facts | ({"bars": bars(facts)} if bars else {})
 
-        return stage.attempt(name, with_bars, limit=120, needs=0 if stage.smoke else 5, theirs=theirs)
+        return stage.attempt(name, with_bars, limit=limit, needs=0 if stage.smoke else needs, theirs=theirs)
 
-    def beside(ours: dict[str, Any] | None, shape: Shape) -> Callable[[Any], dict[str, float]]:
+    def step(
+        name: str,
+        candidate: Candidate,
+        shape: Shape,
+        bars: Callable[[Any], dict[str, float]] | None = None,
+        uneven: bool = False,
+        **how: Any,
+    ) -> dict[str, Any] | None:
+        """A row of a candidate's step; beside what its work takes at the rates of the roofs, if they were measured."""
+
+        plain = candidate.name.startswith("PyTorch")  # our code too, which may need more memory than there is
+
+        def measured() -> dict[str, Any]:
+            with excused(*([torch.cuda.OutOfMemoryError] if plain else [])):
+                facts = steps.step(candidate, shape, where, uneven)
+            if copied is None or product is None or candidate in steps.WITHOUT_FLOOR:
+                return facts
+            floor = 1e3 * floor_seconds(shape, candidate.joint, product["flops"], copied["bytes_per_second"])
+            return facts | {
+                "floor_ms": round(floor, 5),
+                "step / floor": round(facts["ms"]["step"]["median"] / floor, 3),
+            }
+
+        return case(name, measured, bars, theirs=not (candidate.ours or plain), **how)
+
+    def beside(ours: dict[str, Any] | None, shape: str) -> Callable[[Any], dict[str, float]]:
         """The bars of a dense step, beside our row of the same shape."""
 
         def compare(dense: dict[str, Any]) -> dict[str, float]:
             if ours is None:
                 return {}
-            found = {f"dense / JointSAE, {shape.name}": _over(dense, ours)}
+            found = {f"dense / JointSAE, {shape}": _over(dense, ours)}
             if ours["activation_bytes"] and dense["activation_bytes"]:
-                found[f"memory, {shape.name}"] = round(ours["activation_bytes"] / dense["activation_bytes"], 4)
+                found[f"memory, {shape}"] = round(ours["activation_bytes"] / dense["activation_bytes"], 4)
             return found
 
         return compare
 
-    case("copy", lambda: roofs.copy(1 if stage.smoke else 2048, where))
+    copied = case("copy", lambda: roofs.copy(where))
+    product = case("GEMM, modern, bfloat16", lambda: roofs.gemm(modern, torch.bfloat16, where))
     case(
         "encode, modern",
         lambda: kernels.encode(modern, where),
         lambda f: {k: f[k] for k in ("encode / GEMM", "topk / encode")},
     )
-    case("TopKSAE step, modern", lambda: steps.topk(modern, where), lambda f: {"TopKSAE / GEMM": f["step / GEMM"]})
-    ours = case("JointSAE step, modern", lambda: steps.joint(modern, where))
-    case("dense joint step, modern", lambda: steps.dense(modern, where), beside(ours, modern), theirs=True)
-    ours_paper = case("JointSAE step, paper", lambda: steps.joint(paper, where))
-    case("dense joint step, paper", lambda: steps.dense(paper, where), beside(ours_paper, paper), theirs=True)
-    case(
+    step("TopKSAE step, modern", steps.TOPK, modern, lambda f: {"TopKSAE / GEMM": f["step / GEMM"]})
+    for shape, name in ((modern, "modern"), (paper, "paper")):
+        ours = step(f"JointSAE step, {name}", steps.JOINT, shape)
+        step(f"dense joint step, {name}", steps.DENSE_JOINT, shape, beside(ours, name))
+    step(
         "TopKSAE step in backward, modern",
-        lambda: steps.topk_in_backward(modern, where),
+        steps.TOPK_IN_BACKWARD,
+        modern,
         lambda f: {"TopKSAE in backward / GEMM": f["step / GEMM"]},
     )
     case("million features", lambda: steps.million(million, where), lambda _: {"million": million.M})
@@ -68,10 +114,8 @@ def run(stage: Stage) -> None:
         "sparsify step, modern",
         lambda: steps.sparsify(modern, where),
         lambda f: {"sparsify / TopKSAE": f["sparsify / step"]},
-        theirs=True,
     )
-    for dtype in (torch.bfloat16, torch.float32):
-        case(f"GEMM, modern, {str(dtype)[6:]}", lambda d=dtype: roofs.gemm(modern, d, where))
+    case("GEMM, modern, float32", lambda: roofs.gemm(modern, torch.float32, where))
     for shape, name in ((modern, "modern"), (paper, "paper")):
         for joint in (False, True):
             case(
@@ -87,12 +131,13 @@ def run(stage: Stage) -> None:
         for K in SWEPT[: 1 if stage.smoke else None]:
             shape = SMOKE if stage.smoke else Shape(f"K={K}", B=4096, D=D, M=32768, K=K, N=K // 2, E=128)
             case(f"gather or dense, D={D} K={K}", lambda s=shape: sweeps.decode_ways(s, where))
-    case("TopKSAE step, modern, uneven features", lambda: steps.topk(modern, where, uneven=True))
-    case("JointSAE step in backward, modern", lambda: steps.joint(modern, where, in_backward=True))
+    step("TopKSAE step, modern, uneven features", steps.TOPK, modern, uneven=True)
+    step("JointSAE step in backward, modern", steps.JOINT_IN_BACKWARD, modern)
+    for name in LATE:
+        step(f"{name} step, modern", steps.NAMED[name], modern, needs=15)
     if not stage.smoke:
-        for shape in (paper, modern):
-            name = f"dense joint step compiled, {shape.name}"
-            stage.attempt(name, lambda s=shape: steps.dense(s, where, compiled=True), limit=180, needs=45, theirs=True)
+        for name, shape in COMPILED:
+            step(f"{name}, {shape}", steps.NAMED[name], SHAPES[shape], limit=180, needs=45)
 
 
 def _over(dense: dict[str, Any], ours: dict[str, Any]) -> float:

@@ -8,8 +8,9 @@ from helpers import assert_matches
 from torch import Tensor
 
 from benchmarks.gpu.exact import check_encode
-from benchmarks.gpu.place import Place, place
-from benchmarks.gpu.stage import Missing, Stage
+from benchmarks.gpu.stage import Stage
+from benchmarks.outcomes import Missing
+from benchmarks.place import Place, place
 from fastsae import ops
 from fastsae.backends import reference
 

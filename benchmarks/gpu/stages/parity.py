@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fastsae
-from benchmarks.gpu.place import Place, place
 from benchmarks.gpu.stage import Stage
+from benchmarks.place import Place, place
 from fastsae.optim import AdamInBackward
 
 ALLOWED = 3.0
@@ -123,7 +123,7 @@ def train(
     losses = []
     for number in range(steps):
         x = draw(number)
-        with where.bf16() if precision == "bf16" else contextlib.nullcontext():
+        with where.precision() if precision == "bf16" else contextlib.nullcontext():
             loss = sae(x).loss
         with optimizer.in_backward() if isinstance(optimizer, AdamInBackward) else contextlib.nullcontext():
             loss.backward()

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.gpu.stage import Missing, Stage
+from benchmarks.gpu.stage import Stage
+from benchmarks.outcomes import Missing
 
 # The tool's exit code when it found something; others are the step's own, or that the tool could not run.
 FOUND = 77

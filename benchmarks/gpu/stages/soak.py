@@ -14,8 +14,8 @@ from helpers import Case, assert_matches
 from torch import Tensor
 
 from benchmarks.gpu.ahead import compile_ahead
-from benchmarks.gpu.place import Place, place
 from benchmarks.gpu.stage import Stage
+from benchmarks.place import Place, place
 from fastsae import ops
 from fastsae.backends import reference
 

@@ -17,3 +17,8 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # memory first used in inference mode must serve training later
             pool[name] = torch.empty(size, dtype=torch.uint8)
     return pool[name][:size].view(dtype).view(shape)
+
+
+def release() -> None:
+    """Give this thread's kept memory back; the next call that needs some takes it anew."""
+    _thread.__dict__.pop("pool", None)

@@ -1,0 +1,50 @@
+"""The README's section: the table of one CPU's results at one shape, and what must be known to read it."""
+
+import re
+
+from benchmarks.report.page import PAGE
+from benchmarks.report.results import RESULTS, Unusable, of_cpus
+from benchmarks.report.rows import Results, missing_steps, step_shapes
+from benchmarks.report.tables import faster_steps, floor_line, step_table, worst_error
+
+README = "README.md"
+RECIPES = "Peers that clip gradients or keep decoder rows at norm 1 are compared with our Trainer doing the same."
+_SECTION = re.compile(r"<!-- benchmarks: (\S+) -->\n.*?<!-- /benchmarks -->", re.S)
+
+
+def render(readme: str, found: dict[str, Results], name: str | None = None) -> str:
+    """The README, its section made anew from the results it names, or from those of `name`."""
+    section = _SECTION.search(readme)
+    if section is None:
+        raise Unusable(
+            f"{README} must hold a section between <!-- benchmarks: NAME --> and <!-- /benchmarks -->, NAME being the "
+            f"stem of a file in {RESULTS}: {', '.join(found)}"
+        )
+    name = name or section[1]
+    of_any_cpu = of_cpus(found)
+    if name not in of_any_cpu:
+        raise Unusable(
+            f"{README} is to show {name}, and {RESULTS} has no CPU's results of that name; "
+            f"name one with `python -m benchmarks.report --readme NAME`: {', '.join(of_any_cpu)}"
+        )
+    made = f"<!-- benchmarks: {name} -->\n{readme_section(name, found[name])}\n<!-- /benchmarks -->"
+    return readme[: section.start()] + made + readme[section.end() :]
+
+
+def readme_section(name: str, results: Results) -> str:
+    """The table of one shape, and what must be known to read it."""
+    shapes = sorted(step_shapes(results), key=lambda s: (s.name == "bench", s.B * s.D * s.M))
+    shape = shapes[-1]
+    missing, wanting = missing_steps(results, shape)
+    lines = [step_table(results, shape, missing), "", RECIPES]
+    lines += [faster_steps(results, shape), floor_line(results, shape), ""]
+    if wanting:
+        lines.append(f"Not here for want of a GPU or of native bf16: {'; '.join(r['provider'] for r in wanting)}.")
+    hardware, versions = results["hardware"], results["versions"]
+    lines.append(
+        "Largest relative error of a reconstruction or a gradient among all that was timed, against the specification "
+        f"in fp64: {worst_error(results)}. {hardware['cpu']}, {hardware['threads']} threads, "
+        f"{hardware['instructions']}, torch {versions['torch']}, commit {versions['commit']}, {hardware['date']}; "
+        f"`make bench`, {results['seconds'] / 60:.0f} minutes. [All tables and plots]({PAGE}#{name})."
+    )
+    return "\n".join(lines)
