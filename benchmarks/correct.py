@@ -13,6 +13,7 @@ from benchmarks.latest import Latest
 from benchmarks.outcomes import WrongAnswer
 from benchmarks.place import Place
 from benchmarks.providers.base import Candidate, Provider, batch, weights
+from benchmarks.timing import wall
 from fastsae.backends import reference
 
 # Of the norm: an fp32 product over some thousand terms errs by 1e-6, one wrong row in 2048 by 1e-2.
@@ -148,15 +149,15 @@ def check(
     return found
 
 
-def check_step(provider: Provider, candidate: Candidate, shape: Shape, place: Place) -> None:
-    """Raises WrongAnswer if the first whole step, which it makes, moves a parameter elsewhere than Adam would.
+def check_step(provider: Provider, candidate: Candidate, shape: Shape, place: Place) -> float:
+    """Make the first whole step; returns its seconds. Raises WrongAnswer if it moves a parameter elsewhere than Adam.
 
     Adam's first update is nearly the sign of the gradient, whatever its scale: so it is compared by direction.
     """
     right = truth(shape, place, candidate.joint)
     before = {name: w.clone() for name, w in provider.weights().items()}
     provider.train(False)
-    provider.step(right.x)
+    seconds = wall(provider.step, right.x)
     provider.train(True)
     for name, w in provider.weights().items():
         wanted = right.gradients[name] * provider.scale(right.x)
@@ -170,6 +171,7 @@ def check_step(provider: Provider, candidate: Candidate, shape: Shape, place: Pl
                 f"{candidate.name} at {shape.name}: a step moves {name} elsewhere than Adam (cosine {cosine:.2f}, at "
                 f"least {COSINE}); not timed"
             )
+    return seconds
 
 
 def relative(got: Tensor, exact: Tensor) -> float:

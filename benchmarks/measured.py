@@ -1,6 +1,5 @@
 """A candidate made ready to be timed: warmed up, compared with the specification, its memory watched."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks.timing import wall
 
 # Whole batches up to so many pre-activations are compared (that is `laptop`), of larger shapes the first rows.
 COMPARED = 2**25
-# A step that takes longer, in seconds, is not warmed up: what is cold in it is little beside it.
+# Of such shapes a step that takes longer, in seconds, is not warmed up: what is cold in it is little beside it.
 LONG = 4.0
 
 
@@ -52,17 +51,14 @@ def ready(shape: Shape, candidate: Candidate, place: Place) -> Measured:
         torch.compiler.reset()
         made.gauge = Gauge(place)
         made.provider = candidate.make(shape, place)
-        begun = time.perf_counter()
         found = correct.check(made.provider, candidate, compared, place)
-        made.once = (time.perf_counter() - begun) * shape.B / compared.B
-        correct.check_step(made.provider, candidate, compared, place)
+        made.once = correct.check_step(made.provider, candidate, compared, place) * shape.B / compared.B
     except Missing as reason:
         return Measured(made.row | {"missing": str(reason)})
     made.row |= {"version": made.provider.version, "errors": {name: float(f"{e:.1e}") for name, e in found.items()}}
     made.row["compared_rows"] = compared.B
-    if made.once < LONG or candidate.compiled:
-        for _ in range(2):
-            made.once = wall(made.provider.step, batch(shape, place, 0))
+    if candidate.compiled or (compared.B < shape.B and made.once < LONG):
+        made.once = wall(made.provider.step, batch(shape, place, 0))
     return made
 
 

@@ -39,17 +39,17 @@ SUITES = {
     ),
     "cpu": Suite(
         phases=("modern-small",),
-        steps=("laptop", "bench", "paper-small"),
+        steps=("bench", "paper-small"),
         seconds=0.6,
         scaled=Shape("scaled", B=512, D=512, M=8192, K=32, N=16, E=64),
         series={
-            "M": (2048, 4096, 8192, 16384, 32768),
-            "K": (8, 16, 32, 64, 128),
-            "B": (128, 256, 512, 1024, 2048),
-            "D": (128, 256, 512, 1024),
+            "M": (2048, 8192, 32768),
+            "K": (8, 32, 128),
+            "B": (128, 512, 2048),
+            "D": (128, 512, 1024),
         },
         trained=Shape("trained", B=256, D=256, M=2048, K=32, N=16, E=64),
-        train_steps=100,
+        train_steps=80,
         harvested=100_000,
     ),
 }

@@ -1,6 +1,7 @@
 """The benchmarks' own promises: work is counted right, and nothing that computes another function is timed."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,8 +232,15 @@ def test_pytest_benchmarks_runs():
         "benchmarks/test_step.py::test_phase[smoke-fastsae JointSAE, Trainer-optimizer]",
         "benchmarks/test_step.py::test_phase[smoke-fastsae JointSAE, Trainer-step]",
     ]
+    environment = {
+        name: value for name, value in os.environ.items() if "XDIST" not in name
+    }  # beside it nothing is timed
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "smoke: fastsae JointSAE, Trainer" in done.stdout

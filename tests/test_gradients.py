@@ -250,3 +250,52 @@ def test_no_gradient_of_a_frozen_weight_is_made(frozen: str):
     # W_dec and W_lin take one product each, V two.
     assert len(seen) == {"W_dec": 3, "W_lin": 3, "V": 2}[frozen]
     assert_same(got, expected | {frozen: None})
+
+
+@pytest.fixture
+def recycled_from_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "RECYCLED", 0)
+    memory.release()
+
+
+@pytest.mark.usefixtures("recycled_from_the_first_byte")
+def test_a_freed_gradient_is_written_over_and_no_other():
+    """Under plain autograd, where gradients belong to whoever holds them."""
+    W = weight(30, 5)
+
+    def backward(scale: float) -> Tensor:
+        W.grad = None
+        (scale * ops.sparse_decode(CODE[0], CODE[1], W, "cpu").sum()).backward()
+        assert W.grad is not None
+        return W.grad
+
+    place = backward(1.0).data_ptr()
+    assert backward(1.0).data_ptr() == place
+    kept = backward(1.0)
+    assert kept.data_ptr() == place
+    before = kept.clone()
+    row = backward(2.0)[3]  # a view holds the memory as well
+    assert row.data_ptr() != place
+    expected = 2 * before[3]
+    del kept
+    assert backward(3.0).data_ptr() == place
+    torch.testing.assert_close(row, expected)
+    torch.testing.assert_close(W.grad, 3 * before)
+
+
+@pytest.mark.usefixtures("recycled_from_the_first_byte")
+def test_gradients_accumulate_in_recycled_memory():
+    W = weight(30, 5)
+    for _ in range(3):
+        ops.sparse_decode(CODE[0], CODE[1], W, "cpu").sum().backward()
+    (expected,) = torch.autograd.grad(ops.sparse_decode(CODE[0], CODE[1], W, "reference").sum(), W)
+    torch.testing.assert_close(W.grad, 3 * expected)
+
+
+@pytest.mark.usefixtures("recycled_from_the_first_byte")
+def test_another_model_gives_free_memory_back():
+    for shape in ((30, 5), (30, 5), (40, 5)):
+        ops.sparse_decode(CODE[0], CODE[1], weight(*shape), "cpu").sum().backward()
+    assert set(memory._free) == {40 * 5 * 4}
+    memory.release()
+    assert not memory._free

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsae.backends.cpu.memory import recycled
 from fastsae.code import FeatureOrder
 
 Destination = tuple[Tensor, bool]  # a gradient buffer, and whether to add to what it holds
@@ -33,7 +34,7 @@ def weight_gradient(order: FeatureOrder, coefficients: Tensor, rows: Tensor, out
             return grad
         buffer, add = out
         return buffer.add_(grad) if add else buffer.copy_(grad)
-    buffer, add = out or (rows.new_empty(d_sae, rows.shape[1]), False)
+    buffer, add = out or (recycled((d_sae, rows.shape[1]), rows.dtype), False)
     if weights.numel() == 0:
         return buffer if add else buffer.zero_()
     return torch.addmm(buffer, _csr(order, weights, len(rows)), rows, beta=int(add), out=buffer)
