@@ -39,11 +39,11 @@ def ready(shape: Shape, candidate: Candidate, place: Place) -> Measured:
     """Raises correct.WrongAnswer if the candidate computes another function."""
     about = {"provider": candidate.name, "architecture": candidate.architecture, "recipe": candidate.recipe}
     made = Measured(about, compiled=candidate.compiled)
-    if (needed := needed_bytes(shape, candidate.joint)) > available_bytes():
-        missing = f"needs about {needed / 2**30:.0f} GiB, {available_bytes() / 2**30:.0f} are available"
-        return Measured(about | {"missing": missing})
+    if too_large := why_too_large(shape, candidate.joint):
+        return Measured(about | {"missing": too_large})
     compared = replace(shape, B=min(shape.B, max(1, COMPARED // shape.M)))
-    correct.truth(compared, place, candidate.joint)  # now: what it holds is not the provider's
+    gemm(shape, place)  # now, like the truth: what they hold is not the provider's
+    correct.truth(compared, place, candidate.joint)
     try:
         if not candidate.compiled:  # imports, and what libraries reserve at first use, are not the step's
             small = SHAPES["smoke"]
@@ -62,10 +62,16 @@ def ready(shape: Shape, candidate: Candidate, place: Place) -> Measured:
     return made
 
 
-def needed_bytes(shape: Shape, joint: bool) -> int:
-    """A training state in fp32, three dense (B, d_sae) tensors, the truth in fp64 and its copy, and the roof's."""
+def why_too_large(shape: Shape, joint: bool) -> str | None:
+    """Why this shape cannot be measured here, None if it can: without this the system would kill the process.
+
+    Counted are a training state in fp32, three dense (B, d_sae) tensors, the truth in fp64 and its copy, and the roof.
+    """
     dense = shape.B * shape.M
-    return 4 * (4 * shape.parameters(joint) + 3 * dense + 3 * shape.parameters(joint) + dense)
+    needed = 4 * (4 * shape.parameters(joint) + 3 * dense + 3 * shape.parameters(joint) + dense)
+    if needed <= available_bytes():
+        return None
+    return f"needs about {needed / 2**30:.0f} GiB, {available_bytes() / 2**30:.0f} are available"
 
 
 @Latest

@@ -14,6 +14,7 @@ from benchmarks import correct
 from benchmarks.cases import SHAPES, Shape
 from benchmarks.conftest import suite_of
 from benchmarks.latest import Latest
+from benchmarks.measured import why_too_large
 from benchmarks.outcomes import WrongAnswer
 from benchmarks.place import CPU
 from benchmarks.providers.base import weights
@@ -105,6 +106,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_op(shape: Shape, op: str, way: str, direction: str, benchmark, rows, suite):
     benchmark.group = f"{shape.name}, {op}: {direction}"
+    if too_large := why_too_large(shape, joint=True):
+        pytest.skip(f"{shape.name}: {too_large}")
     inputs, indices = _inputs(shape)
     error = _compare(WAYS[op][way], op, shape)
     leaves = [inputs[name] for name in LEAVES[op]]

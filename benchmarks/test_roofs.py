@@ -5,7 +5,7 @@ import pytest
 from benchmarks import correct
 from benchmarks.cases import SHAPES
 from benchmarks.conftest import suite_of
-from benchmarks.measured import gemm
+from benchmarks.measured import gemm, why_too_large
 from benchmarks.place import CPU
 from benchmarks.providers.base import batch
 from benchmarks.providers.roofs import Copy
@@ -19,6 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_gemm(shape, benchmark, rows, suite):
+    if too_large := why_too_large(shape, joint=False):
+        pytest.skip(f"{shape.name}: {too_large}")
     roof, x = gemm(shape, CPU), batch(shape, CPU, 0)
     roof.step(x)
     exact = x[:8].double() @ roof.W.double().T + roof.b

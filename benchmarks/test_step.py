@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import PHASES, SHAPES, Shape
 from benchmarks.conftest import suite_of
-from benchmarks.measured import BesideGemm, Measured, gemm, ready
+from benchmarks.measured import BesideGemm, Measured, ready
 from benchmarks.place import CPU
 from benchmarks.providers import CANDIDATES
 from benchmarks.providers.base import Candidate, Provider, batch
@@ -37,7 +37,6 @@ def measured(request: pytest.FixtureRequest) -> Iterator[tuple[Shape, Measured]]
     shape: Shape
     candidate: Candidate
     shape, candidate = request.param
-    gemm(shape, CPU)
     made = ready(shape, candidate, CPU)
     yield shape, made
     made.provider = None  # pytest keeps what a fixture gave until the next one is made
