@@ -1,30 +1,22 @@
-"""torch.compile, or the reason why it cannot be had here."""
+"""What torch.compile needs and may not find: a compiler that works."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from benchmarks.outcomes import Missing
 
 
-def compiled_or_missing(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`function` under torch.compile. Raises Missing when called where there is no working compiler.
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Around forwards and backwards that may compile. Raises Missing where there is no working compiler.
 
     What dynamo cannot trace is no such reason, and is raised as it is.
     """
-    inner = torch.compile(function, **options)
-
-    @functools.wraps(function)
-    def called(*arguments: Any, **named: Any) -> Any:
-        try:
-            return inner(*arguments, **named)
-        except Exception as error:
-            backend = isinstance(error, BackendCompilerFailed) or type(error).__module__.startswith("torch._inductor")
-            if not backend:
-                raise
-            raise Missing(f"torch.compile fails here ({' '.join(str(error).split())[:200]})") from error
-
-    return called
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, BackendCompilerFailed) or type(error).__module__.startswith("torch._inductor")):
+            raise
+        raise Missing(f"torch.compile fails here ({' '.join(str(error).split())[:200]})") from error

@@ -12,7 +12,7 @@ from benchmarks.cases import Shape
 from benchmarks.outcomes import Missing
 from benchmarks.place import Place
 from benchmarks.providers.base import LR, Provider, weights
-from benchmarks.providers.compiled import compiled_or_missing
+from benchmarks.providers.compiled import compiling
 from fastsae.backends.cpu import encode
 from fastsae.optim import AdamInBackward
 
@@ -28,7 +28,7 @@ class Autograd(Provider):
         else:
             self.sae = fastsae.TopKSAE(shape.D, shape.M, shape.K, **on)
         self.sae.load_state_dict(self.sae.state_dict() | weights(shape, place, joint))
-        self.forward = compiled_or_missing(self.sae, fullgraph=True) if compiled else self.sae
+        self.forward = torch.compile(self.sae, fullgraph=True) if compiled else self.sae
         self.optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -43,8 +43,12 @@ class Autograd(Provider):
             return self.sae.decode(code)
 
     def loss(self, x: Tensor) -> Tensor:
-        with self.place.precision():
+        with self.place.precision(), compiling():
             return self.forward(x).loss
+
+    def backward(self, loss: Tensor) -> None:
+        with compiling():
+            loss.backward()
 
     def train(self, mode: bool) -> None:
         self.sae.train(mode)

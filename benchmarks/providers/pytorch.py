@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.cases import Shape
 from benchmarks.place import Place
 from benchmarks.providers.base import LR, Provider, weights
-from benchmarks.providers.compiled import compiled_or_missing
+from benchmarks.providers.compiled import compiling
 
 
 class _PyTorch(Provider):
@@ -19,14 +19,18 @@ class _PyTorch(Provider):
         self.shape, self.place, self.training = shape, place, True
         self.w = {name: nn.Parameter(t) for name, t in weights(shape, place, self.joint).items()}
         self.optimizer = torch.optim.Adam(self.w.values(), lr=LR, fused=True)
-        self.forward = compiled_or_missing(self._loss) if compiled else self._loss
+        self.forward = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, x: Tensor, training: bool) -> Tensor:
         raise NotImplementedError
 
     def loss(self, x: Tensor) -> Tensor:
-        with self.place.precision():
+        with self.place.precision(), compiling():
             return self.forward(x, self.training)
+
+    def backward(self, loss: Tensor) -> None:
+        with compiling():
+            loss.backward()
 
     def train(self, mode: bool) -> None:
         self.training = mode
