@@ -63,11 +63,6 @@ def truth(shape: Shape, place: Place, joint: bool, without: tuple[str, ...] = ()
     return Truth(x, torch.cat(parts), {name: t.float() for name, t in gradients.items()})
 
 
-def forget() -> None:
-    """Give back the memory of the truth that is kept."""
-    truth.forget()
-
-
 DICTIONARIES = ("W_enc", "b_enc", "W_dec", "W_lin", "V")
 
 

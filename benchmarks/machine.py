@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastsae.backends.cpu import screen
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy", "fastsae", "sae-lens", "eai-sparsify", "dictionary-learning")
 
@@ -26,15 +28,9 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": multiplies_bf16(),
+        "native_bf16": screen._has_native_bf16(),  # without it fastsae does not screen its encoding
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-
-
-def multiplies_bf16() -> bool:
-    """Whether the processor has products of bf16, without which fastsae does not screen its encoding."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def results_file() -> Path:

@@ -1,5 +1,6 @@
 """The peak of a step's memory, in this process: by the kernel's high-water mark, or by torch's on a GPU."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -53,9 +54,14 @@ class Gauge:
 
 
 def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", _STATUS.read_text())
+    return _told(_STATUS, key)
+
+
+def _told(file: Path, key: str) -> int:
+    """Bytes. Raises OSError where the system does not tell."""
+    found = re.search(rf"{key}:\s+(\d+) kB", file.read_text())
     if found is None:
-        raise OSError(f"{_STATUS} has no {key}")
+        raise OSError(f"{file} has no {key}")
     return int(found[1]) * 1024
 
 
@@ -68,10 +74,6 @@ def _trim() -> None:
 
 def available_bytes() -> int:
     """Of memory, before the system would have to swap or kill."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        if found:
-            return int(found[1]) * 1024
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        return _told(Path("/proc/meminfo"), "MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""How much is measured: `pytest benchmarks` rehearses in a minute, `make bench` fills the results file."""
+"""How much is measured: `pytest benchmarks` rehearses in a minute or two, `make bench` fills the results file."""
 
 from dataclasses import dataclass
 

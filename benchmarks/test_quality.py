@@ -17,6 +17,7 @@ from benchmarks.outcomes import Missing
 from benchmarks.place import CPU
 from benchmarks.providers import CANDIDATES
 from benchmarks.providers.base import Candidate
+from benchmarks.report.comparisons import standard
 from fastsae import activations, lm
 
 # Of the FVU at the end. Within a recipe candidates differ by 0.1 %; by a recipe, by 3 % and more.
@@ -43,7 +44,6 @@ def test_quality(candidate: Candidate, order: int, benchmark, rows, suite):
     about |= {"recipe": candidate.recipe, "order": order}
     row = {"benchmark": "quality", "shape": dataclasses.asdict(suite.trained), **about}
     torch.manual_seed(0)
-    torch.compiler.reset()
     fvu: list[float] = []
 
     def train() -> None:
@@ -64,16 +64,12 @@ def test_quality(candidate: Candidate, order: int, benchmark, rows, suite):
     rows.append(row | {"fvu": [round(f, 5) for f in fvu], "final": round(final, 5)})
     if order > 0:  # only shows what chance changes
         return
-    standard = next(r for r in rows if r["benchmark"] == "quality" and _alike(r, row) and "final" in r)
-    if standard["provider"] == candidate.name and not candidate.name.endswith(STANDARDS):
+    against = standard([r for r in rows if r["benchmark"] == "quality" and "final" in r], row)
+    if against is None:
         pytest.skip(f"{candidate.name}: compared with nothing, its standard did not run")
-    assert abs(final / standard["final"] - 1) <= ALLOWED, (
-        f"{candidate.name} ends at FVU {final:.4f}, {standard['provider']} at {standard['final']:.4f}: another step"
+    assert abs(final / against["final"] - 1) <= ALLOWED, (
+        f"{candidate.name} ends at FVU {final:.4f}, {against['provider']} at {against['final']:.4f}: another step"
     )
-
-
-def _alike(one: dict, other: dict) -> bool:
-    return all(one[key] == other[key] for key in ("architecture", "recipe"))
 
 
 @Latest

@@ -28,7 +28,7 @@ SMALL = Shape("small", B=24, D=16, M=96, K=6, N=3, E=8)
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    correct.forget()
+    correct.truth.forget()
 
 
 @pytest.mark.parametrize("joint", [False, True])

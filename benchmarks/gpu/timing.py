@@ -1,7 +1,6 @@
 """How long something takes on the device, and how much memory it needs beside what stays."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.place import Place
 from benchmarks.providers.base import Provider
+from benchmarks.timing import wall
 
 ROUNDS = 3
 
@@ -36,7 +36,7 @@ def measure(
 
 def _times(function: Callable[[], object], calls: int, place: Place) -> list[float]:
     if not place.on_gpu:
-        return [_wall(function) for _ in range(calls)]
+        return [1e3 * wall(function) for _ in range(calls)]
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     torch.cuda.synchronize()
     for start, end in marks:
@@ -45,12 +45,6 @@ def _times(function: Callable[[], object], calls: int, place: Place) -> list[flo
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in marks]
-
-
-def _wall(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return 1e3 * (time.perf_counter() - started)
 
 
 def _spread(found: list[float]) -> dict[str, Any]:

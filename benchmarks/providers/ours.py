@@ -67,12 +67,6 @@ class InBackward(Autograd):
             raise Missing("steps are made inside the backward by the CUDA backend only")
         return AdamInBackward(self.sae.parameters(), lr=LR)
 
-    def step(self, x: Tensor) -> Tensor:
-        loss = self.loss(x)
-        self.backward(loss)
-        self.update()
-        return loss.detach()
-
     def backward(self, loss: Tensor) -> None:
         with self.optimizer.in_backward():  # type: ignore[union-attr]
             loss.backward()

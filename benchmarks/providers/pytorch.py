@@ -1,5 +1,6 @@
 """The architectures in plain PyTorch, from the equations: what a good engineer writes before writing kernels."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ class _PyTorch(Provider):
         self.optimizer = torch.optim.Adam(self.w.values(), lr=LR, fused=True)
         self.forward = torch.compile(self._loss) if compiled else self._loss
 
+    @abstractmethod
     def _loss(self, x: Tensor, training: bool) -> Tensor:
-        raise NotImplementedError
+        """The mean squared error, dropout on in training."""
 
     def loss(self, x: Tensor) -> Tensor:
         with self.place.precision(), compiling():

@@ -49,7 +49,7 @@ def checked(
         provider = candidate.make(shape, place)
         errors = correct.check(provider, candidate, shape, place, eager, without)
     finally:
-        correct.forget()
+        correct.truth.forget()
     if provider.used_up:
         provider.update()  # ends the step that the backward began, which would be counted twice
     return provider, errors
