@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from fastsae import files, planner, provenance, report
-from fastsae.config import DataConfig, JointSAEConfig, TopKSAEConfig, TrainerConfig, to_dict
-from fastsae.modules import ARCHITECTURES, SparseAutoencoder, load
-from fastsae.train import Trainer
+from fastsae import experiment, files, planner, report
+from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig
+from fastsae.modules import SparseAutoencoder
 
 _DEFAULT_DATA = DataConfig()
 _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
@@ -28,6 +26,7 @@ _FLAT = (
 # d_in is not asked for: it is the width of the hook (train, demo), or given to `plan` on its own.
 Topk = Annotated[TopKSAEConfig, tyro.conf.subcommand("topk", default=TopKSAEConfig(d_in=1, d_sae=8192, k=32))]
 Joint = Annotated[JointSAEConfig, tyro.conf.subcommand("joint", default=JointSAEConfig(d_in=1, d_sae=8192, k=32))]
+Sequential = Annotated[SequentialRunConfig, tyro.conf.subcommand("sequential")]
 
 
 def main() -> None:
@@ -45,14 +44,14 @@ def main() -> None:
 
 
 def train(
-    sae: Topk | Joint,
+    sae: Topk | Joint | Sequential,
     data: DataConfig = _DEFAULT_DATA,
     trainer: TrainerConfig = _DEFAULT_RUN,
 ) -> None:
     """Train an SAE on activations of a language model."""
     if trainer.run_dir is None:
         raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
-    _train(_model(data), data, sae, trainer)
+    experiment.train(experiment.language_model(data), data, sae, trainer)
     _say(f"Trained {trainer.steps} steps. The SAE lies in {trainer.run_dir}/sae. Next:")
     _say(f"  fastsae eval {trainer.run_dir}")
     _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")
@@ -66,11 +65,9 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000, batch_window
         tokens: Tokens of held-out text.
         batch_windows: Windows of text the model reads at once.
     """
-    data = provenance.recorded(run)
-    if not (run / "sae" / "config.json").is_file():
-        raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
-    sae = load(run / "sae")
-    _say(report.table([_measure(_model(data), data, {str(run): sae}, tokens, batch_windows)[0]]))
+    sae, data = experiment.trained(run)
+    model = experiment.language_model(data)
+    _say(report.table([_measure(model, data, {str(run): sae}, tokens, batch_windows)[0]]))
 
 
 def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:
@@ -131,12 +128,12 @@ def demo(
     }
     saes = {"topk": TopKSAEConfig(d_in=1, d_sae=d_sae, k=k), "joint": JointSAEConfig(d_in=1, d_sae=d_sae, k=k)}
     _empty_demo_folder(folder)
-    model = _model(data)
+    model = experiment.language_model(data)
     _say(f"Activations: {data.hook} of the embedded language model on the Python standard library's sources.")
     trained: dict[str, SparseAutoencoder] = {}
     for name, config in saes.items():
         _say(f"\n{name}: d_sae = {d_sae}, k = {k}, {steps} steps of {data.batch_size} activations")
-        trained[name] = _train(model, data, config, trainers[name])
+        trained[name] = experiment.train(model, data, config, trainers[name])
     rows = _measure(model, data, trained, held_out_tokens, 16)
     for row, (name, sae) in zip(rows, trained.items(), strict=True):
         row["parameters"] = f"{sum(p.numel() for p in sae.parameters()):,}"
@@ -173,47 +170,13 @@ def _say(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)  # noqa: T201  # the command line speaks
 
 
-def _model(data: DataConfig) -> Any:
-    from fastsae import lm
-
-    return lm.load(data.model)
-
-
-def _windows(model: Any, data: DataConfig, held_out: bool, tokens: int) -> Any:
-    from fastsae.activations import read_documents, tokenize
-
-    return tokenize(read_documents(data.text), model.tokenizer, data.context, tokens, held_out)
-
-
-def _train(model: Any, data: DataConfig, config: TopKSAEConfig, trainer: TrainerConfig) -> SparseAutoencoder:
-    from fastsae.activations import ActivationStream, ModelActivations, harvest
-
-    source = ModelActivations(model, data.hook, _windows(model, data, False, data.tokens))
-    try:
-        _windows(model, data, True, 1)
-    except ValueError as error:
-        warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
-    config = dataclasses.replace(config, d_in=source.d_in)
-    torch.manual_seed(trainer.seed)
-    sae = ARCHITECTURES["joint" if isinstance(config, JointSAEConfig) else "topk"](**to_dict(config))
-    run = Trainer(sae, trainer)
-    stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
-    assert trainer.run_dir is not None
-    provenance.record(data, trainer.run_dir)
-    if data.store:
-        stream.source = harvest(source, data.store)
-        provenance.record(data, trainer.run_dir)  # another process may have begun there meanwhile
-    run.fit(stream)
-    return sae
-
-
 def _measure(
     model: Any, data: DataConfig, saes: dict[str, SparseAutoencoder], tokens: int, batch_windows: int
 ) -> list[dict[str, str]]:
     from fastsae.activations import ModelActivations
     from fastsae.evaluate import behavior, reconstruction
 
-    windows = _windows(model, data, True, tokens)
+    windows = experiment.held_out_windows(model, data, tokens)
     source = ModelActivations(model, data.hook, windows, batch_windows)
     rows = []
     for name, sae in saes.items():

@@ -76,11 +76,9 @@ class TopKSAEConfig:
 
 
 @dataclass(frozen=True)
-class JointSAEConfig(TopKSAEConfig):
-    """A TopK SAE trained together with feature integration: a linear pathway and a factorization machine."""
+class IntegrationConfig:
+    """Feature integration: a linear pathway and a factorization machine over the strongest features."""
 
-    pre_bias: bool = False
-    """Learn b_dec: subtracted before encoding, added after decoding. The paper has none."""
     k_integration: int | None = None
     """How many of the strongest features the integration sees; None means half of k."""
     d_embedding: int = 128
@@ -93,17 +91,48 @@ class JointSAEConfig(TopKSAEConfig):
     """Have the pairwise pathway: V and the two-layer network over z."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_types(self)
+        where = type(self).__name__
+        _require(self.d_embedding >= 1, f"{where}.d_embedding", "at least 1", self.d_embedding)
+        _require(0 <= self.dropout < 1, f"{where}.dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class JointSAEConfig(IntegrationConfig, TopKSAEConfig):
+    """A TopK SAE trained together with feature integration: a linear pathway and a factorization machine."""
+
+    pre_bias: bool = False
+    """Learn b_dec: subtracted before encoding, added after decoding. The paper has none."""
+
+    def __post_init__(self) -> None:
+        TopKSAEConfig.__post_init__(self)
+        IntegrationConfig.__post_init__(self)
         n = self.k_integration
         fits = n is None or 1 <= n <= self.k
-        _require(fits, "JointSAEConfig.k_integration", f"None, or between 1 and k = {self.k}", n)
-        _require(self.d_embedding >= 1, "JointSAEConfig.d_embedding", "at least 1", self.d_embedding)
-        _require(0 <= self.dropout < 1, "JointSAEConfig.dropout", "in [0, 1)", self.dropout)
+        _require(fits, f"{type(self).__name__}.k_integration", f"None, or between 1 and k = {self.k}", n)
 
     @property
     def n(self) -> int:
         """k_integration, resolved."""
         return max(1, self.k // 2) if self.k_integration is None else self.k_integration
+
+
+@dataclass(frozen=True)
+class SequentialSAEConfig(JointSAEConfig):
+    """A frozen TopK SAE, and feature integration trained on its residual."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.linear or self.interaction):
+            raise ValueError(f"{type(self).__name__}: linear and interaction are both off; there is nothing to train")
+
+
+@dataclass(frozen=True)
+class SequentialRunConfig(IntegrationConfig):
+    """Feature integration, trained on the residual of the frozen TopK SAE of a finished run."""
+
+    base: Path = dataclasses.field(kw_only=True)
+    """The run_dir of a finished `fastsae train topk` on the same model and hook."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,16 @@ def record(data: DataConfig, run_dir: Path) -> None:
         files.write_json(path, ours)
 
 
+def resolved(data: DataConfig) -> DataConfig:
+    """The same with those options that are paths absolute, as they are recorded."""
+    text, model = Path(data.text), Path(data.model)
+    if data.text != STDLIB and text.exists():
+        data = dataclasses.replace(data, text=str(text.resolve()))
+    if data.model != EMBEDDED and model.is_dir():
+        data = dataclasses.replace(data, model=str(model.resolve()))
+    return data
+
+
 def recorded(run_dir: Path) -> DataConfig:
     """What `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed."""
     path = run_dir / "data.json"
@@ -55,12 +65,8 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def _description(data: DataConfig) -> dict[str, Any]:
-    """The options, those that are paths absolute. One text file is held out by the place of each part, so its content
-    belongs to the split."""
-    text, model = Path(data.text), Path(data.model)
-    if data.text != STDLIB and text.exists():
-        data = dataclasses.replace(data, text=str(text.resolve()))
-    if data.model != EMBEDDED and model.is_dir():
-        data = dataclasses.replace(data, model=str(model.resolve()))
+    """The options, resolved. One text file is held out by the place of each part, so its content belongs to the
+    split."""
+    text = Path(data.text)
     checksum = {_TEXT_CHECKSUM: files.crc32(text)} if data.text != STDLIB and text.is_file() else {}
-    return to_dict(data) | checksum
+    return to_dict(resolved(data)) | checksum

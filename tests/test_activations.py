@@ -611,3 +611,17 @@ def test_an_index_that_lacks_parts(index: dict, tmp_path: Path):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index\.json is damaged: it lacks parts"):
         ActivationStore(tmp_path)
+
+
+def test_windows_spread_over_a_document(tokenizer):
+    words = "the a cat dog sat ran on under mat tree and then quickly slowly".split()  # noqa: SIM905  # as in tiny_lm
+    documents = [Document("long", " ".join(words * 5)), Document("short", "the cat"), Document("last", "a dog sat")]
+    windows = tokenize(documents, tokenizer, 8, held_out=None, max_windows_per_document=3)
+    everything = tokenize(documents, tokenizer, 8, held_out=None)
+    assert windows.documents.tolist() == [0, 0, 0, 1, 2]
+    assert torch.equal(windows.tokens[:3], everything.tokens[[0, 4, 9]])
+    assert windows.lengths.tolist() == [8, 8, 8, 3, 4]
+    capped = tokenize(documents, tokenizer, 8, 16, held_out=None, max_windows_per_document=2)
+    assert capped.lengths.tolist() == [8, 8, 3]
+    with pytest.raises(ValueError, match="max_windows_per_document of at least 1; got 0"):
+        tokenize(documents, tokenizer, 8, held_out=None, max_windows_per_document=0)

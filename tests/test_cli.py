@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import activations, cli, evaluate
+from fastsae import activations, cli, evaluate, experiment
 from fastsae.config import JointSAEConfig
 from fastsae.planner import plan
 
@@ -84,9 +84,9 @@ def test_a_failed_attempt_does_not_block_its_folder(run):
 def test_training_and_measuring_see_different_documents(run, monkeypatch):
     """The split, end to end: what train reads and what eval reads."""
     seen: list[set[str]] = []
-    tokenize = activations.tokenize
+    tokenize = experiment.tokenize
     monkeypatch.setattr(
-        activations, "tokenize", lambda *a, **b: (seen.append(set((w := tokenize(*a, **b)).names)), w)[1]
+        experiment, "tokenize", lambda *a, **b: (seen.append(set((w := tokenize(*a, **b)).names)), w)[1]
     )
     run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
     trained = seen[0]

@@ -17,7 +17,9 @@ LAYERS = [
     {"optim", "runs", "checkpoint", "train", "planner", "report"},
     {"activations", "lm"},
     {"evaluate"},
-    {"provenance", "cli"},
+    {"provenance"},
+    {"experiment"},
+    {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.
 MAY_ONLY_IMPORT = {"activations": {"activations", "files"}, "lm": {"lm", "activations"}, "report": set()}

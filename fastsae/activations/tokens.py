@@ -58,12 +58,15 @@ def tokenize(
     context: int,
     max_tokens: int | None = None,
     held_out: bool | None = False,
+    max_windows_per_document: int | None = None,
 ) -> TokenWindows:
     """Cut documents into windows of `context` tokens (BOS included, the tail of a document shorter).
 
     tokenizer: a Hugging Face one, such as hangs on a TransformerLens model. Text is encoded once and never decoded.
     max_tokens: stop after this many tokens of text.
     held_out: False takes the documents to train on, True only those held out to measure on, None all.
+    max_windows_per_document: of a longer document only so many windows, evenly spaced: more documents for the same
+    tokens, and it is documents that are independent of one another.
     Raises ValueError when no window comes out.
     """
     if tokenizer is None:
@@ -72,8 +75,9 @@ def tokenize(
     body = context - len(bos)
     if body < 1:
         raise ValueError(f"tokenize: expected a context of at least {len(bos) + 1}; got {context}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"tokenize: expected max_tokens of at least 1; got {max_tokens}")
+    for name, limit in (("max_tokens", max_tokens), ("max_windows_per_document", max_windows_per_document)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"tokenize: expected {name} of at least 1; got {limit}")
     windows: list[Tensor] = []
     lengths: list[Tensor] = []
     names: list[str] = []
@@ -85,7 +89,10 @@ def tokenize(
             continue
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
-        ids = torch.tensor(ids[: min(left, len(ids))], dtype=torch.int64)
+        ids = torch.tensor(ids, dtype=torch.int64)
+        if max_windows_per_document is not None:
+            ids = _spread(ids, body, max_windows_per_document)
+        ids = ids[: min(left, len(ids))]
         left -= len(ids)
         names.append(document.name)
         starts = torch.arange(0, len(ids), body)
@@ -101,3 +108,11 @@ def tokenize(
     tokens = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(tokens), len(bos)), tokens], dim=1)
     owners = torch.repeat_interleave(torch.tensor([len(rows) for rows in windows]))
     return TokenWindows(tokens, torch.cat(lengths), owners, tuple(names), bool(bos))
+
+
+def _spread(ids: Tensor, body: int, windows: int) -> Tensor:
+    """Of the tokens of a document those of at most `windows` of its windows, evenly spaced."""
+    parts = ids.split(body)
+    if len(parts) <= windows:
+        return ids
+    return torch.cat([parts[i] for i in torch.linspace(0, len(parts) - 1, windows).long().tolist()])

@@ -6,9 +6,10 @@ import torch
 
 from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, evaluating, read_description
 from fastsae.modules.joint import JointSAE
+from fastsae.modules.sequential import SequentialSAE
 from fastsae.modules.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE)}
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE)}
 
 
 def load(folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None) -> SparseAutoencoder:
@@ -19,4 +20,4 @@ def load(folder: str | Path, *, backend: str = "auto", device: torch.device | st
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 
 
-__all__ = ["Components", "JointSAE", "SAEOutput", "SparseAutoencoder", "TopKSAE", "evaluating", "load"]
+__all__ = ["Components", "JointSAE", "SAEOutput", "SequentialSAE", "SparseAutoencoder", "TopKSAE", "evaluating", "load"]

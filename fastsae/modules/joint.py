@@ -1,5 +1,7 @@
 """JointSAE: a TopK SAE trained together with feature integration (arXiv 2507.00269)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class JointSAE(SparseAutoencoder):
     """
 
     architecture = "joint"
-    config_class = JointSAEConfig
+    config_class: ClassVar[type[JointSAEConfig]] = JointSAEConfig  # type: ignore  # each class narrows it
     config: JointSAEConfig
 
     def __init__(
@@ -48,7 +50,7 @@ class JointSAE(SparseAutoencoder):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = JointSAEConfig(
+        config = self.config_class(
             d_in, d_sae, k, pre_bias, init, k_integration, d_embedding, dropout, linear, interaction
         )
         super().__init__(config, backend, device, dtype)

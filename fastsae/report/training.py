@@ -1,26 +1,20 @@
-"""Results for people: plain-text tables and plots."""
+"""The course of a training run: its log, and the curves of several runs in one picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of cells by column name, as aligned text; the first column to the left, the others to the right."""
-    columns = list(rows[0])
-    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-
-    def line(cells: Mapping[str, str]) -> str:
-        first, *others = columns
-        return "  ".join([cells[first].ljust(widths[first]), *(cells[c].rjust(widths[c]) for c in others)])
-
-    header = line({c: c for c in columns})
-    return "\n".join([header, "-" * len(header), *(line(row) for row in rows)])
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl. Raises FileNotFoundError, or ValueError naming a line that is not JSON."""
+    path = run_dir / "metrics.jsonl"
+    metrics = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: line {number} is not valid JSON ({error})") from error
+    return metrics
 
 
 def plot_training(runs: Mapping[str, Path], path: Path) -> None:

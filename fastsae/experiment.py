@@ -1,0 +1,102 @@
+"""From configs to results: the model, its text, the SAE trained on it, and what is measured of it."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae import provenance
+from fastsae.activations import (
+    ActivationStream,
+    ModelActivations,
+    TokenWindows,
+    harvest,
+    read_documents,
+    tokenize,
+)
+from fastsae.config import DataConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
+from fastsae.modules import ARCHITECTURES, SequentialSAE, SparseAutoencoder, load
+from fastsae.train import Trainer
+
+# Of each held-out document at most so many windows are measured on: intervals count documents, not tokens.
+_WINDOWS_PER_DOCUMENT = 8
+
+
+def language_model(data: DataConfig) -> Any:
+    from fastsae import lm
+
+    return lm.load(data.model)
+
+
+def training_windows(model: Any, data: DataConfig) -> TokenWindows:
+    return tokenize(read_documents(data.text), model.tokenizer, data.context, data.tokens, held_out=False)
+
+
+def held_out_windows(model: Any, data: DataConfig, tokens: int) -> TokenWindows:
+    """Windows spread over many held-out documents, `tokens` tokens in all."""
+    documents = read_documents(data.text)
+    return tokenize(documents, model.tokenizer, data.context, tokens, True, _WINDOWS_PER_DOCUMENT)
+
+
+def train(
+    model: Any, data: DataConfig, config: TopKSAEConfig | SequentialRunConfig, trainer: TrainerConfig
+) -> SparseAutoencoder:
+    """A new SAE, trained on the activations of `data` into trainer.run_dir."""
+    make = _maker(config, data, trainer.seed)
+    source = ModelActivations(model, data.hook, training_windows(model, data))
+    try:
+        held_out_windows(model, data, 1)
+    except ValueError as error:
+        warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
+    sae = make(source.d_in)
+    run = Trainer(sae, trainer)
+    stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
+    assert trainer.run_dir is not None
+    provenance.record(data, trainer.run_dir)
+    if data.store:
+        stream.source = harvest(source, data.store)
+        provenance.record(data, trainer.run_dir)  # another process may have begun there meanwhile
+    run.fit(stream)
+    return sae
+
+
+def _maker(
+    config: TopKSAEConfig | SequentialRunConfig, data: DataConfig, seed: int
+) -> Callable[[int], SparseAutoencoder]:
+    """What makes the SAE once d_in is known. A base that does not fit is refused here, before the text is read."""
+    if isinstance(config, SequentialRunConfig):
+        on_base = _on_base(config, data, seed)
+        return lambda _: on_base
+    made_by = {architecture.config_class: architecture for architecture in ARCHITECTURES.values()}
+
+    def new(d_in: int) -> SparseAutoencoder:
+        torch.manual_seed(seed)
+        return made_by[type(config)](**to_dict(dataclasses.replace(config, d_in=d_in)))
+
+    return new
+
+
+def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> SequentialSAE:
+    """Integration on the SAE of the run config.base, which must know the activations of `data`."""
+    base, seen = trained(config.base)
+    ours = provenance.resolved(data)
+    if (seen.model, seen.hook) != (ours.model, ours.hook):
+        raise ValueError(
+            f"{config.base} was trained on {seen.hook} of model {seen.model!r}, this run is on {ours.hook} of model "
+            f"{ours.model!r}; --model and --hook must be those of the base"
+        )
+    options = to_dict(config)
+    del options["base"]
+    torch.manual_seed(seed)
+    return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
+
+
+def trained(run: Path) -> tuple[SparseAutoencoder, DataConfig]:
+    """The SAE of a finished run, and what it was trained on. Raises FileNotFoundError saying what is missing."""
+    data = provenance.recorded(run)
+    if not (run / "sae" / "config.json").is_file():
+        raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
+    return load(run / "sae"), data

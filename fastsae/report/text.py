@@ -1,0 +1,16 @@
+"""Results as plain text."""
+
+from collections.abc import Mapping, Sequence
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells by column name, as aligned text; the first column to the left, the others to the right."""
+    columns = list(rows[0])
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+
+    def line(cells: Mapping[str, str]) -> str:
+        first, *others = columns
+        return "  ".join([cells[first].ljust(widths[first]), *(cells[c].rjust(widths[c]) for c in others)])
+
+    header = line({c: c for c in columns})
+    return "\n".join([header, "-" * len(header), *(line(row) for row in rows)])
