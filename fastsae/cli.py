@@ -1,4 +1,4 @@
-"""The command line: fastsae demo | train | eval | plan."""
+"""The command line: fastsae demo | train | eval | analyze | plan."""
 
 import dataclasses
 import shutil
@@ -11,7 +11,9 @@ import torch
 import tyro
 
 from fastsae import experiment, files, planner, report
+from fastsae.activations import TokenWindows
 from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig
+from fastsae.evaluate import Behavior, Reconstruction, record, top_features
 from fastsae.modules import SparseAutoencoder
 
 _DEFAULT_DATA = DataConfig()
@@ -34,7 +36,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _say(f"fastsae {version('fastsae')}")
         return
-    commands = {"demo": demo, "train": train, "eval": evaluate, "plan": plan}
+    commands = {"demo": demo, "train": train, "eval": evaluate, "analyze": analyze, "plan": plan}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
     except KeyboardInterrupt as stop:
@@ -57,17 +59,97 @@ def train(
     _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")
 
 
-def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000, batch_windows: int = 16) -> None:
-    """Measure a trained SAE on held-out documents of the text it was trained on.
+def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
+    """Measure a trained SAE on held-out documents of the text it was trained on, into RUN/eval.json.
 
     Args:
         run: The run_dir of `fastsae train`.
-        tokens: Tokens of held-out text.
-        batch_windows: Windows of text the model reads at once.
+        tokens: Tokens of held-out text, spread over documents.
     """
     sae, data = experiment.trained(run)
     model = experiment.language_model(data)
-    _say(report.table([_measure(model, data, {str(run): sae}, tokens, batch_windows)[0]]))
+    measured = experiment.measure(model, data, sae, experiment.held_out_windows(model, data, tokens))
+    record.write(run, "eval", measured, tokens=tokens)
+    r, b = measured.reconstruction, measured.bos_out
+    _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, [95 % intervals] over {b.documents} held-out documents")
+    _say(f"MSE {r.mse:.4f}   cosine {r.cosine:.4f}   L0 {r.l0:.1f}   dead in these rows {r.dead_share:.1%}", "")
+    _say(report.table([_condition(name, r, b) for name in b.conditions]), "")
+    full, own = measured.bos_in.full, r.error_reduction_against_own_identity_pathway
+    _say(f"BOS replaced too: KL {full.kl:.4f}, loss recovered {full.loss_recovered:.4f}")
+    if own is not None:
+        kl = b.kl_reduction_against_own_identity_pathway["full"]
+        _say(
+            f"Against its own identity pathway, as in the paper (no comparison with a TopK SAE): error {own:.1%} less, "
+            f"KL {kl:.1%} less"
+        )
+
+
+def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
+    spliced = b.conditions[name]
+    return {
+        "reconstruction": name,
+        "FVU": f"{r.conditions[name]:.4f}",
+        "KL": f"{spliced.kl:.4f}",
+        "CE increase": f"{spliced.ce_increase:.4f}",
+        "loss recovered": f"{spliced.loss_recovered:.4f}",
+        "KL / random error of its size": f"{spliced.kl_over_epsilon:.2f}",
+    }
+
+
+def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
+    """Geometry of a trained SAE's weights, and the text its largest features are active on.
+
+    Writes RUN/geometry.json and RUN/features.json.
+
+    Args:
+        run: The run_dir of `fastsae train`.
+        tokens: Tokens of held-out text, spread over documents.
+    """
+    sae, data = experiment.trained(run)
+    model = experiment.language_model(data)
+    windows = experiment.held_out_windows(model, data, tokens)
+    geometry = experiment.held_out_geometry(model, data, sae, windows)
+    features = top_features(sae, model, data.hook, windows)
+    record.write(run, "geometry", geometry, tokens=tokens)
+    record.write(run, "features", {"features": features}, tokens=tokens)
+    norms, dips = geometry.squared_norms["W_dec"], geometry.dip_W_dec
+    _say(f"{run}: {geometry.rows:,} rows. Features by firing rate, and if their squared decoder norms have two modes:")
+    rows = []
+    for name, group in geometry.groups.items():
+        dip = dips.get(name)
+        rows.append(
+            {
+                "features": name,
+                "count": f"{group.features:,}",
+                "mean rate": _number(group.mean_rate, ".5f"),
+                "mean |W_dec|^2": _number(norms.groups[name].mean, ".3f"),
+                "dip": "" if dip is None else f"{dip.dip:.4f}",
+                "p of one mode": "" if dip is None else f"{dip.p:.3f}",
+            }
+        )
+    _say(report.table(rows), "", f"At the start |W_dec|^2 was {norms.at_init:.3f}.")
+    if geometry.weight_norm_share is not None:
+        _say("", "Rank correlation of a pathway's share of weight norm with |W_dec|^2, beside the same with")
+        _say("W_lin and V drawn anew (what correlates there is built into the share, not learned):")
+        found = geometry.weight_norm_share.spearman.items()
+        _say(
+            report.table(
+                [
+                    {
+                        "pathway": name,
+                        "trained": f"{s.value:.3f}",
+                        "drawn anew": f"{s.null_mean:.3f} ({s.null_min:.3f} to {s.null_max:.3f})",
+                    }
+                    for name, s in found
+                    if s is not None
+                ]
+            )
+        )
+    _say("", f"Text of the {len(features)} largest features: {run}/features.json")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
 def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:
@@ -134,7 +216,7 @@ def demo(
     for name, config in saes.items():
         _say(f"\n{name}: d_sae = {d_sae}, k = {k}, {steps} steps of {data.batch_size} activations")
         trained[name] = experiment.train(model, data, config, trainers[name])
-    rows = _measure(model, data, trained, held_out_tokens, 16)
+    rows = _compare(model, data, trained, experiment.held_out_windows(model, data, held_out_tokens))
     for row, (name, sae) in zip(rows, trained.items(), strict=True):
         row["parameters"] = f"{sum(p.numel() for p in sae.parameters()):,}"
         rates = [line["rows_per_second"] for line in report.read_metrics(folder / name)]
@@ -170,28 +252,23 @@ def _say(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)  # noqa: T201  # the command line speaks
 
 
-def _measure(
-    model: Any, data: DataConfig, saes: dict[str, SparseAutoencoder], tokens: int, batch_windows: int
+def _compare(
+    model: Any, data: DataConfig, saes: dict[str, SparseAutoencoder], windows: TokenWindows
 ) -> list[dict[str, str]]:
-    from fastsae.activations import ModelActivations
-    from fastsae.evaluate import behavior, reconstruction
-
-    windows = experiment.held_out_windows(model, data, tokens)
-    source = ModelActivations(model, data.hook, windows, batch_windows)
     rows = []
     for name, sae in saes.items():
-        r = reconstruction(sae, (source.block(i) for i in range(len(source.block_rows))))
-        b = behavior(sae, model, data.hook, windows, batch_windows)
+        measured = experiment.measure(model, data, sae, windows)
+        r, b = measured.reconstruction, measured.bos_out
         rows.append(
             {
                 "SAE": name,
-                "MSE": f"{r.mse:.4f}",
+                "MSE": f"{r.mse.estimate:.4f}",
                 "FVU": f"{r.fvu:.4f}",
-                "L0": f"{r.l0:.1f}",
+                "L0": f"{r.l0.estimate:.1f}",
                 f"dead in {r.rows:,} rows": f"{r.dead_share:.1%}",
-                "KL": f"{b.kl:.4f}",
-                "CE": f"{b.ce_clean:.3f} -> {b.ce_spliced:.3f}",
-                "loss recovered": f"{b.loss_recovered:.2%}",
+                "KL": f"{b.full.kl:.4f}",
+                "CE": f"{b.ce_clean.estimate:.3f} -> {b.full.ce.estimate:.3f}",
+                "loss recovered": f"{b.full.loss_recovered.estimate:.2%}",
             }
         )
     return rows

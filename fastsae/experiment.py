@@ -3,12 +3,13 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsae import provenance
+from fastsae import evaluate, provenance
 from fastsae.activations import (
     ActivationStream,
     ModelActivations,
@@ -18,11 +19,23 @@ from fastsae.activations import (
     tokenize,
 )
 from fastsae.config import DataConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
+from fastsae.evaluate import Behavior, Geometry, Reconstruction
 from fastsae.modules import ARCHITECTURES, SequentialSAE, SparseAutoencoder, load
 from fastsae.train import Trainer
 
 # Of each held-out document at most so many windows are measured on: intervals count documents, not tokens.
 _WINDOWS_PER_DOCUMENT = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One SAE on held-out documents."""
+
+    reconstruction: Reconstruction
+    bos_out: Behavior
+    """BOS keeps its activation, as in training."""
+    bos_in: Behavior
+    """BOS is replaced too, and what it predicts counts."""
 
 
 def language_model(data: DataConfig) -> Any:
@@ -92,6 +105,24 @@ def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> Sequen
     del options["base"]
     torch.manual_seed(seed)
     return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
+
+
+def measure(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Measured:
+    """What an SAE of `data` does on held-out windows."""
+    source = ModelActivations(model, data.hook, windows)
+    rows = (source.rows(i) for i in range(len(source.block_rows)))
+    return Measured(
+        reconstruction=evaluate.reconstruction(sae, rows, windows.names),
+        bos_out=evaluate.behavior(sae, model, data.hook, windows),
+        bos_in=evaluate.behavior(sae, model, data.hook, windows, bos=True),
+    )
+
+
+def held_out_geometry(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Geometry:
+    """Rows in an order in which documents are mixed: what costs much is measured on the first ones only."""
+    source = ModelActivations(model, data.hook, windows)
+    order = torch.randperm(len(source.block_rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return evaluate.geometry(sae, (source.block(i) for i in order))
 
 
 def trained(run: Path) -> tuple[SparseAutoencoder, DataConfig]:

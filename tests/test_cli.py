@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import activations, cli, evaluate, experiment
+from fastsae import activations, cli, experiment
 from fastsae.config import JointSAEConfig
+from fastsae.evaluate import record
 from fastsae.planner import plan
 
 SMALL = "--tokens 3000 --context 64 --batch-size 64 --buffer-rows 1000 --d-sae 128 --k 8 --no-progress".split()  # noqa: SIM905  # as it is typed
@@ -33,12 +34,11 @@ def test_train_eval_and_load(run):
     assert "fastsae eval r" in out
     sae = fastsae.load("r/sae")
     assert (sae.architecture, sae.d_in, sae.d_sae, sae.k) == ("joint", 256, 128, 8)
-    table = run("eval", "r", "--tokens", "500").splitlines()
-    header, row = table[0].split(), table[2].split()
-    assert header[:5] == ["SAE", "MSE", "FVU", "L0", "dead"]
-    assert row[0] == "r"
-    assert 0 < float(row[2]) < 2
-    assert "KL" in header
+    out = run("eval", "r", "--tokens", "500")
+    for line in ("reconstruction", "identity ", "identity + linear", "identity + interaction", "full "):
+        assert f"\n{line}" in out
+    assert "Against its own identity pathway, as in the paper (no comparison with a TopK SAE)" in out
+    assert 0 < json.loads(Path("r/eval.json").read_text())["reconstruction"]["fvu"]["estimate"] < 2
 
 
 def test_resume_and_another_run(run):
@@ -110,16 +110,42 @@ def test_seeds_reach_the_weights_and_the_order(run):
 
 def test_eval_shows_what_was_measured(run, monkeypatch):
     run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
-    results = []
-    for name in ("reconstruction", "behavior"):
-        measure = getattr(evaluate, name)
-        monkeypatch.setattr(evaluate, name, lambda *a, measure=measure: (results.append(measure(*a)), results[-1])[1])
-    header, _, row = run("eval", "r", "--tokens", "500").splitlines()
+    measured = []
+    measure = experiment.measure
+    monkeypatch.setattr(experiment, "measure", lambda *a: (measured.append(measure(*a)), measured[-1])[1])
+    out = run("eval", "r", "--tokens", "3000").splitlines()
+    r, b = measured[0].reconstruction, measured[0].bos_out
+    assert b.documents > 1
+    header, _, row = out[3:6]
     shown = dict(zip(re.split(r"  +", header), re.split(r"  +", row), strict=True))
-    r, b = results
+    assert shown["reconstruction"] == "full"
     assert shown["FVU"] == f"{r.fvu:.4f}" != f"{r.fvu_raw:.4f}"
-    assert (shown["MSE"], shown["L0"], shown["KL"]) == (f"{r.mse:.4f}", f"{r.l0:.1f}", f"{b.kl:.4f}")
-    assert shown["loss recovered"] == f"{b.loss_recovered:.2%}"
+    assert (shown["KL"], shown["loss recovered"]) == (f"{b.full.kl:.4f}", f"{b.full.loss_recovered:.4f}")
+    assert f"MSE {r.mse:.4f}" in out[1]
+    assert f"KL {measured[0].bos_in.full.kl:.4f}" in out[7]
+    assert len(out) == 8, "figures of pathways that a TopK SAE does not have"
+    kept = json.loads(Path("r/eval.json").read_text())
+    assert kept["options"] == {"tokens": 3000}
+    assert kept["bos_out"]["conditions"]["full"]["kl"] == vars(b.full.kl)
+    assert "sums" not in kept["bos_out"]
+
+
+def test_analyze(run):
+    run("train", "joint", "--d-embedding", "8", "--steps", "3", "--run-dir", "r", *SMALL)
+    out = run("analyze", "r", "--tokens", "2000")
+    for word in ("dead", "rare", "common", "p of one mode", "drawn anew", "integration", "r/features.json"):
+        assert word in out
+    geometry, features = (record.read(Path("r"), name) for name in ("geometry", "features"))
+    assert geometry["rows"] == 2000
+    example = features["features"][0]["examples"][0]
+    assert max(example["activations"]) == example["activations"][example["peak"]] > 0
+    run("train", "joint", "--d-embedding", "8", "--steps", "4", "--run-dir", "s", *SMALL)
+    for name in ("sae/config.json", "sae/weights.safetensors"):
+        Path("s", name).replace(Path("r", name))
+    assert record.read(Path("r"), "geometry") is None, "a result of another SAE"
+    Path("r/geometry.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"geometry\.json is damaged"):
+        record.read(Path("r"), "geometry")
 
 
 def test_eval_of_what_is_not_there(run):

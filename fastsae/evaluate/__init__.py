@@ -1,6 +1,20 @@
 """Measuring a trained SAE on documents it was not trained on."""
 
 from fastsae.evaluate.behavior import Behavior, behavior
+from fastsae.evaluate.features import FeatureExamples, top_features
+from fastsae.evaluate.geometry import Geometry, geometry
+from fastsae.evaluate.intervals import DocumentSums, Interval
 from fastsae.evaluate.reconstruction import Reconstruction, reconstruction
 
-__all__ = ["Behavior", "Reconstruction", "behavior", "reconstruction"]
+__all__ = [
+    "Behavior",
+    "DocumentSums",
+    "FeatureExamples",
+    "Geometry",
+    "Interval",
+    "Reconstruction",
+    "behavior",
+    "geometry",
+    "reconstruction",
+    "top_features",
+]

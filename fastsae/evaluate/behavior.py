@@ -1,8 +1,7 @@
 """What a language model loses when its activations are replaced by their reconstructions."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,76 +10,193 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.activations import TokenWindows, check_hook
+from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
+from fastsae.evaluate.pathways import FULL, IDENTITY, ablations
 from fastsae.modules import SparseAutoencoder, evaluating
+
+# Logits of more tokens would be fresh memory of hundreds of megabytes at every call.
+_CPU_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """One reconstruction in place of the activations. In nats per predicted token."""
+
+    kl: Interval
+    """KL(clean || spliced) of the next-token distributions."""
+    ce: Interval
+    """Next-token cross-entropy."""
+    ce_increase: Interval
+    """Over the clean model's, token by token."""
+    loss_recovered: Interval
+    """(ce_ablated - ce) / (ce_ablated - ce_clean): 1 is the clean model, 0 is zero ablation. NaN where ablation changes
+    nothing, as at a hook that scales."""
+    epsilon_kl: Interval
+    """KL when each activation is moved as far as this reconstruction moves it, in a random direction (paper 3.4)."""
+    kl_over_epsilon: Interval
+    """1: errors are as harmful as random ones of their size. Above: they hit directions that matter."""
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """Means over predicted tokens, in nats. Clean is the model untouched, spliced has reconstructions in place of
-    activations, ablated has zeros."""
+    """Means over predicted tokens, intervals over documents. Clean is the model untouched, ablated has zeros."""
 
     tokens: int
-    """Predictions made at positions of text, of a token of text. What BOS predicts no splicing can change."""
-    kl: float
-    """KL(clean || spliced) of the next-token distributions."""
-    ce_clean: float
-    """Next-token cross-entropy."""
-    ce_spliced: float
-    ce_ablated: float
-    loss_recovered: float
-    """(ce_ablated - ce_spliced) / (ce_ablated - ce_clean): 1 is the clean model, 0 is zero ablation. NaN where ablation
-    changes nothing, as at a hook that scales."""
+    """Predictions that count."""
+    documents: int
+    ce_clean: Interval
+    ce_ablated: Interval
+    conditions: dict[str, Spliced]
+    """By what is kept of the reconstruction; "full" is all of it."""
+    kl_reduction_against_own_identity_pathway: dict[str, Interval]
+    """The paper's "KL reduction": 1 - KL / KL of the identity pathway of the same SAE, which was never trained to
+    reconstruct alone. No comparison with a TopK SAE. Empty without integration."""
+    ce_reduction_against_own_identity_pathway: dict[str, Interval]
+    """The same of the cross-entropy itself, clean part included, as in the paper."""
+    sums: DocumentSums = field(repr=False)
+    """Per document, for paired comparisons."""
+
+    @property
+    def full(self) -> Spliced:
+        return self.conditions[FULL]
 
 
 def behavior(
-    sae: SparseAutoencoder, model: Any, hook_name: str, windows: TokenWindows, batch_windows: int = 16
+    sae: SparseAutoencoder,
+    model: Any,
+    hook_name: str,
+    windows: TokenWindows,
+    batch_windows: int = 16,
+    bos: bool = False,
+    draws: int = 1,
 ) -> Behavior:
-    """Splice `sae.reconstruct` into `model` at the hook the SAE was trained on, over held-out token windows.
+    """Splice reconstructions into `model` at the hook the SAE was trained on, over held-out token windows.
 
-    Positions that no SAE was trained on (BOS, padding) keep their activations in the spliced and the ablated run.
+    Every condition (pathways left out) is compared with its own epsilon-random control: each token moved by the norm of
+    its own error, in raw activations, in a direction drawn anew `draws` times and averaged.
+    bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
+    at padding always, positions keep their activations in every run.
     model: anything with TransformerLens' run_with_hooks and hook_dict.
     """
     check_hook(model, hook_name)
-    if batch_windows < 1:
-        raise ValueError(f"behavior: expected batch_windows of at least 1; got {batch_windows}")
-    totals = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+    for name, value in (("batch_windows", batch_windows), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"behavior: expected {name} of at least 1; got {value}")
+    if torch.device(model.cfg.device).type == "cpu":
+        batch_windows = min(batch_windows, max(1, _CPU_TOKENS // windows.context))
+    totals = DocumentTotals(windows.names)
+    device = torch.device(model.cfg.device)
+    noise = torch.Generator(device).manual_seed(0)
     with evaluating(sae):
         for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
             batch = slice(lo, lo + batch_windows)
-            n, sums = _sums(sae, model, hook_name, windows.tokens[batch], windows.is_text(batch))
-            totals += sums
-            tokens += n
-    if tokens == 0:
+            splice = _Splice(sae, model, hook_name, windows, batch, bos, noise)
+            totals.add(*splice.sums(draws))
+    if totals.rows == 0:
         raise ValueError(
             f"behavior: no token of text is predicted from another one in these windows of {windows.context} tokens; "
             "use a longer context or longer documents"
         )
-    kl, ce_clean, ce_spliced, ce_ablated = (totals / tokens).tolist()
-    range_ = ce_ablated - ce_clean
-    recovered = (ce_ablated - ce_spliced) / range_ if range_ else math.nan
-    return Behavior(tokens, kl, ce_clean, ce_spliced, ce_ablated, recovered)
+    return _result(totals.finish())
 
 
-def _sums(sae: SparseAutoencoder, model: Any, hook_name: str, tokens: Tensor, is_text: Tensor) -> tuple[int, Tensor]:
-    """Over one batch of windows: how many predictions count, and the sums of KL and of the three cross-entropies."""
-    inputs, is_text = tokens.to(model.cfg.device), is_text.to(model.cfg.device)
-    predicted = is_text[:, :-1] & is_text[:, 1:]  # position t + 1, predicted at t
-    targets = inputs[:, 1:][predicted]
+def _result(sums: DocumentSums) -> Behavior:
+    kept = [name[3:] for name in sums.sums if name.startswith("kl ")]
+    ablated = sums.sums["ce ablated"]
+    conditions = {
+        name: Spliced(
+            kl=sums.ratio(f"kl {name}", "rows"),
+            ce=sums.ratio(f"ce {name}", "rows"),
+            ce_increase=sums.ratio(sums.sums[f"ce {name}"] - sums.sums["ce clean"], "rows"),
+            loss_recovered=sums.ratio(ablated - sums.sums[f"ce {name}"], ablated - sums.sums["ce clean"]),
+            epsilon_kl=sums.ratio(f"epsilon {name}", "rows"),
+            kl_over_epsilon=sums.ratio(f"kl {name}", f"epsilon {name}"),
+        )
+        for name in kept
+    }
 
-    def log_probabilities(replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def reductions(metric: str) -> dict[str, Interval]:
+        others = [name for name in kept if name != IDENTITY] if IDENTITY in kept else []
+        return {name: sums.reduction(f"{metric} {name}", f"{metric} {IDENTITY}") for name in others}
+
+    return Behavior(
+        tokens=int(sums.total("rows")),
+        documents=len(sums.names),
+        ce_clean=sums.ratio("ce clean", "rows"),
+        ce_ablated=sums.ratio("ce ablated", "rows"),
+        conditions=conditions,
+        kl_reduction_against_own_identity_pathway=reductions("kl"),
+        ce_reduction_against_own_identity_pathway=reductions("ce"),
+        sums=sums,
+    )
+
+
+class _Splice:
+    """One batch of windows, run once for every replacement of its activations."""
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        model: Any,
+        hook_name: str,
+        windows: TokenWindows,
+        batch: slice,
+        bos: bool,
+        noise: torch.Generator,
+    ) -> None:
+        self.sae, self.model, self.hook_name, self.noise = sae, model, hook_name, noise
+        is_text = windows.is_text(batch)
+        self.replaced = is_text.clone()
+        if bos and windows.has_bos:
+            self.replaced[:, 0] = True
+        counts = self.replaced[:, :-1] & is_text[:, 1:]  # position t + 1, predicted at t
+        self.documents = windows.documents[batch].unsqueeze(1).expand_as(counts)[counts]
+        device = model.cfg.device
+        self.tokens, self.replaced, self.counts = (
+            windows.tokens[batch].to(device),
+            self.replaced.to(device),
+            counts.to(device),
+        )
+        self.targets = self.tokens[:, 1:][self.counts]
+
+    def sums(self, draws: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The document of each prediction, and KL and cross-entropies by prediction."""
+        original: list[Tensor] = []
+        clean = self._log_probabilities(lambda x: original.append(x) or x)
+        found = {"ce clean": self._ce(clean), "ce ablated": self._ce(self._log_probabilities(torch.zeros_like))}
+        for name, replacement in self._replacements(original[0]).items():
+            spliced = self._log_probabilities(lambda _, y=replacement: y)
+            found[f"kl {name}"], found[f"ce {name}"] = _kl(clean, spliced), self._ce(spliced)
+            error = (replacement - original[0]).float().norm(dim=-1, keepdim=True)
+            moved = [
+                _kl(clean, self._log_probabilities(lambda x, e=error: x + self._random(x, e))) for _ in range(draws)
+            ]
+            found[f"epsilon {name}"] = torch.stack(moved).mean(dim=0)
+        return self.documents, found
+
+    def _replacements(self, raw: Tensor) -> dict[str, Tensor]:
+        """Raw activations (windows, tokens, d_in) as they are reconstructed, by what is kept."""
+        x = self.sae.normalizer(raw.to(self.sae.W_enc.device))
+        kept = ablations(self.sae, self.sae.components(x))
+        return {name: self.sae.normalizer.invert(y).to(raw) for name, y in kept.items()}
+
+    def _random(self, x: Tensor, length: Tensor) -> Tensor:
+        direction = torch.randn(x.shape, generator=self.noise, device=x.device)
+        return (length * F.normalize(direction, dim=-1)).to(x)
+
+    def _log_probabilities(self, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        """Next-token log-probabilities at the positions that count: (predictions, vocabulary)."""
+
         def splice(activation: Tensor, hook: Any) -> Tensor:
             flat = activation.flatten(2)
-            assert replace is not None
-            return torch.where(is_text.unsqueeze(-1), replace(flat).to(flat), flat).view_as(activation)
+            return torch.where(self.replaced.unsqueeze(-1), replace(flat).to(flat), flat).view_as(activation)
 
-        hooks = [] if replace is None else [(hook_name, splice)]
-        logits = model.run_with_hooks(inputs, fwd_hooks=hooks, return_type="logits")
-        return logits[:, :-1][predicted].float().log_softmax(dim=-1)
+        logits = self.model.run_with_hooks(self.tokens, fwd_hooks=[(self.hook_name, splice)], return_type="logits")
+        return logits[:, :-1][self.counts].float().log_softmax(dim=-1)
 
-    clean = log_probabilities(None)
-    spliced = log_probabilities(lambda x: sae.reconstruct(x.to(sae.W_enc.device)))
-    ablated = log_probabilities(torch.zeros_like)
-    kl = F.kl_div(spliced, clean, log_target=True, reduction="sum")
-    losses = [F.nll_loss(p, targets, reduction="sum") for p in (clean, spliced, ablated)]
-    return len(targets), torch.stack([kl, *losses]).double().cpu()
+    def _ce(self, log_probabilities: Tensor) -> Tensor:
+        return F.nll_loss(log_probabilities, self.targets, reduction="none")
+
+
+def _kl(clean: Tensor, spliced: Tensor) -> Tensor:
+    return F.kl_div(spliced, clean, log_target=True, reduction="none").sum(dim=-1)

@@ -1,83 +1,166 @@
-"""How well activations are reconstructed, on rows the SAE was not trained on."""
+"""How well activations are reconstructed, and by which pathway, on rows the SAE was not trained on."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastsae.activations.store import Rows
+from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
+from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, pathways
 from fastsae.modules import SparseAutoencoder, evaluating
 
 
 @dataclass(frozen=True)
+class PathwayShare:
+    """What one summand of the reconstruction does; its mean over rows, which biases can make, counts for nothing."""
+
+    variance_share: Interval
+    """Squared deviation of the summand from its mean over that of x: its size, not its use."""
+    unique_share: Interval
+    """FVU added when the summand is held at its mean: its use beside the others, which were trained to rely on it."""
+    mean_abs: float
+    """Mean absolute output, biases included (paper 4.2)."""
+
+
+@dataclass(frozen=True)
 class Reconstruction:
-    """Means over all rows. `mse` and `fvu` are in the normalised space the SAE was trained in, `fvu_raw` is not."""
+    """Means over all rows, intervals over documents. All in the normalised space the SAE was trained in, but
+    `fvu_raw` and `cosine`."""
 
     rows: int
-    mse: float
-    fvu: float
+    documents: int
+    """0 when plain tensors were measured: there are no intervals then."""
+    mse: Interval
+    fvu: Interval
     """Fraction of variance unexplained: squared error over the variance about the mean of these rows."""
-    fvu_raw: float
+    fvu_raw: Interval
     """The same on raw activations, where dimensions of large variance dominate."""
-    cosine: float
-    """Cosine between raw activation and raw reconstruction, averaged over rows."""
-    l0: float
+    cosine: Interval
+    """Cosine between raw activation and raw reconstruction."""
+    l0: Interval
     """Active features per row."""
     dead_share: float
     """Share of features active on none of these rows."""
+    conditions: dict[str, Interval]
+    """FVU with pathways left out, biases and all, by what is kept."""
+    pathways: dict[str, PathwayShare]
+    error_reduction_against_own_identity_pathway: Interval | None
+    """The paper's "error reduction": 1 - mse / mse of the identity pathway of the same SAE, which was never trained to
+    reconstruct alone. No comparison with a TopK SAE. None without integration."""
+    interaction_share_of_mean_abs: float | None
+    """The paper's split by mean absolute output: interaction over linear + interaction. None unless there are both."""
+    sums: DocumentSums = field(repr=False)
+    """Per document, for paired comparisons."""
 
 
-def reconstruction(sae: SparseAutoencoder, activations: Iterable[Tensor]) -> Reconstruction:
-    """Measure `sae` on raw activations, an iterable of (B, d_in) tensors that is read once.
+def reconstruction(
+    sae: SparseAutoencoder, activations: Iterable[Tensor | Rows], names: tuple[str, ...] = ()
+) -> Reconstruction:
+    """Measure `sae` on raw activations, read once: (B, d_in) tensors, or Rows with the `names` of their documents.
 
     Sums are kept in fp64, so the result does not depend on the batch size beyond rounding of the batches themselves.
+    Variances are about the mean of all rows, which is held fixed when documents are resampled.
     """
-    device = sae.W_enc.device
-    rows, l0, cosine = 0, 0, torch.zeros((), dtype=torch.float64, device=device)
-    fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-    spaces = {name: _Moments(sae.d_in, device) for name in ("normalised", "raw")}
+    summands = ("identity", *pathways(sae))
+    firing = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+    totals = DocumentTotals(names or ("",))
+    deviations = {name: _Deviations(len(totals.names), sae.d_in) for name in ("x", "raw", *summands)}
     with evaluating(sae):
         for batch in activations:
-            raw = batch.to(device)
+            if isinstance(batch, Rows) != bool(names):
+                raise TypeError(
+                    "reconstruction: expected Rows with the names of their documents, or plain tensors without"
+                )
+            rows, documents = batch[:2] if isinstance(batch, Rows) else (batch, torch.zeros(len(batch)))
+            raw = rows.to(sae.W_enc.device)
             x = sae.normalizer(raw)
-            output = sae(x)
-            restored = sae.normalizer.invert(output.reconstruction)
-            spaces["normalised"].add(x, output.reconstruction)
-            spaces["raw"].add(raw, restored)
-            cosine += torch.cosine_similarity(raw.to(restored), restored, dim=-1).double().sum()
-            l0 += int((output.code.values > 0).sum())
-            fired += output.code.firing_counts()
-            rows += len(raw)
-    if rows < 2:
-        raise ValueError(f"reconstruction: expected at least 2 rows of activations to measure a variance; got {rows}")
+            code, parts = sae.encode(x), sae.components(x)
+            kept = ablations(sae, parts)
+            residual = x.double() - kept[FULL].double()
+            restored = sae.normalizer.invert(kept[FULL])
+            firing += code.firing_counts()
+            sums = {f"error {name}": (x.double() - y.double()).square().sum(dim=1) for name, y in kept.items()}
+            sums |= {f"abs {name}": getattr(parts, name).double().abs().sum(dim=1) for name in summands}
+            sums["raw error"] = (raw.double() - restored.double()).square().sum(dim=1)
+            sums["cosine"] = torch.cosine_similarity(raw.to(restored), restored, dim=-1)
+            sums["l0"] = (code.values > 0).sum(dim=-1)
+            totals.add(documents, sums)
+            for name, deviation in deviations.items():
+                y = {"x": x, "raw": raw}.get(name)
+                deviation.add(getattr(parts, name) if y is None else y, residual, documents)
+    if totals.rows < 2:
+        raise ValueError(
+            f"reconstruction: expected at least 2 rows of activations to measure a variance; got {totals.rows}"
+        )
+    for name, deviation in deviations.items():
+        totals.put(f"variance {name}", deviation.squared(totals.rows))
+        totals.put(f"unique {name}", deviation.squared(totals.rows) + 2 * deviation.with_residual(totals.rows))
+    return _result(sae, totals.finish(), bool(names), firing, summands)
+
+
+def _result(
+    sae: SparseAutoencoder, sums: DocumentSums, documented: bool, firing: Tensor, summands: tuple[str, ...]
+) -> Reconstruction:
+    entries = sums.sums["rows"] * sae.d_in
+    fvu = {name[6:]: sums.ratio(name, "variance x") for name in sums.sums if name.startswith("error ")}
+    shares = {
+        name: PathwayShare(
+            variance_share=sums.ratio(f"variance {name}", "variance x"),
+            unique_share=sums.ratio(f"unique {name}", "variance x"),
+            mean_abs=sums.ratio(f"abs {name}", entries).estimate,
+        )
+        for name in summands
+    }
+    both = len(summands) == 3
+    integration = sum(shares[name].mean_abs for name in summands[1:])
     return Reconstruction(
-        rows=rows,
-        mse=float(spaces["normalised"].squared_error.sum()) / (rows * sae.d_in),
-        fvu=spaces["normalised"].fvu(rows),
-        fvu_raw=spaces["raw"].fvu(rows),
-        cosine=float(cosine) / rows,
-        l0=l0 / rows,
-        dead_share=float((fired == 0).double().mean()),
+        rows=int(sums.total("rows")),
+        documents=len(sums.names) if documented else 0,
+        mse=sums.ratio("error full", entries),
+        fvu=fvu[FULL],
+        fvu_raw=sums.ratio("raw error", "variance raw"),
+        cosine=sums.ratio("cosine", "rows"),
+        l0=sums.ratio("l0", "rows"),
+        dead_share=float((firing == 0).double().mean()),
+        conditions=fvu,
+        pathways=shares,
+        error_reduction_against_own_identity_pathway=sums.reduction(f"error {FULL}", f"error {IDENTITY}")
+        if IDENTITY in fvu
+        else None,
+        interaction_share_of_mean_abs=shares["interaction"].mean_abs / integration if both and integration else None,
+        sums=sums,
     )
 
 
-class _Moments:
-    """Sums over rows, per dimension. Shifted by the first batch's mean: variances of far-off data stay accurate."""
+class _Deviations:
+    """Per document: squared deviations of y from its mean over all rows, and their product with a residual.
 
-    def __init__(self, d_in: int, device: torch.device) -> None:
-        zeros = torch.zeros(d_in, dtype=torch.float64, device=device)
+    Shifted by the first batch's mean: variances of far-off data stay accurate.
+    """
+
+    def __init__(self, documents: int, d_in: int) -> None:
+        zeros = torch.zeros(documents, dtype=torch.float64)
+        self.rows, self.squares, self.products = zeros, zeros.clone(), zeros.clone()
+        self.sums = torch.zeros(documents, d_in, dtype=torch.float64)
+        self.residuals = self.sums.clone()
         self.shift: Tensor | None = None
-        self.sum, self.sum_of_squares, self.squared_error = zeros, zeros.clone(), zeros.clone()
 
-    def add(self, x: Tensor, reconstruction: Tensor) -> None:
-        if self.shift is None and len(x):
-            self.shift = x.double().mean(dim=0)
+    def add(self, y: Tensor, residual: Tensor, documents: Tensor) -> None:
+        if self.shift is None and len(y):
+            self.shift = y.double().mean(dim=0)
         if self.shift is not None:
-            centred = x.double() - self.shift
-            self.sum = self.sum + centred.sum(dim=0)
-            self.sum_of_squares = self.sum_of_squares + centred.square().sum(dim=0)
-            self.squared_error = self.squared_error + (x.double() - reconstruction.double()).square().sum(dim=0)
+            documents, y, residual = documents.long().cpu(), (y.double() - self.shift).cpu(), residual.cpu()
+            self.rows.index_add_(0, documents, torch.ones(len(y), dtype=torch.float64))
+            self.squares.index_add_(0, documents, y.square().sum(dim=1))
+            self.products.index_add_(0, documents, (y * residual).sum(dim=1))
+            self.sums.index_add_(0, documents, y)
+            self.residuals.index_add_(0, documents, residual)
 
-    def fvu(self, rows: int) -> float:
-        variance = self.sum_of_squares - self.sum.square() / rows
-        return float(self.squared_error.sum() / variance.sum())
+    def squared(self, rows: int) -> Tensor:
+        mean = self.sums.sum(dim=0) / rows
+        return self.squares - 2 * self.sums @ mean + self.rows * (mean @ mean)
+
+    def with_residual(self, rows: int) -> Tensor:
+        return self.products - self.residuals @ (self.sums.sum(dim=0) / rows)

@@ -1,0 +1,101 @@
+"""Intervals that count documents, not tokens: tokens of one document are no independent observations."""
+
+from dataclasses import dataclass
+from math import nan
+
+import torch
+from torch import Tensor
+
+LEVEL = 0.95
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % confidence interval; the ends are NaN where one document or none was seen."""
+
+    estimate: float
+    low: float = nan
+    high: float = nan
+
+    def __format__(self, spec: str) -> str:
+        """`f"{interval:.3f}"` gives "0.123 [0.101, 0.145]"."""
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Sums over the rows of each document, by the name of what is summed: fp64 (documents,) each."""
+
+    names: tuple[str, ...]
+    """Of the documents, in the order of the sums."""
+    sums: dict[str, Tensor]
+
+    def total(self, name: str) -> float:
+        return float(self.sums[name].sum())
+
+    def ratio(self, numerator: str | Tensor, denominator: str | Tensor) -> Interval:
+        """sum(numerator) / sum(denominator) over documents, and its interval.
+
+        The standard error is that of a bootstrap over whole documents (the same resamples on every call, so what is
+        paired stays paired), times the quantile of Student's t with one degree of freedom less than documents.
+        """
+        over, under = (self.sums[s] if isinstance(s, str) else s for s in (numerator, denominator))
+        estimate = float(_divided(over.sum(), under.sum()))
+        if len(over) < 2:
+            return Interval(estimate)
+        half = student_t(len(over) - 1) * float(bootstrap(over, under).std())
+        return Interval(estimate, estimate - half, estimate + half)
+
+    def reduction(self, name: str, baseline: str) -> Interval:
+        """1 - sum(name) / sum(baseline): by how much `baseline` is undercut."""
+        return self.ratio(self.sums[baseline] - self.sums[name], baseline)
+
+
+def bootstrap(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The ratio of sums in each resample of the documents: (resamples,)."""
+    n = len(numerator)
+    drawn = torch.randint(n, (_RESAMPLES, n), generator=torch.Generator().manual_seed(0))
+    return _divided(numerator[drawn].sum(dim=1), denominator[drawn].sum(dim=1))
+
+
+def student_t(df: float, level: float = LEVEL) -> float:
+    """The two-sided quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, df))
+
+
+def _divided(over: Tensor, under: Tensor) -> Tensor:
+    return torch.where(under == 0, nan, over / under)
+
+
+class DocumentTotals:
+    """Collects sums per document while rows stream by."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums: dict[str, Tensor] = {}
+        self._rows = torch.zeros(len(names), dtype=torch.int64)
+
+    def add(self, documents: Tensor, values: dict[str, Tensor]) -> None:
+        """values: per row (rows,), by name; documents (rows,): the index of each row's document."""
+        documents = documents.long().cpu()
+        self._rows += torch.bincount(documents, minlength=len(self.names))
+        for name, value in values.items():
+            sums = self._sums.setdefault(name, torch.zeros(len(self.names), dtype=torch.float64))
+            sums.index_add_(0, documents, value.detach().double().cpu())
+
+    def put(self, name: str, sums: Tensor) -> None:
+        """Sums that were collected elsewhere, one per document."""
+        self._sums[name] = sums
+
+    @property
+    def rows(self) -> int:
+        return int(self._rows.sum())
+
+    def finish(self) -> DocumentSums:
+        """The sums of the documents that had rows, their number as `rows` among them."""
+        seen = self._rows > 0
+        names = tuple(name for name, was in zip(self.names, seen.tolist(), strict=True) if was)
+        return DocumentSums(names, {k: v[seen] for k, v in {**self._sums, "rows": self._rows.double()}.items()})
