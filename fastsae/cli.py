@@ -1,4 +1,4 @@
-"""The command line: fastsae demo | train | eval | analyze | plan."""
+"""The command line: fastsae demo | train | eval | analyze | study | plan."""
 
 import dataclasses
 import shutil
@@ -12,11 +12,13 @@ import tyro
 
 from fastsae import experiment, files, planner, report
 from fastsae.activations import TokenWindows
-from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig
+from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, StudyConfig, TopKSAEConfig, TrainerConfig
 from fastsae.evaluate import Behavior, Reconstruction, record, top_features
 from fastsae.modules import SparseAutoencoder
+from fastsae.study import page, run_study
 
 _DEFAULT_DATA = DataConfig()
+_DEFAULT_STUDY, _DEFAULT_STUDY_DATA = StudyConfig(), DataConfig(tokens=2_500_000)
 _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
 # One level of names: `fastsae train joint --d-sae 16384 --steps 5000`, all flags after the subcommands.
 _FLAT = (
@@ -36,7 +38,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _say(f"fastsae {version('fastsae')}")
         return
-    commands = {"demo": demo, "train": train, "eval": evaluate, "analyze": analyze, "plan": plan}
+    commands = {"demo": demo, "train": train, "eval": evaluate, "analyze": analyze, "study": study, "plan": plan}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
     except KeyboardInterrupt as stop:
@@ -150,6 +152,15 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
 
 def _number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
+
+
+def study(study: StudyConfig = _DEFAULT_STUDY, data: DataConfig = _DEFAULT_STUDY_DATA) -> None:
+    """Does integration help? Train every arm fairly, with several seeds, and say what came out.
+
+    Interrupted, it goes on where it stopped when it is run again. Writes FOLDER/study.json.
+    """
+    found = run_study(study, data, _say)
+    _say("", report.table(page.arm_rows(found)), "", *page.verdicts(found), "", f"All of it: {study.folder}/study.json")
 
 
 def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:

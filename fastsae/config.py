@@ -247,6 +247,38 @@ class TrainerConfig:
             raise ValueError(f"{where}: resume and log_to need a run_dir; got None")
 
 
+@dataclass(frozen=True)
+class StudyConfig:
+    """A fair comparison: every arm on the same activations in the same order, with the same steps and seeds."""
+
+    folder: Path = Path("runs/study")
+    """Where runs, results and the page are written; run again, it goes on where it stopped."""
+    d_sae: int = 4096
+    """Features of every arm but the wide TopK."""
+    k: int = 32
+    """Active features per token, in every arm."""
+    k_integration: int | None = None
+    """How many of the strongest features the integration sees; None means half of k."""
+    d_embedding: int = 64
+    """Width of the factorization machine's feature embeddings V."""
+    dropout: float = 0.15
+    """Share of the pairwise interactions z dropped in training."""
+    steps: int = 1000
+    """Optimizer steps of every arm; the sequential one and its control take as many again."""
+    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates: each arm trains its first seed with all, and keeps the one that fits training documents best."""
+    seeds: int = 4
+    """Repetitions with other initial weights and another order of the activations."""
+    windows_per_document: int = 3
+    """Windows measured of each held-out document."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("steps", "seeds", "windows_per_document"):
+            _require(getattr(self, name) >= 1, f"StudyConfig.{name}", "at least 1", getattr(self, name))
+        _require(len(self.lrs) >= 1 and min(self.lrs, default=0) > 0, "StudyConfig.lrs", "rates above 0", self.lrs)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON-able values."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -48,10 +48,12 @@ def training_windows(model: Any, data: DataConfig) -> TokenWindows:
     return tokenize(read_documents(data.text), model.tokenizer, data.context, data.tokens, held_out=False)
 
 
-def held_out_windows(model: Any, data: DataConfig, tokens: int) -> TokenWindows:
-    """Windows spread over many held-out documents, `tokens` tokens in all."""
+def held_out_windows(
+    model: Any, data: DataConfig, tokens: int | None, per_document: int = _WINDOWS_PER_DOCUMENT
+) -> TokenWindows:
+    """Windows spread over the held-out documents, `tokens` tokens at most."""
     documents = read_documents(data.text)
-    return tokenize(documents, model.tokenizer, data.context, tokens, True, _WINDOWS_PER_DOCUMENT)
+    return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
 
 
 def train(

@@ -19,6 +19,7 @@ LAYERS = [
     {"evaluate"},
     {"provenance"},
     {"experiment"},
+    {"study"},
     {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.

@@ -1,0 +1,94 @@
+"""The study on a language model's activations, and its results as one JSON."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastsae import experiment, files
+from fastsae.activations import ModelActivations, harvest
+from fastsae.config import DataConfig, StudyConfig, to_dict
+from fastsae.evaluate import DocumentSums, behavior, reconstruction
+from fastsae.evaluate.record import plain
+from fastsae.modules import SparseAutoencoder
+from fastsae.study.arms import Arm, arms
+from fastsae.study.compare import METRICS, Metric, answers, arm_mean
+from fastsae.study.run import Outcome, run_arms
+
+
+def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object] = print) -> dict[str, Any]:
+    """Run or finish the study in config.folder; returns what it writes into study.json there."""
+    model = experiment.language_model(data)
+    source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
+    store = harvest(source, data.store or config.folder / "activations")
+    windows = experiment.held_out_windows(model, data, None, config.windows_per_document)
+    held_out = ModelActivations(model, data.hook, windows)
+
+    def measure(sae: SparseAutoencoder) -> tuple[float, DocumentSums]:
+        rows = (held_out.rows(i) for i in range(len(held_out.block_rows)))
+        r = reconstruction(sae, rows, windows.names)
+        b = behavior(sae, model, data.hook, windows)
+        return r.dead_share, _together(r.sums, b.sums)
+
+    outcomes = run_arms(config, data, store, measure, say)
+    found = results(config, data, arms(config, store.d_in), outcomes, METRICS)
+    found["data"] |= {"training_rows": store.n_rows, "held_out_tokens": windows.n_tokens}
+    files.write_json(config.folder / "study.json", found)
+    return found
+
+
+def _together(rows: DocumentSums, predictions: DocumentSums) -> DocumentSums:
+    """Sums over rows and over predictions of the documents that have both."""
+    places = [predictions.names.index(name) for name in rows.names if name in predictions.names]
+    kept = [i for i, name in enumerate(rows.names) if name in predictions.names]
+    sums = {name: values[kept] for name, values in rows.sums.items()}
+    named = {"predictions" if name == "rows" else name: values[places] for name, values in predictions.sums.items()}
+    return DocumentSums(tuple(rows.names[i] for i in kept), sums | named)
+
+
+def results(
+    config: StudyConfig,
+    data: DataConfig,
+    trained: Sequence[Arm],
+    outcomes: dict[str, list[Outcome]],
+    metrics: Sequence[Metric],
+) -> dict[str, Any]:
+    """Everything the page says, as JSON."""
+    by_name = {arm.name: arm for arm in trained}
+    said = []
+    for arm in trained:
+        runs = outcomes[arm.name]
+        base = by_name[arm.base].training_flops(data.batch_size) if arm.base else 0
+        said.append(
+            {
+                "arm": arm.name,
+                "meaning": arm.meaning,
+                "d_sae": arm.config.d_sae,
+                "parameters": arm.parameters,
+                "steps": arm.steps + (by_name[arm.base].steps if arm.base else 0),
+                "training_flops": arm.training_flops(data.batch_size) + base,
+                "lr": runs[0].lr,
+                "dead_share": sum(r.dead_share for r in runs) / len(runs),
+                "metrics": {m.name: plain(arm_mean(runs, m)) for m in metrics},
+                "by_seed": [
+                    {"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}}
+                    for r in runs
+                ],
+            }
+        )
+    return {
+        "study": to_dict(config),
+        "data": to_dict(data),
+        "held_out_documents": len(next(iter(outcomes.values()))[0].sums.names),
+        "arms": said,
+        "answers": plain(answers(outcomes, metrics)),
+        "environment": {
+            "date": time.strftime("%Y-%m-%d"),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
