@@ -1,4 +1,4 @@
-"""The command line: fastsae demo | train | eval | analyze | study | plan."""
+"""The command line: fastsae demo | train | eval | analyze | report | study | plan."""
 
 import dataclasses
 import shutil
@@ -38,7 +38,15 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         _say(f"fastsae {version('fastsae')}")
         return
-    commands = {"demo": demo, "train": train, "eval": evaluate, "analyze": analyze, "study": study, "plan": plan}
+    commands = {
+        "demo": demo,
+        "train": train,
+        "eval": evaluate,
+        "analyze": analyze,
+        "report": html_report,
+        "study": study,
+        "plan": plan,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
     except KeyboardInterrupt as stop:
@@ -148,6 +156,22 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
             )
         )
     _say("", f"Text of the {len(features)} largest features: {run}/features.json")
+
+
+def html_report(run: tyro.conf.Positional[Path]) -> None:
+    """One HTML page of a run, to open from disk: curves, pathways, KL, geometry, features with their text.
+
+    What was not measured yet is measured first, as `fastsae eval` and `fastsae analyze` do.
+
+    Args:
+        run: The run_dir of `fastsae train`.
+    """
+    experiment.trained(run)
+    if record.read(run, "eval") is None:
+        evaluate(run)
+    if record.read(run, "geometry") is None or record.read(run, "features") is None:
+        analyze(run)
+    _say(f"Open {report.write_html(run).resolve()}")
 
 
 def _number(value: float | None, spec: str) -> str:

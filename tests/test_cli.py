@@ -139,6 +139,9 @@ def test_analyze(run):
     assert geometry["rows"] == 2000
     example = features["features"][0]["examples"][0]
     assert max(example["activations"]) == example["activations"][example["peak"]] > 0
+    run("eval", "r", "--tokens", "500")
+    assert "Open " in run("report", "r")  # nothing is left to be measured
+    assert f"Feature {features['features'][0]['feature']}" in Path("r/report.html").read_text()
     run("train", "joint", "--d-embedding", "8", "--steps", "4", "--run-dir", "s", *SMALL)
     for name in ("sae/config.json", "sae/weights.safetensors"):
         Path("s", name).replace(Path("r", name))

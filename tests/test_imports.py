@@ -23,7 +23,7 @@ LAYERS = [
     {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.
-MAY_ONLY_IMPORT = {"activations": {"activations", "files"}, "lm": {"lm", "activations"}, "report": set()}
+MAY_ONLY_IMPORT = {"activations": {"activations", "files"}, "lm": {"lm", "activations"}, "report": {"report", "files"}}
 
 
 def room(module: str) -> str | None:

@@ -1,0 +1,90 @@
+"""The drawings of a run's report, each from one of its result files."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from fastsae.report.svg import COLORS, GRID, INK, figure
+
+Interval = Mapping[str, float | None]
+_GROUPS = ("dead", "rare", "middle", "common")
+
+
+def curve(lines: Sequence[Mapping[str, float]], key: str, label: str, log: bool = False) -> str:
+    """One column of metrics.jsonl over the activations trained on."""
+
+    from matplotlib.ticker import EngFormatter
+
+    def draw(axes: Any) -> None:
+        known = [(line["rows"], line[key]) for line in lines if line.get(key) is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], color=COLORS[0], linewidth=1.2)
+        axes.set(xlabel="activations trained on", ylabel=label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if log and any(y > 0 for _, y in known):
+            axes.set_yscale("log")
+
+    return figure(label, draw, (3.6, 2.3))
+
+
+def bars(title: str, groups: Mapping[str, Mapping[str, Interval]], label: str) -> str:
+    """Bars with their intervals: a cluster a name, a bar in it a series (series -> name -> interval)."""
+
+    def draw(axes: Any) -> None:
+        names = list(next(iter(groups.values())))
+        height = 0.8 / len(groups)
+        for i, (series, values) in enumerate(groups.items()):
+            places = [j + i * height for j in range(len(names))]
+            estimates = [values[name]["estimate"] or 0.0 for name in names]
+            axes.barh(places, estimates, height * 0.92, color=COLORS[i], label=series)
+            for place, name in zip(places, names, strict=True):
+                low, high = values[name]["low"], values[name]["high"]
+                if low is not None and high is not None:
+                    axes.plot([low, high], [place, place], color=INK, linewidth=1.4, solid_capstyle="butt")
+        axes.set_yticks([j + 0.4 - height / 2 for j in range(len(names))], [n.replace(" + ", "\n+ ") for n in names])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel=label)
+        if len(groups) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.22), ncols=len(groups), fontsize=8)
+
+    names = next(iter(groups.values()))
+    return figure(title, draw, (4.2, 1.3 + 0.24 * len(names) * max(2, len(groups))))
+
+
+def norm_histogram(title: str, norms: Mapping[str, Any]) -> str:
+    """Squared norms of a weight's rows by firing-rate group, and where they began."""
+
+    def draw(axes: Any) -> None:
+        edges = norms["edges"]
+        below = [0.0] * (len(edges) - 1)
+        for color, group in zip(COLORS, _GROUPS, strict=False):
+            if norms["groups"].get(group) is None:
+                continue
+            counts = norms["groups"][group]["histogram"]
+            widths = [high - low for low, high in pairwise(edges)]
+            axes.bar(edges[:-1], counts, widths, bottom=below, align="edge", color=color, label=group)
+            below = [a + b for a, b in zip(below, counts, strict=True)]
+        axes.axvline(norms["at_init"], color=INK, linewidth=1.2, linestyle="--", label="at the start")
+        axes.set(xlabel="squared norm", ylabel="features")
+        axes.legend(fontsize=7.5)
+
+    return figure(title, draw)
+
+
+def beside_null(title: str, found: Mapping[str, Mapping[str, float]], label: str) -> str:
+    """Values as dots, and the range that weights drawn anew give as bands behind them."""
+
+    def draw(axes: Any) -> None:
+        for place, value in enumerate(found.values()):
+            low, high = value["null_min"], value["null_max"]
+            axes.plot([low, high], [place, place], color=COLORS[1], linewidth=9, solid_capstyle="butt")
+            axes.plot([value["null_mean"]], [place], "|", color=INK, markersize=9)
+            axes.plot([value["value"]], [place], "o", color=COLORS[0], markersize=6)
+        axes.axvline(0, color=GRID, linewidth=1)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set(xlabel=label, xlim=(-1.05, 1.05), ylim=(len(found) - 0.5, -0.5))
+        axes.plot([], [], "o", color=COLORS[0], label="trained")
+        axes.plot([], [], color=COLORS[1], linewidth=9, label="drawn anew")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.25), ncols=2, fontsize=8)
+
+    return figure(title, draw, (4.2, 1.1 + 0.34 * len(found)))

@@ -1,0 +1,252 @@
+"""A run as one HTML page that needs nothing but itself: no network, no scripts, light and dark."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsae import files
+from fastsae.report import figures
+from fastsae.report.training import read_metrics
+
+Json = Mapping[str, Any]
+
+
+def write_html(run: Path) -> Path:
+    """Write RUN/report.html from what training, `fastsae eval` and `fastsae analyze` left in RUN.
+
+    What was not measured is named with the command that measures it. Raises ValueError naming a damaged file.
+    """
+    described, data = files.read_json(run / "run.json"), files.read_json(run / "data.json")
+    made_by = {
+        "eval": (f"fastsae eval {run}", _measured),
+        "geometry": (f"fastsae analyze {run}", _geometry),
+        "features": (f"fastsae analyze {run}", _features),
+    }
+    sections = [_head(run, described, data), _training(run)]
+    for name, (command, section) in made_by.items():
+        path = run / f"{name}.json"
+        if not path.is_file():
+            sections.append(f"<h2>{name.capitalize()}</h2>{_note('Not measured yet: ' + _code(command))}")
+            continue
+        try:
+            sections.append(section(files.read_json(path)))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error} is missing or wrong; run `{command}` again") from error
+    style = Path(__file__).with_name("style.css").read_text()
+    title = html.escape(f"fastsae: {run.name}")
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>\n{style}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+    out = run / "report.html"
+    files.write_atomically(out, lambda p: p.write_text(page))
+    return out
+
+
+def _head(run: Path, described: Json, data: Json) -> str:
+    sae = described["sae"]
+    shape = f"d_in {sae['d_in']:,}, d_sae {sae['d_sae']:,}, k {sae['k']}"
+    trainer = described["trainer"]
+    said = f"{sae['architecture']} SAE, {shape}; {trainer['steps']:,} steps of {data['batch_size']:,} activations, "
+    said += f"lr {trainer['lr']:g}, seed {trainer['seed']}."
+    where = f"{data['hook']} of model {data['model']} on {data['text']}, {data['tokens']:,} tokens of text."
+    options = _rows(
+        [{"option": name, "value": json.dumps(value)} for part in (sae, trainer) for name, value in part.items()]
+    )
+    return (
+        f"<h1>{html.escape(run.name)}</h1><p>{html.escape(said)}</p><p>{html.escape(where)}</p>"
+        f"<details><summary>all options</summary>{options}</details>"
+    )
+
+
+def _training(run: Path) -> str:
+    lines = read_metrics(run)
+    drawn = [
+        (figures.curve(lines, "fvu", "fraction of variance unexplained", log=True), "Of the batch just trained on."),
+        (figures.curve(lines, "loss", "loss", log=True), "Mean squared error, normalised activations; dropout on."),
+        (figures.curve(lines, "dead_share", "dead share"), "Features silent for as long as the run counts back."),
+        (figures.curve(lines, "l0", "L0"), "Active features a token; fewer than k where pre-activations are negative."),
+        (
+            figures.curve(lines, "rows_per_second", "rows/s"),
+            "Harvesting included where activations are made on the fly.",
+        ),
+    ]
+    return f"<h2>Training</h2>{_figures(drawn)}"
+
+
+def _measured(found: Json) -> str:
+    r, bos = found["reconstruction"], {"BOS kept": found["bos_out"], "BOS replaced too": found["bos_in"]}
+    b = found["bos_out"]
+    held_out = f"{r['rows']:,} rows of {r['documents']} held-out documents; 95 % intervals over documents."
+    table = _rows(
+        [
+            {
+                "reconstruction": name,
+                "FVU": _interval(r["conditions"][name]),
+                "KL": _interval(c["kl"]),
+                "CE increase": _interval(c["ce_increase"]),
+                "loss recovered": _interval(c["loss_recovered"]),
+                "KL / random error": _interval(c["kl_over_epsilon"]),
+            }
+            for name, c in b["conditions"].items()
+        ]
+    )
+    scalars = _rows(
+        [
+            {"measure": "MSE", "value": _interval(r["mse"])},
+            {"measure": "FVU, raw activations", "value": _interval(r["fvu_raw"])},
+            {"measure": "cosine", "value": _interval(r["cosine"])},
+            {"measure": "L0", "value": _interval(r["l0"])},
+            {"measure": "dead in these rows", "value": f"{r['dead_share']:.4f}"},
+            {"measure": "CE, clean model", "value": _interval(b["ce_clean"])},
+            {"measure": "CE, zeros", "value": _interval(b["ce_ablated"])},
+        ]
+    )
+    kl = [
+        (
+            figures.bars(
+                f"KL by condition, {name}",
+                {
+                    "spliced": {c: v["kl"] for c, v in one["conditions"].items()},
+                    "random error of its size": {c: v["epsilon_kl"] for c, v in one["conditions"].items()},
+                },
+                "KL(clean || spliced), nats",
+            ),
+            f"{name}. Each condition beside random errors as large as its own, token by token: a condition with larger "
+            "errors also has a stronger control, so compare bars within a pair.",
+        )
+        for name, one in bos.items()
+    ]
+    shares = [
+        (
+            figures.bars(
+                "Pathway shares",
+                {
+                    "size": {p: v["variance_share"] for p, v in r["pathways"].items()},
+                    "use": {p: v["unique_share"] for p, v in r["pathways"].items()},
+                },
+                "share of the variance of x",
+            ),
+            "Size: variance of the summand. Use: FVU added when it is held at its mean; the others were trained to "
+            "rely on it, so this is no gain over an SAE trained without it.",
+        )
+    ]
+    return (
+        "<h2>Reconstruction and behaviour</h2>"
+        f"{_note(held_out)}"
+        f"{table}{_figures(kl + shares)}{scalars}{_own_branch(r, b)}"
+    )
+
+
+def _own_branch(r: Json, b: Json) -> str:
+    own = r["error_reduction_against_own_identity_pathway"]
+    if own is None:
+        return ""
+    title = "the paper's figure, against the SAE's own identity pathway"
+    rows = [{title: "error reduction, full", "value": _interval(own)}]
+    for metric in ("kl", "ce"):
+        for name, value in b[f"{metric}_reduction_against_own_identity_pathway"].items():
+            told = f"{metric.upper()} reduction, {name}"
+            rows.append({title: told, "value": _interval(value)})
+    note = "The identity pathway was never trained to reconstruct alone: none of these compares with a TopK SAE."
+    return f"{_rows(rows)}{_note(note)}"
+
+
+def _geometry(found: Json) -> str:
+    drawn = [
+        (
+            figures.norm_histogram(f"Squared norms of {name} rows by firing rate", norms),
+            f"Rows of {name}. Features that hardly fire hardly move: two humps need not be two kinds of features.",
+        )
+        for name, norms in found["squared_norms"].items()
+    ]
+    shares = found["weight_norm_share"]
+    if shares is not None:
+        known = {name: value for name, value in shares["spearman"].items() if value is not None}
+        drawn.append(
+            (
+                figures.beside_null("Weight-norm shares against squared norm", known, "rank correlation with |W_dec|²"),
+                "A share of weight norm holds |W_dec| in its denominator, so it correlates with it by construction: "
+                "the band is what the same W_dec gives with W_lin and V drawn anew.",
+            )
+        )
+    contribution = found["contribution"]
+    if contribution is not None:
+        known = {name: value for name, value in contribution["spearman"].items() if value is not None}
+        drawn.append(
+            (
+                figures.beside_null("Integration's share of contribution", known, "rank correlation with |W_dec|²"),
+                "What features add to the output while they are active, by firing-rate group, beside W_lin and V drawn "
+                "anew.",
+            )
+        )
+    dips = _rows(
+        [
+            {"features": name, "dip": f"{dip['dip']:.4f}", "p of one mode": f"{dip['p']:.3f}"}
+            for name, dip in found["dip_W_dec"].items()
+            if dip is not None
+        ]
+    )
+    note = (
+        "Hartigan's dip test on the squared norms of W_dec, against the uniform distribution: a small p says that they "
+        "have more than one mode. If it is small for all and not within groups, firing rates explain it."
+    )
+    return f"<h2>Geometry</h2>{_figures(drawn)}{dips}{_note(note)}"
+
+
+def _features(found: Json) -> str:
+    cards = []
+    for feature in found["features"]:
+        texts = "".join(_shaded(example, feature["max_activation"]) for example in feature["examples"])
+        rate = f"fires on {feature['firing_rate']:.2%} of tokens, at most {feature['max_activation']:.3g}"
+        cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{_note(rate)}{texts}</div>')
+    note = _note(
+        "The features that carry most of the reconstruction, each with the places in held-out text where it is "
+        "strongest. What these have in common need not hold where it is weak."
+    )
+    return f'<h2>Features</h2>{note}<div class="grid">{"".join(cards)}</div>'
+
+
+def _shaded(example: Json, highest: float) -> str:
+    spans = []
+    for token, activation in zip(example["tokens"], example["activations"], strict=True):
+        shade = activation / highest if highest > 0 else 0.0
+        told = (
+            f' style="background: rgba(var(--mark), {0.75 * shade:.2f})" title="{activation:.3g}"' if shade > 0 else ""
+        )
+        shown = html.escape(token).replace("\n", "↵")  # lines of their own would take the page
+        spans.append(f"<span{told}>{shown}</span>")
+    where = html.escape(example["document"], quote=True)
+    return f'<p class="text" title="{where}">{"".join(spans)}</p>'
+
+
+def _interval(value: Json) -> str:
+    if value["estimate"] is None:
+        return "none"
+    if value["low"] is None:
+        return f"{value['estimate']:.4f}"
+    return f"{value['estimate']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
+def _rows(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figures(drawn: Sequence[tuple[str, str]]) -> str:
+    cards = [f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in drawn]
+    return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text)}</code>"
