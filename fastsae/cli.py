@@ -181,10 +181,17 @@ def _number(value: float | None, spec: str) -> str:
 def study(study: StudyConfig = _DEFAULT_STUDY, data: DataConfig = _DEFAULT_STUDY_DATA) -> None:
     """Does integration help? Train every arm fairly, with several seeds, and say what came out.
 
-    Interrupted, it goes on where it stopped when it is run again. Writes FOLDER/study.json.
+    Interrupted, it goes on where it stopped when it is run again. Writes FOLDER/study.md, its plots, and study.json.
     """
     found = run_study(study, data, _say)
-    _say("", report.table(page.arm_rows(found)), "", *page.verdicts(found), "", f"All of it: {study.folder}/study.json")
+    _say(
+        "",
+        report.table(page.arm_rows(found)),
+        "",
+        *page.verdicts(found),
+        "",
+        f"All of it: {page.write(found, study.folder)}, study.json",
+    )
 
 
 def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:

@@ -1,9 +1,17 @@
-"""The results for people: tables and sentences, all from study.json."""
+"""The results for people: tables, sentences and plots, all from study.json."""
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
+from fastsae import files
 
-def arm_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+Found = dict[str, Any]
+PLOTS = ("differences.png", "sizes.png")
+
+
+def arm_rows(found: Found) -> list[dict[str, str]]:
     """One row an arm: its size, its cost, and each metric's mean with its 95 % interval."""
     rows = []
     for arm in found["arms"]:
@@ -16,17 +24,125 @@ def arm_rows(found: dict[str, Any]) -> list[dict[str, str]]:
             "lr": f"{arm['lr']:g}",
             "dead": f"{arm['dead_share']:.1%}",
         }
-        rows.append(row | {name: interval(value) for name, value in arm["metrics"].items()})
+        rows.append(row | {name: _interval(value) for name, value in arm["metrics"].items()})
     return rows
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
+def verdicts(found: Found) -> list[str]:
     """The questions and their answers in plain words."""
     return [f"{answer['question']['text']}\n  {answer['verdict']}" for answer in found["answers"]]
 
 
-def interval(value: dict[str, float | None]) -> str:
-    """An interval of study.json: "0.1234 [0.1200, 0.1268]"."""
+def write(found: Found, folder: Path) -> Path:
+    """Write study.md and its plots into `folder`; returns the page."""
+    draw_differences(found, folder / PLOTS[0])
+    draw_sizes(found, folder / PLOTS[1])
+    page = folder / "study.md"
+    title = "# Does integration help?"
+    files.write_atomically(page, lambda p: p.write_text("\n".join([title, "", markdown(found)])))
+    return page
+
+
+def markdown(found: Found, plots: str = "") -> str:
+    """Conditions, table, answers and plots; `plots` is where the plots lie, ending in a slash."""
+    study, data, environment = found["study"], found["data"], found["environment"]
+    rows = arm_rows(found)
+    table = [
+        "| " + " | ".join(rows[0]) + " |",
+        "| --- |" + " ---: |" * (len(rows[0]) - 1),
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
+    ]
+    meanings = [f"- `{arm['arm']}`: {arm['meaning']}" for arm in found["arms"]]
+    answers = [f"**{a['question']['text']}**  \n{a['verdict']}\n" for a in found["answers"]]
+    ends = [arm["arm"] for arm in found["arms"] if arm["lr"] in (study["lrs"][0], study["lrs"][-1])]
+    at_end = f" At an end of the grid, so that one beyond might be better: {', '.join(ends)}." if ends else ""
+    conditions = (
+        f"{data['hook']} of model {data['model']} on {data['text']}: {data['training_rows']:,} activations to train "
+        f"on, {data['held_out_tokens']:,} tokens of {found['held_out_documents']} held-out documents to measure on. "
+        f"Every arm: k = {study['k']}, batches of {data['batch_size']:,}, {study['seeds']} seeds, a learning rate "
+        f"chosen among {', '.join(f'{lr:g}' for lr in study['lrs'])} by its fit of training documents.{at_end} "
+        "Intervals are 95 %, over seeds and documents, each by itself: with so many of them one in twenty misses. "
+        "Differences are paired by seed and document."
+    )
+    where = (
+        f"{environment['date']}, {environment['processor']}, {environment['threads']} threads, "
+        f"torch {environment['torch']}, fastsae {environment['fastsae']}."
+    )
+    return "\n".join(
+        [
+            *answers,
+            f"![Differences]({plots}{PLOTS[0]})",
+            "",
+            *table,
+            "",
+            *meanings,
+            "",
+            f"![Sizes]({plots}{PLOTS[1]})",
+            "",
+            conditions,
+            "",
+            where,
+            "",
+        ]
+    )
+
+
+def draw_differences(found: Found, path: Path) -> None:
+    """Relative differences with their intervals, a panel a metric, a line a question."""
+    names = [c["metric"] for c in found["answers"][0]["comparisons"]]
+    labels = [f"{a['question']['arm']} vs\n{a['question']['baseline']}" for a in found["answers"]]
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+        for axes, metric in zip(panels, names, strict=True):
+            for place, answer in enumerate(found["answers"]):
+                value = next(c["relative"] for c in answer["comparisons"] if c["metric"] == metric)
+                if value["low"] is not None:
+                    axes.plot([100 * value["low"], 100 * value["high"]], [place, place], color="#2563a8", linewidth=2)
+                axes.plot([100 * value["estimate"]], [place], "o", color="#2563a8")
+            axes.axvline(0, color="#666666", linewidth=1)
+            axes.set(title=metric, xlabel="difference, % of the baseline\n(left: the arm is better)")
+            axes.set_yticks(range(len(labels)), labels)
+            axes.grid(alpha=0.3)
+        panels[0].invert_yaxis()
+
+    _save(found, path, (3.2 * len(names) + 1.2, 1.4 + 0.5 * len(labels)), draw)
+
+
+def draw_sizes(found: Found, path: Path) -> None:
+    """Each arm's metrics over its parameters."""
+    names = list(found["arms"][0]["metrics"])
+
+    def draw(figure: Any) -> None:
+        for axes, metric in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            for arm in found["arms"]:
+                value, size = arm["metrics"][metric], arm["parameters"] / 1e6
+                if value["low"] is not None:
+                    axes.plot([size, size], [value["low"], value["high"]], color="#9aa1ad", linewidth=1)
+                axes.plot([size], [value["estimate"]], "o", label=arm["arm"])
+            axes.set(xlabel="million parameters", title=metric)
+            axes.grid(alpha=0.3)
+        figure.axes[-1].legend(fontsize=7.5)
+
+    _save(found, path, (3.6 * len(names), 3.4), draw)
+
+
+def told(found: Found) -> str:
+    """What a plot's metadata say of the results it was drawn from."""
+    return f"results sha256 {hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}"
+
+
+def _save(found: Found, path: Path, size: tuple[float, float], draw: Any) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(path, dpi=130, metadata={"Description": told(found)})
+
+
+def _interval(value: dict[str, float | None]) -> str:
     if value["low"] is None:
         return f"{value['estimate']:.4f}"
     return f"{value['estimate']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

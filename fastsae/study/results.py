@@ -3,6 +3,8 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,9 +88,18 @@ def results(
         "answers": plain(answers(outcomes, metrics)),
         "environment": {
             "date": time.strftime("%Y-%m-%d"),
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "fastsae": version("fastsae"),
             "python": platform.python_version(),
         },
     }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
