@@ -265,16 +265,18 @@ class StudyConfig:
     """Share of the pairwise interactions z dropped in training."""
     steps: int = 1000
     """Optimizer steps of every arm; the sequential one and its control take as many again."""
-    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates: each arm trains its first seed with all, and keeps the one that fits training documents best."""
     seeds: int = 4
     """Repetitions with other initial weights and another order of the activations."""
-    windows_per_document: int = 3
-    """Windows measured of each held-out document."""
+    held_out_tokens: int = 200_000
+    """Tokens of held-out text to measure on, at most."""
+    windows_per_document: int = 6
+    """Windows measured of each held-out document, at most."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("steps", "seeds", "windows_per_document"):
+        for name in ("steps", "seeds", "held_out_tokens", "windows_per_document"):
             _require(getattr(self, name) >= 1, f"StudyConfig.{name}", "at least 1", getattr(self, name))
         _require(len(self.lrs) >= 1 and min(self.lrs, default=0) > 0, "StudyConfig.lrs", "rates above 0", self.lrs)
 

@@ -49,7 +49,7 @@ def training_windows(model: Any, data: DataConfig) -> TokenWindows:
 
 
 def held_out_windows(
-    model: Any, data: DataConfig, tokens: int | None, per_document: int = _WINDOWS_PER_DOCUMENT
+    model: Any, data: DataConfig, tokens: int, per_document: int = _WINDOWS_PER_DOCUMENT
 ) -> TokenWindows:
     """Windows spread over the held-out documents, `tokens` tokens at most."""
     documents = read_documents(data.text)

@@ -69,6 +69,7 @@ def behavior(
     batch_windows: int = 16,
     bos: bool = False,
     draws: int = 1,
+    pathways: bool = True,
 ) -> Behavior:
     """Splice reconstructions into `model` at the hook the SAE was trained on, over held-out token windows.
 
@@ -76,6 +77,7 @@ def behavior(
     its own error, in raw activations, in a direction drawn anew `draws` times and averaged.
     bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
     at padding always, positions keep their activations in every run.
+    pathways: also splice with pathways left out; without, the whole reconstruction only.
     model: anything with TransformerLens' run_with_hooks and hook_dict.
     """
     check_hook(model, hook_name)
@@ -91,7 +93,7 @@ def behavior(
         for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
             batch = slice(lo, lo + batch_windows)
             splice = _Splice(sae, model, hook_name, windows, batch, bos, noise)
-            totals.add(*splice.sums(draws))
+            totals.add(*splice.sums(draws, pathways))
     if totals.rows == 0:
         raise ValueError(
             f"behavior: no token of text is predicted from another one in these windows of {windows.context} tokens; "
@@ -159,12 +161,12 @@ class _Splice:
         )
         self.targets = self.tokens[:, 1:][self.counts]
 
-    def sums(self, draws: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def sums(self, draws: int, pathways: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """The document of each prediction, and KL and cross-entropies by prediction."""
         original: list[Tensor] = []
         clean = self._log_probabilities(lambda x: original.append(x) or x)
         found = {"ce clean": self._ce(clean), "ce ablated": self._ce(self._log_probabilities(torch.zeros_like))}
-        for name, replacement in self._replacements(original[0]).items():
+        for name, replacement in self._replacements(original[0], pathways).items():
             spliced = self._log_probabilities(lambda _, y=replacement: y)
             found[f"kl {name}"], found[f"ce {name}"] = _kl(clean, spliced), self._ce(spliced)
             error = (replacement - original[0]).float().norm(dim=-1, keepdim=True)
@@ -174,10 +176,11 @@ class _Splice:
             found[f"epsilon {name}"] = torch.stack(moved).mean(dim=0)
         return self.documents, found
 
-    def _replacements(self, raw: Tensor) -> dict[str, Tensor]:
+    def _replacements(self, raw: Tensor, pathways: bool) -> dict[str, Tensor]:
         """Raw activations (windows, tokens, d_in) as they are reconstructed, by what is kept."""
         x = self.sae.normalizer(raw.to(self.sae.W_enc.device))
         kept = ablations(self.sae, self.sae.components(x))
+        kept = kept if pathways else {FULL: kept[FULL]}
         return {name: self.sae.normalizer.invert(y).to(raw) for name, y in kept.items()}
 
     def _random(self, x: Tensor, length: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Intervals that count documents, not tokens: tokens of one document are no independent observations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
-_RESAMPLES = 2000
+_RESAMPLES, _AT_ONCE = 2000, 100
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DocumentSums:
         estimate = float(_divided(over.sum(), under.sum()))
         if len(over) < 2:
             return Interval(estimate)
-        half = student_t(len(over) - 1) * float(bootstrap(over, under).std())
+        half = student_t(len(over) - 1) * bootstrap_variance([(over, under)]) ** 0.5
         return Interval(estimate, estimate - half, estimate + half)
 
     def reduction(self, name: str, baseline: str) -> Interval:
@@ -52,11 +53,18 @@ class DocumentSums:
         return self.ratio(self.sums[baseline] - self.sums[name], baseline)
 
 
-def bootstrap(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The ratio of sums in each resample of the documents: (resamples,)."""
-    n = len(numerator)
-    drawn = torch.randint(n, (_RESAMPLES, n), generator=torch.Generator().manual_seed(0))
-    return _divided(numerator[drawn].sum(dim=1), denominator[drawn].sum(dim=1))
+def bootstrap_variance(ratios: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The variance, over resamples of the documents, of the mean of ratios of sums; each is a pair of (documents,).
+
+    Resampling sees the spread about the sample's own mean, which is short by (n - 1) / n: made good here.
+    """
+    n = len(ratios[0][0])
+    generator, means = torch.Generator().manual_seed(0), []
+    for _ in range(_RESAMPLES // _AT_ONCE):  # all at once would be gigabytes for tens of thousands of documents
+        drawn = torch.randint(n, (_AT_ONCE, n), generator=generator)
+        resampled = [_divided(over[drawn].sum(dim=1), under[drawn].sum(dim=1)) for over, under in ratios]
+        means.append(torch.stack(resampled).mean(dim=0))
+    return float(torch.cat(means).var()) * n / (n - 1)
 
 
 def student_t(df: float, level: float = LEVEL) -> float:

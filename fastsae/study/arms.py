@@ -38,11 +38,13 @@ class Question:
 
 QUESTIONS = (
     Question("Is integration worth its parameters (joint against a TopK SAE of as many)?", "joint", "topk_wide"),
-    Question("Does integration help at equal width and k (joint against TopK)?", "joint", "topk"),
-    Question("Do interactions add to a second decoder (joint against two decoders)?", "joint", "two_decoders"),
-    Question("Do interactions help by themselves (interaction only against TopK)?", "interaction_only", "topk"),
-    Question("Is it better to train together (joint against sequential)?", "joint", "sequential"),
-    Question("Does sequential integration beat training TopK for as long?", "sequential", "topk_longer"),
+    Question("Does integration help at equal width and k (joint has more parameters)?", "joint", "topk"),
+    Question("Do interactions add to a second decoder (joint has more parameters)?", "joint", "two_decoders"),
+    Question("Do interactions help alone (interaction_only has more parameters)?", "interaction_only", "topk"),
+    Question("Is it better to train together (sequential trains twice as long)?", "joint", "sequential"),
+    Question(
+        "Does sequential beat TopK trained as long (sequential has more parameters)?", "sequential", "topk_longer"
+    ),
 )
 
 

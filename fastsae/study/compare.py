@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 
 import torch
 from torch import Tensor
 
-from fastsae.evaluate.intervals import Interval, bootstrap, student_t
+from fastsae.evaluate.intervals import LEVEL, Interval, bootstrap_variance, student_t
 from fastsae.study.arms import QUESTIONS, Question
 from fastsae.study.run import Outcome
 
@@ -58,24 +59,23 @@ class Answer:
     verdict: str
 
 
-def mean_over_seeds(ratios: Sequence[tuple[Tensor, Tensor]]) -> Interval:
+def mean_over_seeds(ratios: Sequence[tuple[Tensor, Tensor]], level: float = LEVEL) -> Interval:
     """The mean over seeds of ratios of sums over documents, for seeds and documents like these.
 
     ratios: per seed, numerator and denominator (documents,), the same documents each. The variance is that of the mean
     over seeds plus that of a bootstrap over documents of the mean; degrees of freedom after Satterthwaite (1946).
     """
     estimates = torch.stack([over.sum() / under.sum() for over, under in ratios])
-    resampled = torch.stack([bootstrap(over, under) for over, under in ratios]).mean(dim=0)
     seeds, documents = len(ratios), len(ratios[0][0])
     estimate = float(estimates.mean())
     if seeds < 2 or documents < 2:
         return Interval(estimate)
-    by_seed, by_document = float(estimates.var()) / seeds, float(resampled.var())
+    by_seed, by_document = float(estimates.var()) / seeds, bootstrap_variance(ratios)
     variance = by_seed + by_document
     if variance == 0:
         return Interval(estimate, estimate, estimate)
     df = variance**2 / (by_seed**2 / (seeds - 1) + by_document**2 / (documents - 1))
-    half = student_t(df) * variance**0.5
+    half = student_t(df, level) * variance**0.5
     return Interval(estimate, estimate - half, estimate + half)
 
 
@@ -83,38 +83,38 @@ def arm_mean(outcomes: Sequence[Outcome], metric: Metric) -> Interval:
     return mean_over_seeds([metric.of(o) for o in outcomes])
 
 
-def compare(arm: Sequence[Outcome], baseline: Sequence[Outcome], metric: Metric) -> Comparison:
+def compare(arm: Sequence[Outcome], baseline: Sequence[Outcome], metric: Metric, level: float = LEVEL) -> Comparison:
     """Paired by seed and document. Raises ValueError if the two were not measured on the same."""
     pairs = list(zip(arm, baseline, strict=True))
     if any(a.seed != b.seed or a.sums.names != b.sums.names for a, b in pairs):
-        raise ValueError("study: two arms were measured on different seeds or documents; measure both again")
+        raise ValueError("study: two arms were measured on different seeds or documents: outcomes of two studies")
     ratios = []
     for a, b in pairs:
         over, under = metric.of(a)
         baseline_over, baseline_under = metric.of(b)
         # Both have the denominator of their seed: where rows are normalised alike the two are the same.
         ratios.append((over - baseline_over * (under.sum() / baseline_under.sum()), under))
-    difference = mean_over_seeds(ratios)
-    scale = arm_mean(baseline, metric).estimate
+    difference = mean_over_seeds(ratios, level)
+    scale = abs(arm_mean(baseline, metric).estimate) or nan
     return Comparison(
         metric.name, difference, Interval(difference.estimate / scale, difference.low / scale, difference.high / scale)
     )
 
 
 def answers(outcomes: dict[str, list[Outcome]], metrics: Sequence[Metric] = METRICS) -> list[Answer]:
-    """Every question, answered as far as the intervals go."""
-    found = []
+    """Every question, answered as far as the intervals go: those of one question hold together in 95 %."""
+    found, level = [], 1 - (1 - LEVEL) / len(metrics)
     for question in QUESTIONS:
         arm, baseline = outcomes[question.arm], outcomes[question.baseline]
-        comparisons = tuple(compare(arm, baseline, metric) for metric in metrics)
-        found.append(Answer(question, comparisons, verdict(question, comparisons, len(arm))))
+        comparisons = tuple(compare(arm, baseline, metric, level) for metric in metrics)
+        found.append(Answer(question, comparisons, verdict(question, comparisons)))
     return found
 
 
-def verdict(question: Question, comparisons: Sequence[Comparison], seeds: int) -> str:
+def verdict(question: Question, comparisons: Sequence[Comparison]) -> str:
     """The answer in plain words."""
-    if seeds < 2:
-        return "Undecided: one seed shows nothing about another."
+    if any(isnan(c.difference.low) for c in comparisons):
+        return "Undecided: one seed, or one document, shows nothing about another."
     said = "; ".join(_in_words(c) for c in comparisons)
     shown = {c.shown for c in comparisons}
     if shown == {-1}:
@@ -124,9 +124,9 @@ def verdict(question: Question, comparisons: Sequence[Comparison], seeds: int) -
     if shown == {0}:
         return f"Not shown: no difference between {question.arm} and {question.baseline} is beyond chance ({said})."
     if 1 not in shown:
-        return f"In part: {question.arm} is better than {question.baseline} in some of the measures ({said})."
+        return f"In part better: {question.arm} is better than {question.baseline} in some of the measures ({said})."
     if -1 not in shown:
-        return f"Rather not: {question.arm} is worse than {question.baseline} in some of the measures ({said})."
+        return f"In part worse: {question.arm} is worse than {question.baseline} in some of the measures ({said})."
     return f"Mixed: {question.arm} is better than {question.baseline} in one measure and worse in another ({said})."
 
 

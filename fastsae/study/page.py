@@ -30,7 +30,12 @@ def arm_rows(found: Found) -> list[dict[str, str]]:
 
 def verdicts(found: Found) -> list[str]:
     """The questions and their answers in plain words."""
-    return [f"{answer['question']['text']}\n  {answer['verdict']}" for answer in found["answers"]]
+    return [f"{answer['question']['text']}\n  {answer['verdict']} {_cost(answer)}" for answer in found["answers"]]
+
+
+def _cost(answer: Found) -> str:
+    more = answer["cost"]
+    return f"({more['parameters']:.2f} times the parameters, {more['training_flops']:.2f} times the training FLOPs.)"
 
 
 def write(found: Found, folder: Path) -> Path:
@@ -53,16 +58,16 @@ def markdown(found: Found, plots: str = "") -> str:
         *("| " + " | ".join(row.values()) + " |" for row in rows),
     ]
     meanings = [f"- `{arm['arm']}`: {arm['meaning']}" for arm in found["arms"]]
-    answers = [f"**{a['question']['text']}**  \n{a['verdict']}\n" for a in found["answers"]]
-    ends = [arm["arm"] for arm in found["arms"] if arm["lr"] in (study["lrs"][0], study["lrs"][-1])]
+    answers = [f"**{a['question']['text']}**  \n{a['verdict']} {_cost(a)}\n" for a in found["answers"]]
+    ends = [arm["arm"] for arm in found["arms"] if arm["lr"] in (min(study["lrs"]), max(study["lrs"]))]
     at_end = f" At an end of the grid, so that one beyond might be better: {', '.join(ends)}." if ends else ""
     conditions = (
         f"{data['hook']} of model {data['model']} on {data['text']}: {data['training_rows']:,} activations to train "
         f"on, {data['held_out_tokens']:,} tokens of {found['held_out_documents']} held-out documents to measure on. "
         f"Every arm: k = {study['k']}, batches of {data['batch_size']:,}, {study['seeds']} seeds, a learning rate "
         f"chosen among {', '.join(f'{lr:g}' for lr in study['lrs'])} by its fit of training documents.{at_end} "
-        "Intervals are 95 %, over seeds and documents, each by itself: with so many of them one in twenty misses. "
-        "Differences are paired by seed and document."
+        "Intervals are over seeds and documents: 95 % in the table; those of differences, paired by seed and document, "
+        f"hold together for one question in 95 %. There are {len(found['answers'])} questions."
     )
     where = (
         f"{environment['date']}, {environment['processor']}, {environment['threads']} threads, "

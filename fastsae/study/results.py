@@ -25,16 +25,16 @@ def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object
     model = experiment.language_model(data)
     source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
     store = harvest(source, data.store or config.folder / "activations")
-    windows = experiment.held_out_windows(model, data, None, config.windows_per_document)
+    windows = experiment.held_out_windows(model, data, config.held_out_tokens, config.windows_per_document)
     held_out = ModelActivations(model, data.hook, windows)
 
     def measure(sae: SparseAutoencoder) -> tuple[float, DocumentSums]:
         rows = (held_out.rows(i) for i in range(len(held_out.block_rows)))
         r = reconstruction(sae, rows, windows.names)
-        b = behavior(sae, model, data.hook, windows)
+        b = behavior(sae, model, data.hook, windows, pathways=False)
         return r.dead_share, _together(r.sums, b.sums)
 
-    outcomes = run_arms(config, data, store, measure, say)
+    outcomes = run_arms(config, data, store, measure, windows.digest(), say)
     found = results(config, data, arms(config, store.d_in), outcomes, METRICS)
     found["data"] |= {"training_rows": store.n_rows, "held_out_tokens": windows.n_tokens}
     files.write_json(config.folder / "study.json", found)
@@ -59,33 +59,34 @@ def results(
 ) -> dict[str, Any]:
     """Everything the page says, as JSON."""
     by_name = {arm.name: arm for arm in trained}
-    said = []
+    said = {}
     for arm in trained:
-        runs = outcomes[arm.name]
-        base = by_name[arm.base].training_flops(data.batch_size) if arm.base else 0
-        said.append(
-            {
-                "arm": arm.name,
-                "meaning": arm.meaning,
-                "d_sae": arm.config.d_sae,
-                "parameters": arm.parameters,
-                "steps": arm.steps + (by_name[arm.base].steps if arm.base else 0),
-                "training_flops": arm.training_flops(data.batch_size) + base,
-                "lr": runs[0].lr,
-                "dead_share": sum(r.dead_share for r in runs) / len(runs),
-                "metrics": {m.name: plain(arm_mean(runs, m)) for m in metrics},
-                "by_seed": [
-                    {"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}}
-                    for r in runs
-                ],
-            }
-        )
+        runs, base = outcomes[arm.name], by_name.get(arm.base or "")
+        flops = sum(part.training_flops(data.batch_size) for part in (arm, base) if part)
+        said[arm.name] = {
+            "arm": arm.name,
+            "meaning": arm.meaning,
+            "d_sae": arm.config.d_sae,
+            "parameters": arm.parameters,
+            "steps": sum(part.steps for part in (arm, base) if part),
+            "training_flops": flops,
+            "lr": runs[0].lr,
+            "dead_share": sum(r.dead_share for r in runs) / len(runs),
+            "metrics": {m.name: plain(arm_mean(runs, m)) for m in metrics},
+            "by_seed": [
+                {"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}} for r in runs
+            ],
+        }
+    answered = plain(answers(outcomes, metrics))
+    for answer in answered:
+        arm, baseline = (said[answer["question"][side]] for side in ("arm", "baseline"))
+        answer["cost"] = {what: arm[what] / baseline[what] for what in ("parameters", "training_flops")}
     return {
         "study": to_dict(config),
         "data": to_dict(data),
         "held_out_documents": len(next(iter(outcomes.values()))[0].sums.names),
-        "arms": said,
-        "answers": plain(answers(outcomes, metrics)),
+        "arms": list(said.values()),
+        "answers": answered,
         "environment": {
             "date": time.strftime("%Y-%m-%d"),
             "processor": _processor(),

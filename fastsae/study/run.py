@@ -1,6 +1,7 @@
 """Training and measuring every arm with every seed, one after the other; what is done is not done again."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastsae import files
+from fastsae import files, provenance
 from fastsae.activations import ActivationStream
 from fastsae.activations.stream import Source
 from fastsae.config import DataConfig, IntegrationConfig, StudyConfig, TrainerConfig, to_dict
@@ -17,10 +18,10 @@ from fastsae.modules import ARCHITECTURES, SequentialSAE, SparseAutoencoder, loa
 from fastsae.study.arms import Arm, arms
 from fastsae.train import Trainer
 
-# Rows of training documents by which an arm's learning rate is chosen.
-_CHOICE_ROWS = 16_384
+# By so many rows of training documents an arm's learning rate is chosen, from so many places all over them.
+_CHOICE_ROWS, _CHOICE_BLOCKS = 16_384, 64
 # What may change between a study and its continuation.
-_FREE = {"folder"}
+_FREE = {"folder", "seeds"}
 
 
 @dataclass(frozen=True)
@@ -38,40 +39,50 @@ Measure = Callable[[SparseAutoencoder], tuple[float, DocumentSums]]
 
 
 def run_arms(
-    study: StudyConfig, data: DataConfig, source: Source, measure: Measure, say: Callable[[str], object]
+    study: StudyConfig, data: DataConfig, source: Source, measure: Measure, held_out: str, say: Callable[[str], object]
 ) -> dict[str, list[Outcome]]:
-    """Outcomes by arm, a seed each. `source` holds training activations, `measure` looks at held-out ones."""
-    _claim(study, data)
-    runs = _Runs(study, data, source, measure, say)
-    return {arm.name: runs.outcomes(arm) for arm in arms(study, source.d_in)}
+    """Outcomes by arm, a seed each. `source` holds training activations, `measure` looks at held-out ones, of which
+    `held_out` is a fingerprint: outcomes on others are measured again."""
+    with files.locked(study.folder, "study"):
+        _claim(study, data)
+        runs = _Runs(study, data, source, measure, held_out, say)
+        return {arm.name: runs.outcomes(arm) for arm in arms(study, source.d_in)}
 
 
 def _claim(study: StudyConfig, data: DataConfig) -> None:
     """Note what the study in this folder is; raise ValueError if it is another one."""
     path = study.folder / "config.json"
-    ours = {"study": {k: v for k, v in to_dict(study).items() if k not in _FREE}, "data": to_dict(data)}
+    ours = {"study": to_dict(study), "data": to_dict(provenance.resolved(data))}
     ours["study"]["lrs"] = list(study.lrs)
     if path.exists():
         there = files.read_json(path)
+        if not isinstance(there, dict) or not all(isinstance(there.get(part), dict) for part in ours):
+            raise ValueError(f"{path} is damaged, or not of a study; choose another --folder")
         differing = [
             f"{name} was {there[part].get(name)!r}, is {value!r}"
             for part in ours
             for name, value in ours[part].items()
-            if there[part].get(name) != value
+            if name not in _FREE and there[part].get(name) != value
         ]
         if differing:
             raise ValueError(
                 f"study: {study.folder} holds another study: {'; '.join(differing)}. Choose another --folder."
             )
-    study.folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, ours)
 
 
 class _Runs:
     def __init__(
-        self, study: StudyConfig, data: DataConfig, source: Source, measure: Measure, say: Callable[[str], object]
+        self,
+        study: StudyConfig,
+        data: DataConfig,
+        source: Source,
+        measure: Measure,
+        held_out: str,
+        say: Callable[[str], object],
     ) -> None:
-        self.study, self.data, self.source, self.measure, self.say = study, data, source, measure, say
+        self.study, self.data, self.source = study, data, source
+        self.measure, self.held_out, self.say = measure, held_out, say
         self.total = len(arms(study, source.d_in)) * (study.seeds + len(study.lrs) - 1)
 
     def outcomes(self, arm: Arm) -> list[Outcome]:
@@ -80,62 +91,76 @@ class _Runs:
 
     def _best_lr(self, arm: Arm) -> float:
         """The learning rate whose first seed leaves the least error on rows of training documents."""
-        fvu = {}
-        for lr in self.study.lrs:
-            folder = self._trained(arm, lr, seed=0)
-            path = folder / "choice.json"
-            if not path.exists():
-                rows = reconstruction(load(folder / "sae"), self._choice_rows())
-                files.write_json(path, {"fvu_on_training_documents": rows.fvu.estimate})
-            fvu[lr] = files.read_json(path)["fvu_on_training_documents"]
-        best = min(fvu, key=lambda lr: fvu[lr])
-        files.write_json(
-            self.study.folder / arm.name / "lr.json", {"lr": best, "fvu": {str(k): v for k, v in fvu.items()}}
-        )
+        fvu = {lr: self._fit(arm, lr) for lr in self.study.lrs}
+        converged = {lr: value for lr, value in fvu.items() if value is not None}
+        if not converged:
+            raise ValueError(
+                f"study: {arm.name} diverged at every learning rate of {self.study.lrs}; choose lower --lrs"
+            )
+        best = min(converged, key=lambda lr: converged[lr])
+        by_lr = {f"{lr:g}": value for lr, value in fvu.items()}
+        files.write_json(self.study.folder / arm.name / "lr.json", {"lr": best, "fvu_on_training_documents": by_lr})
         return best
 
+    def _fit(self, arm: Arm, lr: float) -> float | None:
+        """FVU on rows of training documents; None if training diverged."""
+        path = self._folder(arm, lr, seed=0) / "choice.json"
+        if not path.exists():
+            try:
+                sae = load(self._trained(arm, lr, seed=0) / "sae")
+                fvu = reconstruction(sae, self._choice_rows()).fvu.estimate
+            except FloatingPointError as error:
+                self.say(f"{arm.name} at lr {lr:g}: {error}")
+                fvu = math.nan
+            files.write_json(path, {"fvu": fvu if math.isfinite(fvu) else None})
+        return files.read_json(path)["fvu"]
+
     def _choice_rows(self) -> Iterator[torch.Tensor]:
-        left = _CHOICE_ROWS
-        for i in range(len(self.source.block_rows)):
-            if left <= 0:
-                return
-            yield (block := self.source.block(i)[:left])
-            left -= len(block)
+        n = len(self.source.block_rows)
+        blocks = sorted({(2 * i + 1) * n // (2 * _CHOICE_BLOCKS) for i in range(_CHOICE_BLOCKS)})
+        for i in blocks:
+            block = self.source.block(i)
+            yield block[:: max(1, len(block) * len(blocks) // _CHOICE_ROWS)]
 
     def _outcome(self, arm: Arm, lr: float, seed: int) -> Outcome:
         folder = self._trained(arm, lr, seed)
         path = folder / "outcome.json"
-        if not path.exists():
+        if not path.exists() or files.read_json(path)["held_out"] != self.held_out:
             dead_share, sums = self.measure(load(folder / "sae"))
             kept = {name: values.tolist() for name, values in sums.sums.items()}
-            files.write_json(path, {"dead_share": dead_share, "documents": sums.names, "sums": kept})
+            files.write_json(
+                path, {"held_out": self.held_out, "dead_share": dead_share, "documents": sums.names, "sums": kept}
+            )
         found = files.read_json(path)
         tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["sums"].items()}
         return Outcome(seed, lr, found["dead_share"], DocumentSums(tuple(found["documents"]), tensors))
 
+    def _folder(self, arm: Arm, lr: float, seed: int) -> Path:
+        return self.study.folder / arm.name / f"lr_{lr:g}" / f"seed_{seed}"
+
     def _trained(self, arm: Arm, lr: float, seed: int) -> Path:
         """The folder of a finished run; trained now, or from where it stopped, if need be."""
-        folder = self.study.folder / arm.name / f"lr_{lr:g}" / f"seed_{seed}"
-        if (folder / "done.json").exists():
-            return folder
-        done = len(list(self.study.folder.glob("*/*/*/done.json")))
-        self.say(f"[{done + 1} of {self.total}] {arm.name}, lr {lr:g}, seed {seed}: {arm.meaning}")
-        sae = self._new(arm, seed)
-        steps = arm.steps
-        config = TrainerConfig(
-            steps=steps,
-            lr=lr,
-            run_dir=folder,
-            resume=True,
-            warmup_steps=steps // 20,
-            decay_steps=steps // 5,
-            checkpoint_every=max(1, steps // 4),
-            seed=seed,
-        )
-        stream = ActivationStream(self.source, self.data.batch_size, self.data.buffer_rows, seed)
-        result = Trainer(sae, config).fit(stream)
-        files.write_json(folder / "done.json", {"steps": result.steps, "metrics": result.metrics})
-        shutil.rmtree(folder / "checkpoints")  # gigabytes over a study; the SAE itself stays
+        folder = self._folder(arm, lr, seed)
+        if not (folder / "done.json").exists():
+            done = len(list(self.study.folder.glob("*/*/*/done.json")))
+            self.say(f"[{done + 1} of {self.total}] {arm.name}, lr {lr:g}, seed {seed}: {arm.meaning}")
+            config = TrainerConfig(
+                steps=arm.steps,
+                lr=lr,
+                run_dir=folder,
+                resume=True,
+                warmup_steps=arm.steps // 20,
+                decay_steps=arm.steps // 5,
+                checkpoint_every=max(1, arm.steps // 4),
+                seed=seed,
+            )
+            stream = ActivationStream(self.source, self.data.batch_size, self.data.buffer_rows, seed)
+            try:
+                result = Trainer(self._new(arm, seed), config).fit(stream)
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(f"{stop}; run the same study again, it goes on from there") from stop
+            files.write_json(folder / "done.json", {"steps": result.steps, "metrics": result.metrics})
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes over a study; the SAE itself stays
         return folder
 
     def _new(self, arm: Arm, seed: int) -> SparseAutoencoder:
