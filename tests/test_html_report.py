@@ -61,7 +61,11 @@ def measured(number: Numbers) -> dict:
 
 def geometry() -> dict:
     group = {"mean": 0.3, "median": 0.3, "share": 0.5, "histogram": [3, 5, 1]}
-    norms = {"at_init": 0.02, "edges": [0.0, 0.1, 0.2, 0.3], "groups": {"all": group, "rare": group, "dead": None}}
+    norms = {
+        "at_init_histogram": [9, 0, 0],
+        "edges": [0.0, 0.1, 0.2, 0.3],
+        "groups": {"all": group, "rare": group, "dead": None},
+    }
     null = {"value": -0.5, "null_mean": -0.6, "null_min": -0.7, "null_max": -0.55}
     return {
         "squared_norms": {"W_dec": norms, "V": norms},

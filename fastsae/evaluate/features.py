@@ -1,4 +1,4 @@
-"""The features that carry most of a reconstruction, with the text they are active on."""
+"""The features that are largest in the identity pathway, with the text they are active on."""
 
 from dataclasses import dataclass
 from typing import Any

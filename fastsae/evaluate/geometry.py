@@ -60,8 +60,10 @@ class SquaredNorms:
 
     at_init: float
     """Expected value at initialisation, before any training."""
+    at_init_histogram: list[int]
+    """Rows drawn by the law of initialisation, in the same bins: what untrained features would look like."""
     edges: list[float]
-    """Edges of the bins, the same for every group."""
+    """Edges of the bins, the same for every group and for the rows at initialisation."""
     groups: dict[str, GroupNorms]
     """Firing group -> its numbers."""
 
@@ -125,7 +127,7 @@ def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 
             rows=rows,
             firing_rate=(fired.double() / rows).tolist(),
             groups={name: _firing_group(fired[group] / rows, sae.d_sae) for name, group in groups.items()},
-            squared_norms={name: _squared_norms(n, at_init(sae, name), groups) for name, n in norms.items()},
+            squared_norms={name: _squared_norms(n, sae, name, groups, rng) for name, n in norms.items()},
             dip_W_dec={name: dip(norms["W_dec"][group]) for name, group in (groups | alive).items()},
             weight_norm_share=weight_norm_share(sae, rng),
             contribution=contribution(sae, code, groups, rng),
@@ -173,8 +175,23 @@ def at_init(sae: SparseAutoencoder, name: str) -> float:
     return sae.d_in / (3 * sae.d_sae) if sae.config.init == "paper" else 1.0  # W_enc starts as a copy of W_dec
 
 
-def _squared_norms(norms: Tensor, expected: float, groups: dict[str, Tensor]) -> SquaredNorms:
-    edges = np.histogram_bin_edges(norms.numpy(), BINS)
+def _drawn_at_init(sae: SparseAutoencoder, name: str, rng: np.random.Generator) -> np.ndarray:
+    """Squared norms of d_sae rows by the law of initialisation."""
+    expected = at_init(sae, name)
+    if name in ("W_lin", "V"):  # squares of normals
+        df = sae.d_in if name == "W_lin" else getattr(sae, name).shape[1]
+        return expected / df * rng.chisquare(df, sae.d_sae)
+    if sae.config.init == "unit":
+        return np.ones(sae.d_sae)
+    # d_in squares of uniforms, each of variance (4 / 45) / d_sae^2: their sum is normal for all that a histogram shows.
+    return rng.normal(expected, np.sqrt(4 / 45 * sae.d_in) / sae.d_sae, sae.d_sae)
+
+
+def _squared_norms(
+    norms: Tensor, sae: SparseAutoencoder, name: str, groups: dict[str, Tensor], rng: np.random.Generator
+) -> SquaredNorms:
+    untrained = _drawn_at_init(sae, name, rng)
+    edges = np.histogram_bin_edges(np.concatenate([norms.numpy(), untrained]), BINS)
     total = float(norms.sum())
 
     def group_norms(group: Tensor) -> GroupNorms:
@@ -186,7 +203,12 @@ def _squared_norms(norms: Tensor, expected: float, groups: dict[str, Tensor]) ->
             histogram=np.histogram(part.numpy(), edges)[0].tolist(),
         )
 
-    return SquaredNorms(expected, edges.tolist(), {name: group_norms(group) for name, group in groups.items()})
+    return SquaredNorms(
+        at_init=at_init(sae, name),
+        at_init_histogram=np.histogram(untrained, edges)[0].tolist(),
+        edges=edges.tolist(),
+        groups={group_name: group_norms(group) for group_name, group in groups.items()},
+    )
 
 
 def dip(values: Tensor) -> Dip | None:

@@ -52,7 +52,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, Interval]], label: str) -
 
 
 def norm_histogram(title: str, norms: Mapping[str, Any]) -> str:
-    """Squared norms of a weight's rows by firing-rate group, and where they began."""
+    """Squared norms of a weight's rows by firing-rate group, beside those of as many untrained rows."""
 
     def draw(axes: Any) -> None:
         edges = norms["edges"]
@@ -64,7 +64,8 @@ def norm_histogram(title: str, norms: Mapping[str, Any]) -> str:
             widths = [high - low for low, high in pairwise(edges)]
             axes.bar(edges[:-1], counts, widths, bottom=below, align="edge", color=color, label=group)
             below = [a + b for a, b in zip(below, counts, strict=True)]
-        axes.axvline(norms["at_init"], color=INK, linewidth=1.2, linestyle="--", label="at the start")
+        axes.stairs(norms["at_init_histogram"], edges, color=INK, linewidth=1, linestyle="--", label="untrained")
+        axes.set_ylim(0, 1.15 * max(below))  # untrained norms are much alike: a spike that may leave the frame
         axes.set(xlabel="squared norm", ylabel="features")
         axes.legend(fontsize=7.5)
 

@@ -204,8 +204,8 @@ def _features(found: Json) -> str:
         rate = f"fires on {feature['firing_rate']:.2%} of tokens, at most {feature['max_activation']:.3g}"
         cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{_note(rate)}{texts}</div>')
     note = _note(
-        "The features that carry most of the reconstruction, each with the places in held-out text where it is "
-        "strongest. What these have in common need not hold where it is weak."
+        "The features that are largest in the identity pathway (a² |W_dec|²), each with the places in held-out text "
+        "where it is strongest. What these have in common need not hold where it is weak."
     )
     return f'<h2>Features</h2>{note}<div class="grid">{"".join(cards)}</div>'
 
