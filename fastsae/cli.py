@@ -84,8 +84,10 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, [95 % intervals] over {b.documents} held-out documents")
     _say(f"MSE {r.mse:.4f}   cosine {r.cosine:.4f}   L0 {r.l0:.1f}   dead in these rows {r.dead_share:.1%}", "")
     _say(report.table([_condition(name, r, b) for name in b.conditions]), "")
-    full, own = measured.bos_in.full, r.error_reduction_against_own_identity_pathway
-    _say(f"BOS replaced too: KL {full.kl:.4f}, loss recovered {full.loss_recovered:.4f}")
+    if measured.bos_in is not None:
+        full = measured.bos_in.full
+        _say(f"BOS replaced too, and what it predicts counted: KL {full.kl:.4f}, recovered {full.loss_recovered:.4f}")
+    own = r.error_reduction_against_own_identity_pathway
     if own is not None:
         kl = b.kl_reduction_against_own_identity_pathway["full"]
         _say(
@@ -171,7 +173,8 @@ def html_report(run: tyro.conf.Positional[Path]) -> None:
         evaluate(run)
     if record.read(run, "geometry") is None or record.read(run, "features") is None:
         analyze(run)
-    _say(f"Open {report.write_html(run).resolve()}")
+    results = {name: record.read(run, name) for name in ("eval", "geometry", "features")}
+    _say(f"Open {report.write_html(run, results).resolve()}")
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -20,7 +20,7 @@ from fastsae.activations import (
 )
 from fastsae.config import DataConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
 from fastsae.evaluate import Behavior, Geometry, Reconstruction
-from fastsae.modules import ARCHITECTURES, SequentialSAE, SparseAutoencoder, load
+from fastsae.modules import SequentialSAE, SparseAutoencoder, load, new
 from fastsae.train import Trainer
 
 # Of each held-out document at most so many windows are measured on: intervals count documents, not tokens.
@@ -34,14 +34,19 @@ class Measured:
     reconstruction: Reconstruction
     bos_out: Behavior
     """BOS keeps its activation, as in training."""
-    bos_in: Behavior
-    """BOS is replaced too, and what it predicts counts."""
+    bos_in: Behavior | None
+    """BOS is replaced too, and what it predicts counts. None for a model without BOS."""
+
+
+def device() -> str:
+    """Where models and SAEs run: on the GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def language_model(data: DataConfig) -> Any:
     from fastsae import lm
 
-    return lm.load(data.model)
+    return lm.load(data.model, device())
 
 
 def training_windows(model: Any, data: DataConfig) -> TokenWindows:
@@ -85,13 +90,12 @@ def _maker(
     if isinstance(config, SequentialRunConfig):
         on_base = _on_base(config, data, seed)
         return lambda _: on_base
-    made_by = {architecture.config_class: architecture for architecture in ARCHITECTURES.values()}
 
-    def new(d_in: int) -> SparseAutoencoder:
+    def make(d_in: int) -> SparseAutoencoder:
         torch.manual_seed(seed)
-        return made_by[type(config)](**to_dict(dataclasses.replace(config, d_in=d_in)))
+        return new(dataclasses.replace(config, d_in=d_in), device=device())
 
-    return new
+    return make
 
 
 def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> SequentialSAE:
@@ -116,7 +120,7 @@ def measure(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: Token
     return Measured(
         reconstruction=evaluate.reconstruction(sae, rows, windows.names),
         bos_out=evaluate.behavior(sae, model, data.hook, windows),
-        bos_in=evaluate.behavior(sae, model, data.hook, windows, bos=True),
+        bos_in=evaluate.behavior(sae, model, data.hook, windows, bos=True) if windows.has_bos else None,
     )
 
 
@@ -132,4 +136,4 @@ def trained(run: Path) -> tuple[SparseAutoencoder, DataConfig]:
     data = provenance.recorded(run)
     if not (run / "sae" / "config.json").is_file():
         raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
-    return load(run / "sae"), data
+    return load(run / "sae", device=device()), data

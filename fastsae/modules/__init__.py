@@ -4,12 +4,19 @@ from pathlib import Path
 
 import torch
 
+from fastsae.config import TopKSAEConfig, to_dict
 from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, evaluating, read_description
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.sequential import SequentialSAE
 from fastsae.modules.topk import TopKSAE
 
 ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE)}
+
+
+def new(config: TopKSAEConfig, *, device: torch.device | str | None = None) -> SparseAutoencoder:
+    """An untrained SAE of the architecture that `config` describes."""
+    by_config = {architecture.config_class: architecture for architecture in ARCHITECTURES.values()}
+    return by_config[type(config)](**to_dict(config), device=device)
 
 
 def load(folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None) -> SparseAutoencoder:
@@ -20,4 +27,14 @@ def load(folder: str | Path, *, backend: str = "auto", device: torch.device | st
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 
 
-__all__ = ["Components", "JointSAE", "SAEOutput", "SequentialSAE", "SparseAutoencoder", "TopKSAE", "evaluating", "load"]
+__all__ = [
+    "Components",
+    "JointSAE",
+    "SAEOutput",
+    "SequentialSAE",
+    "SparseAutoencoder",
+    "TopKSAE",
+    "evaluating",
+    "load",
+    "new",
+]

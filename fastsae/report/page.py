@@ -8,15 +8,16 @@ from typing import Any
 
 from fastsae import files
 from fastsae.report import figures
+from fastsae.report.text import interval
 from fastsae.report.training import read_metrics
 
 Json = Mapping[str, Any]
 
 
-def write_html(run: Path) -> Path:
-    """Write RUN/report.html from what training, `fastsae eval` and `fastsae analyze` left in RUN.
+def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
+    """Write RUN/report.html from what training left in RUN, and the results "eval", "geometry" and "features".
 
-    What was not measured is named with the command that measures it. Raises ValueError naming a damaged file.
+    What is None was not measured, and the command that measures it is named. Raises ValueError naming what is damaged.
     """
     described, data = files.read_json(run / "run.json"), files.read_json(run / "data.json")
     made_by = {
@@ -26,14 +27,15 @@ def write_html(run: Path) -> Path:
     }
     sections = [_head(run, described, data), _training(run)]
     for name, (command, section) in made_by.items():
-        path = run / f"{name}.json"
-        if not path.is_file():
+        result = results[name]
+        if result is None:
             sections.append(f"<h2>{name.capitalize()}</h2>{_note('Not measured yet: ' + _code(command))}")
             continue
         try:
-            sections.append(section(files.read_json(path)))
+            sections.append(section(result))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error} is missing or wrong; run `{command}` again") from error
+            damaged = f"{run / name}.json is damaged: {error} is missing or wrong; run `{command}` again"
+            raise ValueError(damaged) from error
     style = Path(__file__).with_name("style.css").read_text()
     title = html.escape(f"fastsae: {run.name}")
     page = (
@@ -78,31 +80,33 @@ def _training(run: Path) -> str:
 
 
 def _measured(found: Json) -> str:
-    r, bos = found["reconstruction"], {"BOS kept": found["bos_out"], "BOS replaced too": found["bos_in"]}
+    r, bos = found["reconstruction"], {"BOS kept": found["bos_out"]}
+    if found["bos_in"] is not None:
+        bos["BOS replaced too, and what it predicts counted"] = found["bos_in"]
     b = found["bos_out"]
     held_out = f"{r['rows']:,} rows of {r['documents']} held-out documents; 95 % intervals over documents."
     table = _rows(
         [
             {
                 "reconstruction": name,
-                "FVU": _interval(r["conditions"][name]),
-                "KL": _interval(c["kl"]),
-                "CE increase": _interval(c["ce_increase"]),
-                "loss recovered": _interval(c["loss_recovered"]),
-                "KL / random error": _interval(c["kl_over_epsilon"]),
+                "FVU": interval(r["conditions"][name]),
+                "KL": interval(c["kl"]),
+                "CE increase": interval(c["ce_increase"]),
+                "loss recovered": interval(c["loss_recovered"]),
+                "KL / random error": interval(c["kl_over_epsilon"]),
             }
             for name, c in b["conditions"].items()
         ]
     )
     scalars = _rows(
         [
-            {"measure": "MSE", "value": _interval(r["mse"])},
-            {"measure": "FVU, raw activations", "value": _interval(r["fvu_raw"])},
-            {"measure": "cosine", "value": _interval(r["cosine"])},
-            {"measure": "L0", "value": _interval(r["l0"])},
+            {"measure": "MSE", "value": interval(r["mse"])},
+            {"measure": "FVU, raw activations", "value": interval(r["fvu_raw"])},
+            {"measure": "cosine", "value": interval(r["cosine"])},
+            {"measure": "L0", "value": interval(r["l0"])},
             {"measure": "dead in these rows", "value": f"{r['dead_share']:.4f}"},
-            {"measure": "CE, clean model", "value": _interval(b["ce_clean"])},
-            {"measure": "CE, zeros", "value": _interval(b["ce_ablated"])},
+            {"measure": "CE, clean model", "value": interval(b["ce_clean"])},
+            {"measure": "CE, zeros", "value": interval(b["ce_ablated"])},
         ]
     )
     kl = [
@@ -146,11 +150,11 @@ def _own_branch(r: Json, b: Json) -> str:
     if own is None:
         return ""
     title = "the paper's figure, against the SAE's own identity pathway"
-    rows = [{title: "error reduction, full", "value": _interval(own)}]
+    rows = [{title: "error reduction, full", "value": interval(own)}]
     for metric in ("kl", "ce"):
         for name, value in b[f"{metric}_reduction_against_own_identity_pathway"].items():
             told = f"{metric.upper()} reduction, {name}"
-            rows.append({title: told, "value": _interval(value)})
+            rows.append({title: told, "value": interval(value)})
     note = "The identity pathway was never trained to reconstruct alone: none of these compares with a TopK SAE."
     return f"{_rows(rows)}{_note(note)}"
 
@@ -221,14 +225,6 @@ def _shaded(example: Json, highest: float) -> str:
         spans.append(f"<span{told}>{shown}</span>")
     where = html.escape(example["document"], quote=True)
     return f'<p class="text" title="{where}">{"".join(spans)}</p>'
-
-
-def _interval(value: Json) -> str:
-    if value["estimate"] is None:
-        return "none"
-    if value["low"] is None:
-        return f"{value['estimate']:.4f}"
-    return f"{value['estimate']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def _rows(rows: Sequence[Mapping[str, str]]) -> str:

@@ -14,3 +14,11 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
     header = line({c: c for c in columns})
     return "\n".join([header, "-" * len(header), *(line(row) for row in rows)])
+
+
+def interval(value: Mapping[str, float | None]) -> str:
+    """An interval of a results file: "0.1234 [0.1200, 0.1268]", without its ends where it has none."""
+    estimate, low, high = value["estimate"], value["low"], value["high"]
+    if estimate is None:
+        return "none"
+    return f"{estimate:.4f}" if low is None else f"{estimate:.4f} [{low:.4f}, {high:.4f}]"

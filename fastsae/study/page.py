@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae import files
+from fastsae.report import interval
 
 Found = dict[str, Any]
 PLOTS = ("differences.png", "sizes.png")
@@ -24,7 +25,7 @@ def arm_rows(found: Found) -> list[dict[str, str]]:
             "lr": f"{arm['lr']:g}",
             "dead": f"{arm['dead_share']:.1%}",
         }
-        rows.append(row | {name: _interval(value) for name, value in arm["metrics"].items()})
+        rows.append(row | {name: interval(value) for name, value in arm["metrics"].items()})
     return rows
 
 
@@ -145,9 +146,3 @@ def _save(found: Found, path: Path, size: tuple[float, float], draw: Any) -> Non
     FigureCanvasAgg(figure)
     draw(figure)
     figure.savefig(path, dpi=130, metadata={"Description": told(found)})
-
-
-def _interval(value: dict[str, float | None]) -> str:
-    if value["low"] is None:
-        return f"{value['estimate']:.4f}"
-    return f"{value['estimate']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fastsae import files, provenance
+from fastsae import experiment, files, provenance
 from fastsae.activations import ActivationStream
 from fastsae.activations.stream import Source
 from fastsae.config import DataConfig, IntegrationConfig, StudyConfig, TrainerConfig, to_dict
 from fastsae.evaluate import DocumentSums, reconstruction
-from fastsae.modules import ARCHITECTURES, SequentialSAE, SparseAutoencoder, load
+from fastsae.modules import SequentialSAE, SparseAutoencoder, load, new
 from fastsae.study.arms import Arm, arms
 from fastsae.train import Trainer
 
@@ -107,7 +107,7 @@ class _Runs:
         path = self._folder(arm, lr, seed=0) / "choice.json"
         if not path.exists():
             try:
-                sae = load(self._trained(arm, lr, seed=0) / "sae")
+                sae = load(self._trained(arm, lr, seed=0) / "sae", device=experiment.device())
                 fvu = reconstruction(sae, self._choice_rows()).fvu.estimate
             except FloatingPointError as error:
                 self.say(f"{arm.name} at lr {lr:g}: {error}")
@@ -126,7 +126,7 @@ class _Runs:
         folder = self._trained(arm, lr, seed)
         path = folder / "outcome.json"
         if not path.exists() or files.read_json(path)["held_out"] != self.held_out:
-            dead_share, sums = self.measure(load(folder / "sae"))
+            dead_share, sums = self.measure(load(folder / "sae", device=experiment.device()))
             kept = {name: values.tolist() for name, values in sums.sums.items()}
             files.write_json(
                 path, {"held_out": self.held_out, "dead_share": dead_share, "documents": sums.names, "sums": kept}
@@ -166,9 +166,8 @@ class _Runs:
     def _new(self, arm: Arm, seed: int) -> SparseAutoencoder:
         torch.manual_seed(seed)
         if arm.base is None:
-            made_by = {architecture.config_class: architecture for architecture in ARCHITECTURES.values()}
-            return made_by[type(arm.config)](**to_dict(arm.config))
+            return new(arm.config, device=experiment.device())
         lr = files.read_json(self.study.folder / arm.base / "lr.json")["lr"]
-        base = load(self.study.folder / arm.base / f"lr_{lr:g}" / f"seed_{seed}" / "sae")
+        base = load(self.study.folder / arm.base / f"lr_{lr:g}" / f"seed_{seed}" / "sae", device=experiment.device())
         options = {f.name: getattr(arm.config, f.name) for f in dataclasses.fields(IntegrationConfig)}
         return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself

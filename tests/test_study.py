@@ -1,0 +1,559 @@
+"""Whether the study says what is so: planted truth, simulated replicates, interruptions, and what an arm is."""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections import Counter
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae
+from fastsae import cli
+from fastsae.activations.store import Rows
+from fastsae.config import DataConfig, StudyConfig
+from fastsae.evaluate import DocumentSums, intervals, reconstruction
+from fastsae.evaluate.intervals import Interval
+from fastsae.modules import SparseAutoencoder
+from fastsae.study import METRICS, QUESTIONS, Outcome, answers, arm_mean, arms, run, run_arms
+from fastsae.study.compare import FVU, Comparison, compare, mean_over_seeds, verdict
+from fastsae.study.results import results
+from fastsae.train import Trainer
+
+DOCUMENTS, ROWS = 24, 40
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch):
+    """What flushing is for cannot be seen here, and it takes much of the time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+class Source:
+    """Activations in memory; `fails` is raised when block number `at` of all is asked for."""
+
+    def __init__(self, rows: Tensor, block: int, fails: BaseException | None = None, at: int = 0) -> None:
+        self.blocks, self.d_in = rows.split(block), rows.shape[1]
+        self.block_rows = [len(b) for b in self.blocks]
+        self.fails, self.left = fails, at
+
+    def block(self, i: int) -> Tensor:
+        self.left -= 1
+        if self.fails is not None and self.left == 0:
+            raise self.fails
+        return self.blocks[i].clone()
+
+
+class Measure:
+    """Measures on held-out rows in documents of one length; `fails` is raised by call number `at`."""
+
+    def __init__(self, rows: Tensor, fails: BaseException | None = None, at: int = 0) -> None:
+        documents = torch.arange(len(rows), dtype=torch.int32) // ROWS
+        self.rows = Rows(rows, documents, torch.zeros_like(documents))
+        self.names = tuple(f"document {i}" for i in range(len(rows) // ROWS))
+        self.fails, self.at = fails, at
+        self.seen: list[SparseAutoencoder] = []
+
+    def __call__(self, sae: SparseAutoencoder) -> tuple[float, DocumentSums]:
+        self.seen.append(sae)
+        if self.fails is not None and len(self.seen) == self.at:
+            raise self.fails
+        found = reconstruction(sae, [self.rows], self.names)
+        return found.dead_share, found.sums
+
+
+def only(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Leave the other arms out."""
+    patch.setattr(run, "arms", lambda *a: [arm for arm in arms(*a) if arm.name in names])
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+# ---- planted truth --------------------------------------------------------------------------------------------------
+
+
+def planted(seed: int, size: float) -> tuple[Tensor, Tensor]:
+    """Rows to train on and held-out ones: two of ten features, and for each pair a direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    d_in, features, active, n = 16, 10, 2, 8192 + DOCUMENTS * ROWS
+    directions = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0][:features]
+    of_pairs = torch.randn(features, features, d_in, generator=generator)
+    of_pairs = size * of_pairs / of_pairs.norm(dim=-1, keepdim=True)
+    which = torch.rand(n, features, generator=generator).topk(active).indices.sort(dim=1).values
+    strengths = 0.5 + torch.rand(n, active, generator=generator)
+    rows = (strengths.unsqueeze(2) * directions[which]).sum(1)
+    rows += strengths.prod(1, keepdim=True) * of_pairs[which[:, 0], which[:, 1]]
+    rows += 0.02 * torch.randn(n, d_in, generator=generator)
+    return rows[:8192], rows[8192:]
+
+
+def found_in(seed: int, size: float, folder: Path) -> dict[str, Comparison]:
+    """The study's comparisons on planted rows: arm against baseline."""
+    train, held_out = planted(seed, size)
+    study = StudyConfig(folder, 16, 2, k_integration=2, d_embedding=16, dropout=0.0, steps=100, lrs=(3e-2,), seeds=3)
+    data = DataConfig(batch_size=128, buffer_rows=8192)
+    with pytest.MonkeyPatch.context() as patch:
+        only(patch, "topk", "two_decoders", "interaction_only", "joint")
+        outcomes = run_arms(study, data, Source(train, 1024), Measure(held_out), "", quiet)
+    pairs = [("joint", "two_decoders"), ("interaction_only", "topk"), ("two_decoders", "topk")]
+    return {f"{a} {b}": compare(outcomes[a], outcomes[b], FVU) for a, b in pairs}
+
+
+def test_planted_interactions_are_found(tmp_path):
+    found = found_in(1, 1.0, tmp_path)
+    assert found["joint two_decoders"].shown == found["interaction_only topk"].shown == -1
+    assert found["joint two_decoders"].relative.high < -0.2
+    assert found["interaction_only topk"].relative.high < -0.2
+    linear = found["two_decoders topk"].difference.estimate
+    assert abs(linear) < 0.25 * abs(found["interaction_only topk"].difference.estimate), "the control finds them too"
+
+
+def test_where_there_are_none_they_are_not(tmp_path):
+    found = found_in(1, 0.0, tmp_path)
+    assert found["joint two_decoders"].shown >= 0
+    assert found["interaction_only topk"].shown >= 0
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+REPLICATES = 400
+TRUTH, DIFFERENCE = 3.0, -0.5
+
+
+def simulated(seeds: int, of_seed: float, generator: torch.Generator) -> tuple[list[Outcome], list[Outcome], int]:
+    """An arm and its baseline: seeds crossed with documents of 20 to 200 tokens, and their number. What a document adds
+    is partly the same in both."""
+    n = DOCUMENTS
+    rows = torch.randint(20, 200, (n,), generator=generator).double()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    common, sides = normal(n), []
+    for mean in (TRUTH + DIFFERENCE, TRUTH):
+        of_document, by_seed = common + normal(n), of_seed * normal(seeds)
+        outcomes = []
+        for seed in range(seeds):
+            over = rows * (mean + by_seed[seed] + of_document) + normal(n) * rows.sqrt()
+            names = tuple(map(str, range(n)))
+            outcomes.append(Outcome(seed, 1e-3, 0.0, DocumentSums(names, {"error full": over, "variance x": rows})))
+        sides.append(outcomes)
+    return sides[0], sides[1], seeds * int(rows.sum())
+
+
+@pytest.mark.parametrize(("seeds", "of_seed"), [(4, 0.0), (4, 0.3), (3, 0.3), (3, 3.0)])
+def test_intervals_cover_at_their_nominal_rate(seeds, of_seed, monkeypatch):
+    monkeypatch.setattr(intervals, "_RESAMPLES", 400)
+    generator = torch.Generator().manual_seed(seeds)
+    covered = Counter()
+    for _ in range(REPLICATES):
+        arm, baseline, tokens = simulated(seeds, of_seed, generator)
+        mean, difference = arm_mean(baseline, FVU), compare(arm, baseline, FVU).difference
+        covered["mean"] += mean.low <= TRUTH <= mean.high
+        covered["difference"] += difference.low <= DIFFERENCE <= difference.high
+        # One variance of all tokens: within a document 1, between documents 2 in a side and 2 between sides.
+        half = 1.96 * ((3 + of_seed**2) / tokens) ** 0.5
+        covered["tokens, mean"] += abs(mean.estimate - TRUTH) <= half
+        half = 1.96 * ((4 + 2 * of_seed**2) / tokens) ** 0.5
+        covered["tokens, difference"] += abs(difference.estimate - DIFFERENCE) <= half
+    share = {name: n / REPLICATES for name, n in covered.items()}
+    # 95 %, give or take three standard errors of a share of 400.
+    assert 0.917 <= share["mean"] <= 0.983
+    assert 0.917 <= share["difference"] <= 0.983
+    assert max(share["tokens, mean"], share["tokens, difference"]) < 0.5
+
+
+def test_neither_seeds_nor_documents_alone_would_do(monkeypatch):
+    monkeypatch.setattr(intervals, "_RESAMPLES", 400)
+    generator = torch.Generator().manual_seed(0)
+    _, baseline, _ = simulated(4, 0.0, generator)
+    of_documents = baseline[0].sums.ratio("error full", "variance x")
+    mean = arm_mean(baseline, FVU)
+    assert mean.high - mean.low == pytest.approx(of_documents.high - of_documents.low, rel=0.1)
+    shifted = [(over + 9.0 * seed * under, under) for seed, (over, under) in enumerate(map(FVU.of, baseline))]
+    wide = mean_over_seeds(shifted)
+    estimates = torch.stack([over.sum() / under.sum() for over, under in shifted])
+    by_seed = intervals.student_t(3) * float(estimates.std()) / 2
+    assert wide.high - wide.estimate == pytest.approx(by_seed, rel=0.05)
+
+
+def test_one_seed_or_one_document_has_no_interval():
+    arm, baseline, _ = simulated(2, 0.3, torch.Generator().manual_seed(0))
+    one_document = [
+        [dataclasses.replace(o, sums=DocumentSums(("0",), {k: v[:1] for k, v in o.sums.sums.items()})) for o in side]
+        for side in (arm, baseline)
+    ]
+    for few in ((arm[:1], baseline[:1]), tuple(one_document)):
+        found = compare(*few, FVU)
+        assert found.difference.low != found.difference.low
+        assert found.shown == 0
+        assert verdict(QUESTIONS[0], [found]).startswith("Undecided")
+
+
+def test_the_intervals_of_one_question_hold_together():
+    arm, baseline, _ = simulated(4, 0.3, torch.Generator().manual_seed(0))
+    outcomes = {q.baseline: baseline for q in QUESTIONS} | {q.arm: arm for q in QUESTIONS}
+    single = compare(arm, baseline, FVU).difference
+    (alone,) = answers(outcomes, [FVU])[0].comparisons
+    together = answers(outcomes, [FVU, FVU, FVU])[0].comparisons
+    assert alone.difference == single
+    assert {c.difference for c in together} == {compare(arm, baseline, FVU, 1 - 0.05 / 3).difference}
+    assert together[0].difference.low < single.low < single.high < together[0].difference.high
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+BETTER, WORSE, NEITHER, UNKNOWN = (-2.0, -1.0), (1.0, 2.0), (-1.0, 1.0), (nan, nan)
+
+
+@pytest.mark.parametrize(
+    ("differences", "begins"),
+    [
+        ([BETTER], "Yes: joint is better than topk_wide"),
+        ([BETTER, BETTER, BETTER], "Yes: joint is better than topk_wide"),
+        ([WORSE, WORSE, WORSE], "No: joint is worse than topk_wide"),
+        ([NEITHER, NEITHER, NEITHER], "Not shown: "),
+        ([(-1.0, 0.0), (0.0, 1.0)], "Not shown: "),
+        ([BETTER, NEITHER, NEITHER], "In part better: "),
+        ([NEITHER, WORSE, WORSE], "In part worse: "),
+        ([BETTER, WORSE], "Mixed: "),
+        ([BETTER, WORSE, NEITHER], "Mixed: "),
+        ([UNKNOWN, UNKNOWN], "Undecided: "),
+        ([BETTER, UNKNOWN], "Undecided: "),
+    ],
+)
+def test_verdicts_can_come_out_either_way(differences, begins):
+    comparisons = []
+    for low, high in differences:
+        difference = Interval((low + high) / 2, low, high)
+        relative = Interval(difference.estimate / 10, low / 10, high / 10)
+        comparisons.append(Comparison("FVU", difference, relative))
+    said = verdict(QUESTIONS[0], comparisons)
+    assert said.startswith(begins)
+    if differences == [BETTER]:
+        assert said.endswith("(FVU -15.0% [-20.0%, -10.0%]).")
+
+
+def test_lower_is_better():
+    arm, baseline, _ = simulated(3, 0.0, torch.Generator().manual_seed(0))
+    for outcome in arm:
+        outcome.sums.sums["error full"] -= 10 * outcome.sums.sums["variance x"]
+    assert compare(arm, baseline, FVU).shown == -1
+    assert compare(baseline, arm, FVU).shown == 1
+    assert compare(arm, arm, FVU).difference == Interval(0.0, 0.0, 0.0)
+    assert compare(arm, arm, FVU).shown == 0
+
+
+def test_each_metric_by_definition():
+    sums = {"error full": 2.0, "variance x": 8.0, "kl full": 3.0, "predictions": 6.0, "ce full": 9.0, "ce clean": 3.0}
+    made = DocumentSums(("a",), {name: torch.tensor([value]).double() for name, value in sums.items()})
+    outcome = Outcome(0, 1e-3, 0.0, made)
+    assert {m.name: arm_mean([outcome], m).estimate for m in METRICS} == {"FVU": 0.25, "KL": 0.5, "CE increase": 1.0}
+
+
+def test_what_was_not_measured_on_the_same_is_not_compared():
+    arm, baseline, _ = simulated(2, 0.0, torch.Generator().manual_seed(0))
+    names = baseline[0].sums.names
+    renamed = dataclasses.replace(baseline[0], sums=dataclasses.replace(baseline[0].sums, names=names[::-1]))
+    with pytest.raises(ValueError, match="different seeds or documents"):
+        compare(arm, [renamed, baseline[1]], FVU)
+    with pytest.raises(ValueError, match="different seeds or documents"):
+        compare(arm, baseline[::-1], FVU)
+    with pytest.raises(ValueError, match="shorter"):
+        compare(arm, baseline[:1], FVU)
+
+
+# ---- arms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d_in", "n"), [(24, None), (7, 3)])
+def test_arms_are_what_they_are_said_to_be(d_in, n):
+    study = StudyConfig(d_sae=50, k=6, k_integration=n, d_embedding=9, dropout=0.25, steps=11)
+    found = {arm.name: arm for arm in arms(study, d_in)}
+    assert {q.arm for q in QUESTIONS} | {q.baseline for q in QUESTIONS} <= set(found)
+    for arm in found.values():
+        made_by = {c.config_class: c for c in (fastsae.TopKSAE, fastsae.JointSAE, fastsae.SequentialSAE)}
+        sae = made_by[type(arm.config)](**dataclasses.asdict(arm.config))
+        assert arm.parameters == sum(p.numel() for p in sae.parameters()), arm.name
+        assert (sae.k, sae.b_dec is not None, sae.config.init) == (6, True, "paper"), arm.name
+        assert arm.config.d_sae == 50 or arm.name == "topk_wide"
+        assert arm.steps == (22 if arm.name == "topk_longer" else 11)
+        assert (arm.base is None) == (arm.name != "sequential")
+    assert abs(found["topk_wide"].parameters - found["joint"].parameters) <= d_in + 0.5
+    joint, linear, pairs = (found[name].config for name in ("joint", "two_decoders", "interaction_only"))
+    assert (joint.n, joint.d_embedding, joint.dropout) == (n or 3, 9, 0.25)
+    assert (linear.linear, linear.interaction, pairs.linear, pairs.interaction) == (True, False, False, True)
+    names = list(found)
+    assert names.index(found["sequential"].base) < names.index("sequential")
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+SEEDS, LRS, STEPS = 2, (1e-3, 1e-2), 8
+DATA = DataConfig(batch_size=16, buffer_rows=32)
+FITS, MEASURED = 7 * (SEEDS + len(LRS) - 1), 7 * SEEDS
+
+
+def rows() -> Tensor:
+    return torch.randn(256 + 3 * ROWS, 6, generator=torch.Generator().manual_seed(0))
+
+
+def config(folder: Path, **options) -> StudyConfig:
+    return StudyConfig(folder, **{"d_sae": 12, "k": 2, "steps": STEPS, "lrs": LRS, "seeds": SEEDS, **options})
+
+
+class Counts:
+    """What was trained: calls of fit by folder, and optimizer steps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.fits, self.steps = Counter(), 0
+        fit, step = Trainer.fit, Trainer._train_step
+
+        def counted_fit(trainer: Trainer, activations):
+            self.fits[str(trainer.config.run_dir.relative_to(folder))] += 1
+            return fit(trainer, activations)
+
+        def counted_step(trainer: Trainer, x: Tensor):
+            self.steps += 1
+            return step(trainer, x)
+
+        patch.setattr(Trainer, "fit", counted_fit)
+        patch.setattr(Trainer, "_train_step", counted_step)
+
+
+def started(
+    folder: Path, source: Source | None = None, measure: Measure | None = None, held_out: str = "a", **options
+) -> dict[str, list[Outcome]]:
+    source, measure = source or Source(rows()[:256], 32), measure or Measure(rows()[256:])
+    return run_arms(config(folder, **options), DATA, source, measure, held_out, quiet)
+
+
+def assert_same(found: dict[str, list[Outcome]], expected: dict[str, list[Outcome]]) -> None:
+    assert list(found) == list(expected)
+    for a, b in zip(itertools.chain(*found.values()), itertools.chain(*expected.values()), strict=True):
+        assert (a.seed, a.lr, a.dead_share, a.sums.names) == (b.seed, b.lr, b.dead_share, b.sums.names)
+        assert a.sums.sums.keys() == b.sums.sums.keys()
+        assert all(torch.equal(values, b.sums.sums[name]) for name, values in a.sums.sums.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, list[Outcome]], Counts, Measure]:
+    """A study that nothing interrupted."""
+    torch.set_num_threads(1)
+    folder, measure = tmp_path_factory.mktemp("whole"), Measure(rows()[256:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        counts = Counts(patch, folder)
+        return folder, started(folder, measure=measure), counts, measure
+
+
+def test_every_arm_is_trained_once_with_every_seed_and_rate(whole):
+    folder, outcomes, counts, _ = whole
+    assert list(outcomes) == [arm.name for arm in arms(config(folder), 6)]
+    assert set(counts.fits.values()) == {1}
+    assert len(counts.fits) == FITS
+    assert counts.steps == FITS * STEPS + (SEEDS + len(LRS) - 1) * STEPS  # topk_longer takes twice as many
+    for name, runs in outcomes.items():
+        assert [r.seed for r in runs] == list(range(SEEDS)), name
+        assert not torch.equal(runs[0].sums.sums["error full"], runs[1].sums.sums["error full"]), name
+    assert not list(folder.rglob("checkpoints"))
+
+
+def test_rates_are_chosen_by_training_documents_alone(whole):
+    folder, outcomes, _, measure = whole
+    training = rows()[:256]
+    for name, runs in outcomes.items():
+        fvu = {
+            lr: reconstruction(fastsae.load(folder / name / f"lr_{lr:g}/seed_0/sae"), [training]).fvu.estimate
+            for lr in LRS
+        }
+        assert {r.lr for r in runs} == {min(fvu, key=fvu.__getitem__)}, name
+        chosen = json.loads((folder / name / "lr.json").read_text())
+        assert chosen["lr"] == runs[0].lr
+        assert chosen["fvu_on_training_documents"] == pytest.approx({f"{lr:g}": value for lr, value in fvu.items()})
+    # What lost was never measured on held-out rows.
+    assert len(measure.seen) == MEASURED
+    lost = {path.parts[-4] for path in folder.glob("*/*/seed_*/outcome.json") if len(path.parts) < 4}
+    assert not lost
+    for name, runs in outcomes.items():
+        there = {path.parent.parent.name for path in (folder / name).glob("*/seed_*/outcome.json")}
+        assert there == {f"lr_{runs[0].lr:g}"}
+
+
+def test_the_rows_a_rate_is_chosen_by_are_from_everywhere(tmp_path):
+    numbers = torch.arange(200 * 500.0).unsqueeze(1)
+    runs = run._Runs(config(tmp_path), DATA, Source(numbers, 500), Measure(rows()[256:]), "a", quiet)
+    seen = torch.cat(list(runs._choice_rows())).squeeze(1)
+    assert 0.8 * 16_384 <= len(seen) <= 2 * 16_384
+    assert len(seen.unique()) == len(seen)
+    per_tenth = torch.histc(seen, 10, 0, len(numbers))
+    assert per_tenth.min() > 0.8 * per_tenth.mean()
+
+
+def test_rates_are_chosen_per_arm_and_a_diverged_one_loses(tmp_path, monkeypatch):
+    only(monkeypatch, "topk", "joint", "sequential")
+    prefers = {"topk": LRS[1], "joint": LRS[0], "sequential": LRS[0]}
+    fit = run._Runs._fit
+
+    def known(runs, arm, lr):
+        fit(runs, arm, lr)
+        return {prefers[arm.name]: 0.5}.get(lr, 0.6 if arm.name == "topk" else None)
+
+    monkeypatch.setattr(run._Runs, "_fit", known)
+    outcomes = started(tmp_path, seeds=1)
+    assert {name: runs[0].lr for name, runs in outcomes.items()} == prefers
+    base, on_base = (
+        fastsae.load(tmp_path / name / f"lr_{prefers[name]:g}/seed_0/sae") for name in ("topk", "sequential")
+    )
+    assert torch.equal(base.W_enc, on_base.W_enc)
+    assert torch.equal(base.W_dec, on_base.W_dec)
+    assert torch.equal(base.normalizer.mean, on_base.normalizer.mean)
+
+
+def test_training_that_diverges_is_no_end_of_the_study(tmp_path, monkeypatch):
+    only(monkeypatch, "topk")
+    counts = Counts(monkeypatch, tmp_path)
+    for _ in range(2):
+        (outcome,) = started(tmp_path / "a", seeds=1, lrs=(1e30, 1e-3))["topk"]
+        assert outcome.lr == 1e-3
+    assert sum(counts.fits.values()) == 2, "what diverged is known"
+    with pytest.raises(ValueError, match="topk diverged at every learning rate"):
+        started(tmp_path / "b", seeds=1, lrs=(1e30,))
+
+
+@pytest.mark.parametrize(
+    ("where", "fails"),
+    [
+        ("measure", RuntimeError("no memory")),
+        ("measure", KeyboardInterrupt()),
+        ("train", KeyboardInterrupt()),
+        ("train", OSError("disk gone")),
+    ],
+)
+def test_an_interrupted_study_goes_on_to_the_same_bits(whole, where, fails, tmp_path, monkeypatch):
+    _, expected, uninterrupted, _ = whole
+    counts = Counts(monkeypatch, tmp_path)
+    # Of measurements the third; of blocks one in the middle of the sequential arm's first run or of two_decoders'.
+    at = {"measure": 3, "train": 101}[where]
+    source = Source(rows()[:256], 32, fails if where == "train" else None, at)
+    failing = Measure(rows()[256:], fails if where == "measure" else None, at)
+    with pytest.raises(type(fails)):
+        started(tmp_path, source, failing)
+    assert 0 < len(counts.fits) < FITS
+    going_on = Measure(rows()[256:])
+    assert_same(started(tmp_path, measure=going_on), expected)
+    assert len(failing.seen) + len(going_on.seen) == MEASURED + (where == "measure")
+    assert counts.fits.keys() == uninterrupted.fits.keys()
+    again = [name for name, n in counts.fits.items() if n > 1]
+    assert len(again) == (1 if where == "train" else 0)
+    lost = counts.steps - uninterrupted.steps
+    assert lost == 0 if where == "measure" or isinstance(fails, OSError) else 0 <= lost < STEPS
+
+
+def test_a_finished_study_does_nothing_again(whole, monkeypatch):
+    folder, outcomes, _, _ = whole
+    counts, measure = Counts(monkeypatch, folder), Measure(rows()[256:])
+    assert_same(started(folder, measure=measure), outcomes)
+    assert not counts.fits
+    assert not measure.seen
+
+
+def test_more_seeds_train_only_those(tmp_path, monkeypatch):
+    only(monkeypatch, "topk", "sequential")
+    first = started(tmp_path, seeds=1)
+    counts = Counts(monkeypatch, tmp_path)
+    more = started(tmp_path, seeds=2)
+    assert {name.rsplit("/")[-1] for name in counts.fits} == {"seed_1"}
+    assert len(counts.fits) == 2
+    assert_same({name: runs[:1] for name, runs in more.items()}, first)
+
+
+def test_other_held_out_documents_are_measured_on_again(tmp_path, monkeypatch):
+    only(monkeypatch, "topk")
+    started(tmp_path, held_out="a")
+    counts = Counts(monkeypatch, tmp_path)
+    measure = Measure(rows()[256:] + 1)
+    found = started(tmp_path, measure=measure, held_out="b")["topk"]
+    assert (len(measure.seen), len(counts.fits)) == (SEEDS, 0)
+    assert torch.equal(
+        found[0].sums.sums["error full"], Measure(measure.rows.activations)(measure.seen[0])[1].sums["error full"]
+    )
+
+
+def test_another_study_in_the_folder_is_refused(whole, monkeypatch):
+    folder, outcomes, _, _ = whole
+    counts = Counts(monkeypatch, folder)
+    with pytest.raises(ValueError, match=r"holds another study: steps was 8, is 9.*Choose another --folder"):
+        started(folder, steps=9)
+    with pytest.raises(ValueError, match=r"lrs was \[0.001, 0.01\], is \[0.01\]"):
+        started(folder, lrs=(1e-2,))
+    with pytest.raises(ValueError, match="batch_size was 16, is 8"):
+        run_arms(
+            config(folder),
+            dataclasses.replace(DATA, batch_size=8),
+            Source(rows()[:256], 32),
+            Measure(rows()[256:]),
+            "a",
+            quiet,
+        )
+    assert_same(started(folder), outcomes)
+    assert not counts.fits
+
+
+def test_a_damaged_note_is_named(tmp_path):
+    for damaged in ("[]", '{"study": 1}', "{"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            started(tmp_path)
+
+
+def test_results_count_the_base_of_an_arm(whole):
+    folder, outcomes, _, _ = whole
+    trained = arms(config(folder), 6)
+    found = results(config(folder), DATA, trained, outcomes, [FVU])
+    by_name, said = {arm.name: arm for arm in trained}, {arm["arm"]: arm for arm in found["arms"]}
+    own = {name: arm.training_flops(DATA.batch_size) for name, arm in by_name.items()}
+    assert own["topk_longer"] == 2 * own["topk"] > 0
+    for name, arm in said.items():
+        assert arm["training_flops"] == own[name] + (own["topk"] if name == "sequential" else 0)
+        assert arm["steps"] == (2 * STEPS if name in ("sequential", "topk_longer") else STEPS)
+        assert arm["parameters"] == by_name[name].parameters
+        assert arm["metrics"]["FVU"]["estimate"] == pytest.approx(sum(s["FVU"] for s in arm["by_seed"]) / SEEDS)
+    last = found["answers"][-1]
+    assert last["cost"]["training_flops"] == said["sequential"]["training_flops"] / own["topk_longer"]
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, allow_nan=False))
+    assert found["held_out_documents"] == 3
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = "--folder s --seeds 1 --lrs 0.001 --steps 2 --windows-per-document 1 --held-out-tokens 400 --tokens 3000"
+    options += " --context 64 --batch-size 64 --buffer-rows 1000 --d-sae 64 --k 4 --d-embedding 8"
+    monkeypatch.setattr(sys, "argv", ["fastsae", "study", *options.split()])
+    counts = Counts(monkeypatch, Path("s"))
+    cli.main()
+    out = capsys.readouterr().out
+    assert "[1 of 7] topk" in out
+    assert "Undecided: one seed" in out
+    found = json.loads(Path("s/study.json").read_text())
+    assert [arm["arm"] for arm in found["arms"]] == [arm.name for arm in arms(StudyConfig(), 256)]
+    assert set(found["arms"][0]["metrics"]) == {"FVU", "KL", "CE increase"}
+    assert found["held_out_documents"] > 1
+    assert len(found["answers"]) == len(QUESTIONS)
+    assert counts.steps == 2 * (7 + 1)
+    page = Path("s/study.md").read_text()
+    assert all(Path("s", plot).stat().st_size > 1000 and plot in page for plot in ("differences.png", "sizes.png"))
+    assert "Undecided" in page
+    cli.main()
+    assert counts.steps == 2 * (7 + 1)
+    assert json.loads(Path("s/study.json").read_text()) == found
