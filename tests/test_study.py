@@ -97,7 +97,7 @@ def planted(seed: int, size: float) -> tuple[Tensor, Tensor]:
 def found_in(seed: int, size: float, folder: Path) -> dict[str, Comparison]:
     """The study's comparisons on planted rows: arm against baseline."""
     train, held_out = planted(seed, size)
-    study = StudyConfig(folder, 16, 2, k_integration=2, d_embedding=16, dropout=0.0, steps=100, lrs=(3e-2,), seeds=3)
+    study = StudyConfig(folder, 24, 2, k_integration=2, d_embedding=16, dropout=0.0, steps=200, lrs=(3e-2,), seeds=3)
     data = DataConfig(batch_size=128, buffer_rows=8192)
     with pytest.MonkeyPatch.context() as patch:
         only(patch, "topk", "two_decoders", "interaction_only", "joint")
@@ -298,7 +298,8 @@ def test_arms_are_what_they_are_said_to_be(d_in, n):
 
 SEEDS, LRS, STEPS = 2, (1e-3, 1e-2), 8
 DATA = DataConfig(batch_size=16, buffer_rows=32)
-FITS, MEASURED = 7 * (SEEDS + len(LRS) - 1), 7 * SEEDS
+SOME = ("topk", "joint", "sequential")
+FITS, MEASURED = len(SOME) * (SEEDS + len(LRS) - 1), len(SOME) * SEEDS
 
 
 def rows() -> Tensor:
@@ -345,21 +346,22 @@ def assert_same(found: dict[str, list[Outcome]], expected: dict[str, list[Outcom
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict[str, list[Outcome]], Counts, Measure]:
-    """A study that nothing interrupted."""
+    """A study of some arms that nothing interrupted."""
     torch.set_num_threads(1)
     folder, measure = tmp_path_factory.mktemp("whole"), Measure(rows()[256:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        only(patch, *SOME)
         counts = Counts(patch, folder)
         return folder, started(folder, measure=measure), counts, measure
 
 
 def test_every_arm_is_trained_once_with_every_seed_and_rate(whole):
     folder, outcomes, counts, _ = whole
-    assert list(outcomes) == [arm.name for arm in arms(config(folder), 6)]
+    assert tuple(outcomes) == SOME
     assert set(counts.fits.values()) == {1}
     assert len(counts.fits) == FITS
-    assert counts.steps == FITS * STEPS + (SEEDS + len(LRS) - 1) * STEPS  # topk_longer takes twice as many
+    assert counts.steps == FITS * STEPS
     for name, runs in outcomes.items():
         assert [r.seed for r in runs] == list(range(SEEDS)), name
         assert not torch.equal(runs[0].sums.sums["error full"], runs[1].sums.sums["error full"]), name
@@ -380,8 +382,6 @@ def test_rates_are_chosen_by_training_documents_alone(whole):
         assert chosen["fvu_on_training_documents"] == pytest.approx({f"{lr:g}": value for lr, value in fvu.items()})
     # What lost was never measured on held-out rows.
     assert len(measure.seen) == MEASURED
-    lost = {path.parts[-4] for path in folder.glob("*/*/seed_*/outcome.json") if len(path.parts) < 4}
-    assert not lost
     for name, runs in outcomes.items():
         there = {path.parent.parent.name for path in (folder / name).glob("*/seed_*/outcome.json")}
         assert there == {f"lr_{runs[0].lr:g}"}
@@ -398,7 +398,7 @@ def test_the_rows_a_rate_is_chosen_by_are_from_everywhere(tmp_path):
 
 
 def test_rates_are_chosen_per_arm_and_a_diverged_one_loses(tmp_path, monkeypatch):
-    only(monkeypatch, "topk", "joint", "sequential")
+    only(monkeypatch, *SOME)
     prefers = {"topk": LRS[1], "joint": LRS[0], "sequential": LRS[0]}
     fit = run._Runs._fit
 
@@ -431,7 +431,6 @@ def test_training_that_diverges_is_no_end_of_the_study(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("where", "fails"),
     [
-        ("measure", RuntimeError("no memory")),
         ("measure", KeyboardInterrupt()),
         ("train", KeyboardInterrupt()),
         ("train", OSError("disk gone")),
@@ -439,9 +438,9 @@ def test_training_that_diverges_is_no_end_of_the_study(tmp_path, monkeypatch):
 )
 def test_an_interrupted_study_goes_on_to_the_same_bits(whole, where, fails, tmp_path, monkeypatch):
     _, expected, uninterrupted, _ = whole
+    only(monkeypatch, *SOME)
     counts = Counts(monkeypatch, tmp_path)
-    # Of measurements the third; of blocks one in the middle of the sequential arm's first run or of two_decoders'.
-    at = {"measure": 3, "train": 101}[where]
+    at = {"measure": 3, "train": 101}[where]  # of measurements; of blocks, in the middle of a run
     source = Source(rows()[:256], 32, fails if where == "train" else None, at)
     failing = Measure(rows()[256:], fails if where == "measure" else None, at)
     with pytest.raises(type(fails)):
@@ -459,6 +458,7 @@ def test_an_interrupted_study_goes_on_to_the_same_bits(whole, where, fails, tmp_
 
 def test_a_finished_study_does_nothing_again(whole, monkeypatch):
     folder, outcomes, _, _ = whole
+    only(monkeypatch, *SOME)
     counts, measure = Counts(monkeypatch, folder), Measure(rows()[256:])
     assert_same(started(folder, measure=measure), outcomes)
     assert not counts.fits
@@ -489,6 +489,7 @@ def test_other_held_out_documents_are_measured_on_again(tmp_path, monkeypatch):
 
 def test_another_study_in_the_folder_is_refused(whole, monkeypatch):
     folder, outcomes, _, _ = whole
+    only(monkeypatch, *SOME)
     counts = Counts(monkeypatch, folder)
     with pytest.raises(ValueError, match=r"holds another study: steps was 8, is 9.*Choose another --folder"):
         started(folder, steps=9)
@@ -514,10 +515,10 @@ def test_a_damaged_note_is_named(tmp_path):
             started(tmp_path)
 
 
-def test_results_count_the_base_of_an_arm(whole):
-    folder, outcomes, _, _ = whole
-    trained = arms(config(folder), 6)
-    found = results(config(folder), DATA, trained, outcomes, [FVU])
+def test_results_count_the_base_of_an_arm(tmp_path):
+    trained = arms(config(tmp_path), 6)
+    made, _, _ = simulated(SEEDS, 0.3, torch.Generator().manual_seed(0))
+    found = results(config(tmp_path), DATA, trained, {arm.name: made for arm in trained}, [FVU])
     by_name, said = {arm.name: arm for arm in trained}, {arm["arm"]: arm for arm in found["arms"]}
     own = {name: arm.training_flops(DATA.batch_size) for name, arm in by_name.items()}
     assert own["topk_longer"] == 2 * own["topk"] > 0
@@ -528,8 +529,7 @@ def test_results_count_the_base_of_an_arm(whole):
         assert arm["metrics"]["FVU"]["estimate"] == pytest.approx(sum(s["FVU"] for s in arm["by_seed"]) / SEEDS)
     last = found["answers"][-1]
     assert last["cost"]["training_flops"] == said["sequential"]["training_flops"] / own["topk_longer"]
-    assert json.loads(json.dumps(found)) == json.loads(json.dumps(found, allow_nan=False))
-    assert found["held_out_documents"] == 3
+    assert json.loads(json.dumps(found, allow_nan=False))["held_out_documents"] == DOCUMENTS
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
