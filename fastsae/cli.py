@@ -13,7 +13,7 @@ import tyro
 from fastsae import experiment, files, planner, report
 from fastsae.activations import TokenWindows
 from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, StudyConfig, TopKSAEConfig, TrainerConfig
-from fastsae.evaluate import Behavior, Reconstruction, record, top_features
+from fastsae.evaluate import Behavior, Reconstruction, behavior, record, top_features
 from fastsae.modules import SparseAutoencoder
 from fastsae.study import page, run_study
 
@@ -139,7 +139,7 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
                 "p of one mode": "" if dip is None else f"{dip.p:.3f}",
             }
         )
-    _say(report.table(rows), "", f"At the start |W_dec|^2 was {norms.at_init:.3f}.")
+    _say(report.table(rows), "", f"By the law of initialisation |W_dec|^2 is {norms.at_init:.3f}.")
     if geometry.weight_norm_share is not None:
         _say("", "Rank correlation of a pathway's share of weight norm with |W_dec|^2, beside the same with")
         _say("W_lin and V drawn anew (what correlates there is built into the share, not learned):")
@@ -302,8 +302,8 @@ def _compare(
 ) -> list[dict[str, str]]:
     rows = []
     for name, sae in saes.items():
-        measured = experiment.measure(model, data, sae, windows)
-        r, b = measured.reconstruction, measured.bos_out
+        r = experiment.held_out_reconstruction(model, data, sae, windows)
+        b = behavior(sae, model, data.hook, windows, pathways=False)
         rows.append(
             {
                 "SAE": name,

@@ -263,9 +263,9 @@ class StudyConfig:
     """Width of the factorization machine's feature embeddings V."""
     dropout: float = 0.15
     """Share of the pairwise interactions z dropped in training."""
-    steps: int = 1000
+    steps: int = 1500
     """Optimizer steps of every arm; the sequential one and its control take as many again."""
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Learning rates: each arm trains its first seed with all, and keeps the one that fits training documents best."""
     seeds: int = 4
     """Repetitions with other initial weights and another order of the activations."""

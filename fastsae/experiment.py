@@ -113,12 +113,18 @@ def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> Sequen
     return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
 
 
-def measure(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Measured:
-    """What an SAE of `data` does on held-out windows."""
+def held_out_reconstruction(
+    model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows
+) -> Reconstruction:
     source = ModelActivations(model, data.hook, windows)
     rows = (source.rows(i) for i in range(len(source.block_rows)))
+    return evaluate.reconstruction(sae, rows, windows.names)
+
+
+def measure(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Measured:
+    """What an SAE of `data` does on held-out windows."""
     return Measured(
-        reconstruction=evaluate.reconstruction(sae, rows, windows.names),
+        reconstruction=held_out_reconstruction(model, data, sae, windows),
         bos_out=evaluate.behavior(sae, model, data.hook, windows),
         bos_in=evaluate.behavior(sae, model, data.hook, windows, bos=True) if windows.has_bos else None,
     )

@@ -92,6 +92,8 @@ class Trainer:
             raise ValueError("Trainer: two weights of this SAE share their memory; give each its own (.clone())")
         if self.config.unit_norm_decoder and not sae.W_dec.requires_grad:
             raise ValueError("TrainerConfig.unit_norm_decoder: W_dec is frozen (requires_grad is False)")
+        if self.config.auxk and not sae.W_enc.requires_grad:
+            raise ValueError("TrainerConfig.auxk: W_enc is frozen, so no dead feature could be revived; leave auxk at 0")
 
     def fit(self, activations: Iterable[Tensor]) -> TrainResult:
         """Train until config.steps. Raises before anything is written if run_dir holds another run.
@@ -300,10 +302,10 @@ class Trainer:
     def _prepare(self, batches: Batches) -> None:
         """What a new run does to the SAE before the first step: measure the normalisation, bring W_dec to norm 1."""
         normalizer, config = self.sae.normalizer, self.config
-        if normalizer.measured and config.normalize == "none":
+        if normalizer.measured and config.normalize != "zscore":
             raise ValueError(
-                "TrainerConfig.normalize: 'none', but this SAE has stored statistics; leave the default to go on with "
-                "them"
+                f"TrainerConfig.normalize: {config.normalize!r}, but this SAE has stored statistics; leave the default to "
+                "go on with them, whatever their kind"
             )
         if not normalizer.measured and config.normalize != "none":
             sample = batches.peek(config.normalize_rows, self._check_form)

@@ -176,4 +176,7 @@ def test_damaged_files_are_named(run):
     (run / "metrics.jsonl").write_text('{"rows": 1')
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: line 1"):
         page(run)
+    write_json(run / "run.json", {"sae": {}})
+    with pytest.raises(ValueError, match=r"run\.json or data\.json beside it is damaged: 'd_in' is missing"):
+        page(run)
     assert not (run / "report.html").exists()

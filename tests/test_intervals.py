@@ -1,5 +1,7 @@
 """Intervals: by definition, and how often they hold the truth in simulated replicates."""
 
+import sys
+
 import pytest
 import torch
 
@@ -53,6 +55,12 @@ def test_one_document_has_no_interval():
     assert interval.estimate == 1.0
     assert interval.low != interval.low
     assert f"{Interval(1.0, 0.5, 2.0):.1f}" == "1.0 [0.5, 2.0]"
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"intervals need scipy: `pip install fastsae\[lab\]`"):
+        DocumentSums(("a", "b"), {"x": torch.ones(2), "rows": torch.ones(2)}).ratio("x", "rows")
 
 
 def test_totals_leave_out_documents_without_rows():

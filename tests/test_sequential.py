@@ -203,6 +203,16 @@ def test_frozen_rows_cannot_be_kept_at_norm_one(base):
         Trainer(on(base), config(unit_norm_decoder=True))
 
 
+def test_what_frozen_weights_cannot_do_is_refused(base):
+    with pytest.raises(ValueError, match=r"auxk: W_enc is frozen"):
+        Trainer(on(base), config(auxk=4))
+    base = fastsae.TopKSAE(D, M, K)
+    base.normalizer.measure(torch.randn(50, D) + 1, "zscore")
+    for kind in ("scale", "none"):
+        with pytest.raises(ValueError, match=f"normalize: '{kind}', but this SAE has stored statistics"):
+            Trainer(on(base), config(normalize=kind)).fit([torch.randn(8, D)])
+
+
 # ---- the plan ----
 
 

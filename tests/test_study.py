@@ -1,11 +1,13 @@
 """Whether the study says what is so: planted truth, simulated replicates, interruptions, and what an arm is."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from math import nan
 from pathlib import Path
 
@@ -14,14 +16,16 @@ import torch
 from torch import Tensor
 
 import fastsae
-from fastsae import cli
+from fastsae import cli, provenance
 from fastsae.activations.store import Rows
 from fastsae.config import DataConfig, StudyConfig
 from fastsae.evaluate import DocumentSums, intervals, reconstruction
 from fastsae.evaluate.intervals import Interval
 from fastsae.modules import SparseAutoencoder
-from fastsae.study import METRICS, QUESTIONS, Outcome, answers, arm_mean, arms, run, run_arms
-from fastsae.study.compare import FVU, Comparison, compare, mean_over_seeds, verdict
+from fastsae.study import METRICS, QUESTIONS, Answer, Outcome, answers, arm_mean, arms, run, run_arms
+from fastsae.study import compare as study_compare
+from fastsae.study.arms import Question
+from fastsae.study.compare import FVU, SHOWN, Comparison, compare, mean_over_seeds, verdict
 from fastsae.study.results import results
 from fastsae.train import Trainer
 
@@ -59,12 +63,11 @@ class Measure:
         self.fails, self.at = fails, at
         self.seen: list[SparseAutoencoder] = []
 
-    def __call__(self, sae: SparseAutoencoder) -> tuple[float, DocumentSums]:
+    def __call__(self, sae: SparseAutoencoder) -> DocumentSums:
         self.seen.append(sae)
         if self.fails is not None and len(self.seen) == self.at:
             raise self.fails
-        found = reconstruction(sae, [self.rows], self.names)
-        return found.dead_share, found.sums
+        return reconstruction(sae, [self.rows], self.names).sums
 
 
 def only(patch: pytest.MonkeyPatch, *names: str) -> None:
@@ -94,31 +97,44 @@ def planted(seed: int, size: float) -> tuple[Tensor, Tensor]:
     return rows[:8192], rows[8192:]
 
 
-def found_in(seed: int, size: float, folder: Path) -> dict[str, Comparison]:
-    """The study's comparisons on planted rows: arm against baseline."""
-    train, held_out = planted(seed, size)
-    study = StudyConfig(folder, 24, 2, k_integration=2, d_embedding=16, dropout=0.0, steps=200, lrs=(3e-2,), seeds=3)
-    data = DataConfig(batch_size=128, buffer_rows=8192)
-    with pytest.MonkeyPatch.context() as patch:
-        only(patch, "topk", "two_decoders", "interaction_only", "joint")
-        outcomes = run_arms(study, data, Source(train, 1024), Measure(held_out), "", quiet)
-    pairs = [("joint", "two_decoders"), ("interaction_only", "topk"), ("two_decoders", "topk")]
-    return {f"{a} {b}": compare(outcomes[a], outcomes[b], FVU) for a, b in pairs}
+@pytest.fixture(scope="module")
+def found_in(tmp_path_factory) -> Callable[[float], dict[tuple[str, str], Answer]]:
+    """Size of what is planted -> the study's answers to those of its questions that need no more than three arms.
+
+    k = 4 leaves a TopK SAE two places for features that stand for pairs, and the integration sees n = 2: a second
+    decoder on the strongest could do something too.
+    """
+    arms_of = ("topk", "two_decoders", "interaction_only")
+
+    @functools.cache
+    def of(size: float) -> dict[tuple[str, str], Answer]:
+        train, held_out = planted(1, size)
+        folder = tmp_path_factory.mktemp("planted")
+        study = StudyConfig(folder, 24, 4, k_integration=2, d_embedding=16, dropout=0.0, steps=400, lrs=(1e-2,), seeds=3)
+        questions = [*QUESTIONS, Question("Does a second decoder do it?", "two_decoders", "topk")]
+        with pytest.MonkeyPatch.context() as patch:
+            only(patch, *arms_of)
+            patch.setattr(os, "fsync", lambda _: None)
+            outcomes = run_arms(study, DataConfig(batch_size=128), Source(train, 1024), Measure(held_out), "", quiet)
+            patch.setattr(study_compare, "QUESTIONS", [q for q in questions if {q.arm, q.baseline} <= set(arms_of)])
+            return {(a.question.arm, a.question.baseline): a for a in answers(outcomes, [FVU])}
+
+    return of
 
 
-def test_planted_interactions_are_found(tmp_path):
-    found = found_in(1, 1.0, tmp_path)
-    assert found["joint two_decoders"].shown == found["interaction_only topk"].shown == -1
-    assert found["joint two_decoders"].relative.high < -0.2
-    assert found["interaction_only topk"].relative.high < -0.2
-    linear = found["two_decoders topk"].difference.estimate
-    assert abs(linear) < 0.25 * abs(found["interaction_only topk"].difference.estimate), "the control finds them too"
+def test_planted_interactions_are_found_and_not_by_the_linear_control(found_in):
+    found = found_in(1.0)
+    alone, linear = found["interaction_only", "topk"], found["two_decoders", "topk"]
+    assert alone.verdict.startswith("Yes: interaction_only is better than topk (FVU -")
+    assert alone.comparisons[0].relative.high < -0.2
+    assert abs(linear.comparisons[0].relative.estimate) < 0.4 * abs(alone.comparisons[0].relative.estimate)
 
 
-def test_where_there_are_none_they_are_not(tmp_path):
-    found = found_in(1, 0.0, tmp_path)
-    assert found["joint two_decoders"].shown >= 0
-    assert found["interaction_only topk"].shown >= 0
+def test_where_there_are_none_the_study_says_so(found_in):
+    alone = found_in(0.0)["interaction_only", "topk"]
+    assert alone.verdict.startswith("Not shown: no difference between interaction_only and topk is beyond chance")
+    there = found_in(1.0)["interaction_only", "topk"].comparisons[0].relative
+    assert abs(alone.comparisons[0].relative.estimate) < 0.4 * abs(there.estimate), "a tie, not a defeat"
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------
@@ -256,6 +272,17 @@ def test_each_metric_by_definition():
     made = DocumentSums(("a",), {name: torch.tensor([value]).double() for name, value in sums.items()})
     outcome = Outcome(0, 1e-3, 0.0, made)
     assert {m.name: arm_mean([outcome], m).estimate for m in METRICS} == {"FVU": 0.25, "KL": 0.5, "CE increase": 1.0}
+
+
+def test_what_is_shown_by_definition():
+    sums = {"ce ablated": 9.0, "ce full": 4.0, "ce clean": 3.0, "kl full": 2.0, "epsilon full": 4.0}
+    sums |= {"error identity": 8.0, "error full": 2.0, "kl identity": 5.0}
+    made = DocumentSums(("a",), {name: torch.tensor([value]).double() for name, value in sums.items()})
+    outcome = Outcome(0, 1e-3, 0.0, made)
+    assert [m.known(outcome) for m in SHOWN] == [True] * 4
+    assert [arm_mean([outcome], m).estimate for m in SHOWN] == pytest.approx([5 / 6, 0.5, 0.75, 0.6])
+    del made.sums["error identity"]
+    assert [m.known(outcome) for m in SHOWN] == [True, True, False, True]
 
 
 def test_what_was_not_measured_on_the_same_is_not_compared():
@@ -428,6 +455,53 @@ def test_training_that_diverges_is_no_end_of_the_study(tmp_path, monkeypatch):
         started(tmp_path / "b", seeds=1, lrs=(1e30,))
 
 
+def test_a_later_seed_that_diverges_leaves_the_next_rate(tmp_path, monkeypatch):
+    only(monkeypatch, "topk", "sequential")
+    fit = Trainer.fit
+
+    def diverging(trainer: Trainer, activations):
+        if trainer.sae.architecture == "topk" and trainer.config.seed == 1 and trainer.config.lr == preferred:
+            raise FloatingPointError("NaN at step 3")
+        return fit(trainer, activations)
+
+    preferred = started(tmp_path / "whole", seeds=1)["topk"][0].lr
+    (other,) = {*LRS} - {preferred}
+    monkeypatch.setattr(Trainer, "fit", diverging)
+    outcomes = started(tmp_path / "a")
+    assert [r.lr for r in outcomes["topk"]] == [other] * SEEDS
+    assert json.loads((tmp_path / "a/topk/lr.json").read_text())["lr"] == other
+    monkeypatch.setattr(Trainer, "fit", fit)
+    counts = Counts(monkeypatch, tmp_path / "a")
+    assert_same(started(tmp_path / "a"), outcomes)
+    assert not counts.fits, "what diverged is not tried again"
+
+
+def test_the_sequential_arm_goes_on_where_its_base_ended(tmp_path, monkeypatch):
+    """Of 256 rows in batches of 16, 8 steps see half: together base and integration see every row once."""
+    only(monkeypatch, "topk", "sequential")
+    seen: dict[str, list[Tensor]] = {"topk": [], "sequential": []}
+    step = Trainer._train_step
+
+    def watched(trainer: Trainer, x: Tensor):
+        seen[trainer.sae.architecture].append(trainer.sae.normalizer.invert(x))
+        return step(trainer, x)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    started(tmp_path, seeds=1, lrs=(1e-3,))
+    both = torch.cat([*seen["topk"], *seen["sequential"]])
+    order = both[:, 0].argsort()
+    expected = rows()[:256]
+    torch.testing.assert_close(both[order], expected[expected[:, 0].argsort()])
+
+
+def test_runs_of_a_study_are_runs(whole):
+    folder, outcomes, _, _ = whole
+    for name, runs in outcomes.items():
+        run_dir = folder / name / f"lr_{runs[0].lr:g}" / "seed_0"
+        assert provenance.recorded(run_dir) == DATA
+        assert runs[0].dead_share == json.loads((run_dir / "done.json").read_text())["metrics"]["dead_share"]
+
+
 @pytest.mark.parametrize(
     ("where", "fails"),
     [
@@ -483,7 +557,7 @@ def test_other_held_out_documents_are_measured_on_again(tmp_path, monkeypatch):
     found = started(tmp_path, measure=measure, held_out="b")["topk"]
     assert (len(measure.seen), len(counts.fits)) == (SEEDS, 0)
     assert torch.equal(
-        found[0].sums.sums["error full"], Measure(measure.rows.activations)(measure.seen[0])[1].sums["error full"]
+        found[0].sums.sums["error full"], Measure(measure.rows.activations)(measure.seen[0]).sums["error full"]
     )
 
 

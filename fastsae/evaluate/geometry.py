@@ -59,7 +59,7 @@ class SquaredNorms:
     """Squared norms of the rows of one weight."""
 
     at_init: float
-    """Expected value at initialisation, before any training."""
+    """Expected value by the law of initialisation: of an SAE as it is made, before a base's weights or unit norm."""
     at_init_histogram: list[int]
     """Rows drawn by the law of initialisation, in the same bins: what untrained features would look like."""
     edges: list[float]

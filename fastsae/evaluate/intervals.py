@@ -69,7 +69,10 @@ def bootstrap_variance(ratios: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 def student_t(df: float, level: float = LEVEL) -> float:
     """The two-sided quantile of Student's t."""
-    from scipy.stats import t
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise ImportError("intervals need scipy: `pip install fastsae[lab]`") from error
 
     return float(t.ppf((1 + level) / 2, df))
 

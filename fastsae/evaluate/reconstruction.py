@@ -66,6 +66,7 @@ def reconstruction(
     summands = ("identity", *pathways(sae))
     firing = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
     totals = DocumentTotals(names or ("",))
+    errors = torch.zeros(len(totals.names), sae.d_in, dtype=torch.float64)
     deviations = {name: _Deviations(len(totals.names), sae.d_in) for name in ("x", "raw", *summands)}
     with evaluating(sae):
         for batch in activations:
@@ -76,7 +77,8 @@ def reconstruction(
             rows, documents = batch[:2] if isinstance(batch, Rows) else (batch, torch.zeros(len(batch)))
             raw = rows.to(sae.W_enc.device)
             x = sae.normalizer(raw)
-            code, parts = sae.encode(x), sae.components(x)
+            code = sae.encode(x)
+            parts = sae.summands(code)
             kept = ablations(sae, parts)
             residual = x.double() - kept[FULL].double()
             restored = sae.normalizer.invert(kept[FULL])
@@ -87,16 +89,20 @@ def reconstruction(
             sums["cosine"] = torch.cosine_similarity(raw.to(restored), restored, dim=-1)
             sums["l0"] = (code.values > 0).sum(dim=-1)
             totals.add(documents, sums)
+            residual, at = residual.cpu(), documents.long().cpu()
+            errors.index_add_(0, at, residual)
             for name, deviation in deviations.items():
                 y = {"x": x, "raw": raw}.get(name)
-                deviation.add(getattr(parts, name) if y is None else y, residual, documents)
+                deviation.add(getattr(parts, name) if y is None else y, residual, at)
     if totals.rows < 2:
         raise ValueError(
             f"reconstruction: expected at least 2 rows of activations to measure a variance; got {totals.rows}"
         )
     for name, deviation in deviations.items():
-        totals.put(f"variance {name}", deviation.squared(totals.rows))
-        totals.put(f"unique {name}", deviation.squared(totals.rows) + 2 * deviation.with_residual(totals.rows))
+        squared = deviation.squared(totals.rows)
+        totals.put(f"variance {name}", squared)
+        if name in summands:
+            totals.put(f"unique {name}", squared + 2 * deviation.with_residual(errors, totals.rows))
     return _result(sae, totals.finish(), bool(names), firing, summands)
 
 
@@ -144,23 +150,22 @@ class _Deviations:
         zeros = torch.zeros(documents, dtype=torch.float64)
         self.rows, self.squares, self.products = zeros, zeros.clone(), zeros.clone()
         self.sums = torch.zeros(documents, d_in, dtype=torch.float64)
-        self.residuals = self.sums.clone()
         self.shift: Tensor | None = None
 
     def add(self, y: Tensor, residual: Tensor, documents: Tensor) -> None:
         if self.shift is None and len(y):
             self.shift = y.double().mean(dim=0)
         if self.shift is not None:
-            documents, y, residual = documents.long().cpu(), (y.double() - self.shift).cpu(), residual.cpu()
+            y = (y.double() - self.shift).cpu()
             self.rows.index_add_(0, documents, torch.ones(len(y), dtype=torch.float64))
             self.squares.index_add_(0, documents, y.square().sum(dim=1))
             self.products.index_add_(0, documents, (y * residual).sum(dim=1))
             self.sums.index_add_(0, documents, y)
-            self.residuals.index_add_(0, documents, residual)
 
     def squared(self, rows: int) -> Tensor:
         mean = self.sums.sum(dim=0) / rows
         return self.squares - 2 * self.sums @ mean + self.rows * (mean @ mean)
 
-    def with_residual(self, rows: int) -> Tensor:
-        return self.products - self.residuals @ (self.sums.sum(dim=0) / rows)
+    def with_residual(self, residuals: Tensor, rows: int) -> Tensor:
+        """`residuals`: sums of the residual by document, (documents, d_in)."""
+        return self.products - residuals @ (self.sums.sum(dim=0) / rows)

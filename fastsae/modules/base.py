@@ -139,6 +139,10 @@ class SparseAutoencoder(nn.Module):
 
     def components(self, x: Tensor) -> Components:
         """The summands of the reconstruction of x (..., d_in)."""
+        return self.summands(self.encode(x))
+
+    def summands(self, code: SparseCode) -> Components:
+        """The summands of the reconstruction of a code, each (..., d_in)."""
         raise NotImplementedError
 
     def reconstruct(self, raw: Tensor) -> Tensor:

@@ -87,9 +87,8 @@ class JointSAE(SparseAutoencoder):
             backend=self.backend,
         )
 
-    def components(self, x: Tensor) -> Components:
-        code, n = self.encode(x), self.k_integration
-        flat = code.flatten()
+    def summands(self, code: SparseCode) -> Components:
+        flat, n = code.flatten(), self.k_integration
         identity = self.identity(flat)
         linear = interaction = torch.zeros_like(identity)
         strongest = SparseCode(flat.values[:, :n], flat.indices[:, :n], self.d_sae)
@@ -98,7 +97,8 @@ class JointSAE(SparseAutoencoder):
         if self.V is not None:
             z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
             interaction = ops.interaction_mlp(z, *self._mlp, self.b2, self.config.dropout, self.training)
-        return Components(*(part.view_as(x) for part in (identity, linear, interaction)))
+        shape = (*code.values.shape[:-1], self.d_in)
+        return Components(*(part.view(shape) for part in (identity, linear, interaction)))
 
     @property
     def _mlp(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,6 @@ class TopKSAE(SparseAutoencoder):
             backend=self.backend,
         )
 
-    def components(self, x: Tensor) -> Components:
-        identity = self.decode(self.encode(x))
+    def summands(self, code: SparseCode) -> Components:
+        identity = self.decode(code)
         return Components(identity, torch.zeros_like(identity), torch.zeros_like(identity))

@@ -83,7 +83,7 @@ def beside_null(title: str, found: Mapping[str, Mapping[str, float]], label: str
             axes.plot([value["value"]], [place], "o", color=COLORS[0], markersize=6)
         axes.axvline(0, color=GRID, linewidth=1)
         axes.set_yticks(range(len(found)), list(found))
-        axes.set(xlabel=label, xlim=(-1.05, 1.05), ylim=(len(found) - 0.5, -0.5))
+        axes.set(xlabel=label, xlim=(-1.05, 1.05), ylim=(max(1, len(found)) - 0.5, -0.5))
         axes.plot([], [], "o", color=COLORS[0], label="trained")
         axes.plot([], [], color=COLORS[1], linewidth=9, label="drawn anew")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.25), ncols=2, fontsize=8)

@@ -25,7 +25,13 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
         "geometry": (f"fastsae analyze {run}", _geometry),
         "features": (f"fastsae analyze {run}", _features),
     }
-    sections = [_head(run, described, data), _training(run)]
+    try:
+        head = _head(run, described, data)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run / 'run.json'} or data.json beside it is damaged: {error} is missing or wrong; train the run again"
+        ) from error
+    sections = [head, _training(run)]
     for name, (command, section) in made_by.items():
         result = results[name]
         if result is None:

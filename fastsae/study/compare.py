@@ -14,24 +14,41 @@ from fastsae.study.run import Outcome
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of two sums over documents; less is better."""
+    """A ratio of two sums over documents, each the sum of some terms less that of another."""
 
     name: str
     numerator: str
     denominator: str
     minus: str | None = None
     """What is taken off the numerator."""
+    denominator_minus: str | None = None
+    """What is taken off the denominator."""
 
     def of(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
         sums = outcome.sums.sums
-        over = sums[self.numerator] if self.minus is None else sums[self.numerator] - sums[self.minus]
-        return over, sums[self.denominator]
+        over, under = sums[self.numerator], sums[self.denominator]
+        if self.minus is not None:
+            over = over - sums[self.minus]
+        return over, under if self.denominator_minus is None else under - sums[self.denominator_minus]
+
+    def known(self, outcome: Outcome) -> bool:
+        """Whether all of it was measured."""
+        terms = (self.numerator, self.denominator, self.minus, self.denominator_minus)
+        return all(term is None or term in outcome.sums.sums for term in terms)
 
 
 FVU = Metric("FVU", "error full", "variance x")
 KL = Metric("KL", "kl full", "predictions")
 CE_INCREASE = Metric("CE increase", "ce full", "predictions", minus="ce clean")
 METRICS = (FVU, KL, CE_INCREASE)
+"""What arms are compared by: less is better."""
+SHOWN = (
+    Metric("loss recovered", "ce ablated", "ce ablated", minus="ce full", denominator_minus="ce clean"),
+    Metric("KL / random error of its size", "kl full", "epsilon full"),
+    Metric("error less than of own identity pathway", "error identity", "error identity", minus="error full"),
+    Metric("KL less than of own identity pathway", "kl identity", "kl identity", minus="kl full"),
+)
+"""What is shown of each arm, and compares nothing. The last two are the paper's figures."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fastsae import files
 from fastsae.report import interval
 
 Found = dict[str, Any]
+_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 PLOTS = ("differences.png", "sizes.png")
 
 
@@ -27,6 +28,15 @@ def arm_rows(found: Found) -> list[dict[str, str]]:
         }
         rows.append(row | {name: interval(value) for name, value in arm["metrics"].items()})
     return rows
+
+
+def shown_rows(found: Found) -> list[dict[str, str]]:
+    """One row an arm: what is measured of it and compares nothing, with 95 % intervals."""
+    names = list(dict.fromkeys(name for arm in found["arms"] for name in arm["shown"]))
+    return [
+        {"arm": arm["arm"]} | {name: interval(arm["shown"][name]) if name in arm["shown"] else "" for name in names}
+        for arm in found["arms"]
+    ]
 
 
 def verdicts(found: Found) -> list[str]:
@@ -49,26 +59,36 @@ def write(found: Found, folder: Path) -> Path:
     return page
 
 
+def publish(results: Path, page: Path) -> None:
+    """Bring what a page written by hand holds between the two marks up to date, its plots in a folder of its name."""
+    found, text, plots = files.read_json(results), page.read_text(), page.with_suffix("")
+    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise ValueError(f"{page}: expected one {_BEGIN} and one {_END}, between which the results go")
+    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
+    plots.mkdir(exist_ok=True)
+    draw_differences(found, plots / PLOTS[0])
+    draw_sizes(found, plots / PLOTS[1])
+    block = f"{_BEGIN}\n{markdown(found, f'{plots.name}/')}{_END}"
+    files.write_atomically(page, lambda p: p.write_text(before + block + after))
+
+
 def markdown(found: Found, plots: str = "") -> str:
     """Conditions, table, answers and plots; `plots` is where the plots lie, ending in a slash."""
     study, data, environment = found["study"], found["data"], found["environment"]
-    rows = arm_rows(found)
-    table = [
-        "| " + " | ".join(rows[0]) + " |",
-        "| --- |" + " ---: |" * (len(rows[0]) - 1),
-        *("| " + " | ".join(row.values()) + " |" for row in rows),
-    ]
     meanings = [f"- `{arm['arm']}`: {arm['meaning']}" for arm in found["arms"]]
     answers = [f"**{a['question']['text']}**  \n{a['verdict']} {_cost(a)}\n" for a in found["answers"]]
-    ends = [arm["arm"] for arm in found["arms"] if arm["lr"] in (min(study["lrs"]), max(study["lrs"]))]
+    grid = sorted(study["lrs"])
+    ends = [arm["arm"] for arm in found["arms"] if len(grid) > 1 and arm["lr"] in (grid[0], grid[-1])]
     at_end = f" At an end of the grid, so that one beyond might be better: {', '.join(ends)}." if ends else ""
     conditions = (
         f"{data['hook']} of model {data['model']} on {data['text']}: {data['training_rows']:,} activations to train "
         f"on, {data['held_out_tokens']:,} tokens of {found['held_out_documents']} held-out documents to measure on. "
         f"Every arm: k = {study['k']}, batches of {data['batch_size']:,}, {study['seeds']} seeds, a learning rate "
         f"chosen among {', '.join(f'{lr:g}' for lr in study['lrs'])} by its fit of training documents.{at_end} "
-        "Intervals are over seeds and documents: 95 % in the table; those of differences, paired by seed and document, "
-        f"hold together for one question in 95 %. There are {len(found['answers'])} questions."
+        "A feature is dead that was active on none of the last tenth of its training rows. "
+        "Intervals are over seeds and documents: 95 % in the tables; those of differences, paired by seed and document, "
+        f"hold together for one question in 95 %. The first question is the primary one; there are "
+        f"{len(found['answers'])}, and the intervals of the others are not widened for that."
     )
     where = (
         f"{environment['date']}, {environment['processor']}, {environment['threads']} threads, "
@@ -79,9 +99,14 @@ def markdown(found: Found, plots: str = "") -> str:
             *answers,
             f"![Differences]({plots}{PLOTS[0]})",
             "",
-            *table,
+            *_table(arm_rows(found)),
             "",
             *meanings,
+            "",
+            *_table(shown_rows(found)),
+            "",
+            "Against its own identity pathway, as in the paper: that pathway was never trained to reconstruct alone, so "
+            "this compares nothing with a TopK SAE.",
             "",
             f"![Sizes]({plots}{PLOTS[1]})",
             "",
@@ -91,6 +116,14 @@ def markdown(found: Found, plots: str = "") -> str:
             "",
         ]
     )
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    return [
+        "| " + " | ".join(rows[0]) + " |",
+        "| --- |" + " ---: |" * (len(rows[0]) - 1),
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
+    ]
 
 
 def draw_differences(found: Found, path: Path) -> None:

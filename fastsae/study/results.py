@@ -12,30 +12,31 @@ import torch
 from fastsae import experiment, files
 from fastsae.activations import ModelActivations, harvest
 from fastsae.config import DataConfig, StudyConfig, to_dict
-from fastsae.evaluate import DocumentSums, behavior, reconstruction
+from fastsae.evaluate import DocumentSums, behavior
 from fastsae.evaluate.record import plain
 from fastsae.modules import SparseAutoencoder
 from fastsae.study.arms import Arm, arms
-from fastsae.study.compare import METRICS, Metric, answers, arm_mean
-from fastsae.study.run import Outcome, run_arms
+from fastsae.study.compare import METRICS, SHOWN, Metric, answers, arm_mean
+from fastsae.study.run import Outcome, claim, run_arms
 
 
 def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object] = print) -> dict[str, Any]:
     """Run or finish the study in config.folder; returns what it writes into study.json there."""
     model = experiment.language_model(data)
-    source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
-    store = harvest(source, data.store or config.folder / "activations")
+    # What can be wrong with the options is found before hours of work.
     windows = experiment.held_out_windows(model, data, config.held_out_tokens, config.windows_per_document)
-    held_out = ModelActivations(model, data.hook, windows)
+    source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
+    trained = arms(config, source.d_in)
+    with files.locked(config.folder, "study"):
+        claim(config, data)
+    store = harvest(source, data.store or config.folder / "activations")
 
-    def measure(sae: SparseAutoencoder) -> tuple[float, DocumentSums]:
-        rows = (held_out.rows(i) for i in range(len(held_out.block_rows)))
-        r = reconstruction(sae, rows, windows.names)
-        b = behavior(sae, model, data.hook, windows, pathways=False)
-        return r.dead_share, _together(r.sums, b.sums)
+    def measure(sae: SparseAutoencoder) -> DocumentSums:
+        rows = experiment.held_out_reconstruction(model, data, sae, windows)
+        return _together(rows.sums, behavior(sae, model, data.hook, windows).sums)
 
     outcomes = run_arms(config, data, store, measure, windows.digest(), say)
-    found = results(config, data, arms(config, store.d_in), outcomes, METRICS)
+    found = results(config, data, trained, outcomes, METRICS)
     found["data"] |= {"training_rows": store.n_rows, "held_out_tokens": windows.n_tokens}
     files.write_json(config.folder / "study.json", found)
     return found
@@ -73,6 +74,7 @@ def results(
             "lr": runs[0].lr,
             "dead_share": sum(r.dead_share for r in runs) / len(runs),
             "metrics": {m.name: plain(arm_mean(runs, m)) for m in metrics},
+            "shown": {m.name: plain(arm_mean(runs, m)) for m in SHOWN if m.known(runs[0])},
             "by_seed": [
                 {"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}} for r in runs
             ],

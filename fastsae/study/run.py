@@ -31,11 +31,12 @@ class Outcome:
     seed: int
     lr: float
     dead_share: float
+    """Share of features active on none of the last tenth of its training rows."""
     sums: DocumentSums
 
 
-Measure = Callable[[SparseAutoencoder], tuple[float, DocumentSums]]
-"""A trained SAE -> its dead share, and sums per held-out document."""
+Measure = Callable[[SparseAutoencoder], DocumentSums]
+"""A trained SAE -> sums per held-out document."""
 
 
 def run_arms(
@@ -44,12 +45,12 @@ def run_arms(
     """Outcomes by arm, a seed each. `source` holds training activations, `measure` looks at held-out ones, of which
     `held_out` is a fingerprint: outcomes on others are measured again."""
     with files.locked(study.folder, "study"):
-        _claim(study, data)
+        claim(study, data)
         runs = _Runs(study, data, source, measure, held_out, say)
         return {arm.name: runs.outcomes(arm) for arm in arms(study, source.d_in)}
 
 
-def _claim(study: StudyConfig, data: DataConfig) -> None:
+def claim(study: StudyConfig, data: DataConfig) -> None:
     """Note what the study in this folder is; raise ValueError if it is another one."""
     path = study.folder / "config.json"
     ours = {"study": to_dict(study), "data": to_dict(provenance.resolved(data))}
@@ -86,21 +87,23 @@ class _Runs:
         self.total = len(arms(study, source.d_in)) * (study.seeds + len(study.lrs) - 1)
 
     def outcomes(self, arm: Arm) -> list[Outcome]:
-        lr = self._best_lr(arm)
-        return [self._outcome(arm, lr, seed) for seed in range(self.study.seeds)]
-
-    def _best_lr(self, arm: Arm) -> float:
-        """The learning rate whose first seed leaves the least error on rows of training documents."""
+        """With the learning rate whose first seed leaves the least error on rows of training documents, among those at
+        which no seed diverges."""
         fvu = {lr: self._fit(arm, lr) for lr in self.study.lrs}
         converged = {lr: value for lr, value in fvu.items() if value is not None}
-        if not converged:
-            raise ValueError(
-                f"study: {arm.name} diverged at every learning rate of {self.study.lrs}; choose lower --lrs"
-            )
-        best = min(converged, key=lambda lr: converged[lr])
-        by_lr = {f"{lr:g}": value for lr, value in fvu.items()}
-        files.write_json(self.study.folder / arm.name / "lr.json", {"lr": best, "fvu_on_training_documents": by_lr})
-        return best
+        for lr in sorted(converged, key=lambda lr: converged[lr]):
+            try:
+                folders = [self._trained(arm, lr, seed) for seed in range(self.study.seeds)]
+            except FloatingPointError as error:
+                self.say(f"{arm.name} at lr {lr:g}: {error}")
+                continue
+            by_lr = {f"{lr:g}": value for lr, value in fvu.items()}
+            files.write_json(self.study.folder / arm.name / "lr.json", {"lr": lr, "fvu_on_training_documents": by_lr})
+            return [self._outcome(folder, lr, seed) for seed, folder in enumerate(folders)]
+        raise ValueError(
+            f"study: {arm.name} diverged at every learning rate of {self.study.lrs}; choose lower --lrs, and another "
+            "--folder"
+        )
 
     def _fit(self, arm: Arm, lr: float) -> float | None:
         """FVU on rows of training documents; None if training diverged."""
@@ -108,10 +111,10 @@ class _Runs:
         if not path.exists():
             try:
                 sae = load(self._trained(arm, lr, seed=0) / "sae", device=experiment.device())
-                fvu = reconstruction(sae, self._choice_rows()).fvu.estimate
             except FloatingPointError as error:
                 self.say(f"{arm.name} at lr {lr:g}: {error}")
-                fvu = math.nan
+                return None
+            fvu = reconstruction(sae, self._choice_rows()).fvu.estimate
             files.write_json(path, {"fvu": fvu if math.isfinite(fvu) else None})
         return files.read_json(path)["fvu"]
 
@@ -122,28 +125,29 @@ class _Runs:
             block = self.source.block(i)
             yield block[:: max(1, len(block) * len(blocks) // _CHOICE_ROWS)]
 
-    def _outcome(self, arm: Arm, lr: float, seed: int) -> Outcome:
-        folder = self._trained(arm, lr, seed)
+    def _outcome(self, folder: Path, lr: float, seed: int) -> Outcome:
         path = folder / "outcome.json"
         if not path.exists() or files.read_json(path)["held_out"] != self.held_out:
-            dead_share, sums = self.measure(load(folder / "sae", device=experiment.device()))
+            sums = self.measure(load(folder / "sae", device=experiment.device()))
             kept = {name: values.tolist() for name, values in sums.sums.items()}
-            files.write_json(
-                path, {"held_out": self.held_out, "dead_share": dead_share, "documents": sums.names, "sums": kept}
-            )
-        found = files.read_json(path)
+            files.write_json(path, {"held_out": self.held_out, "documents": sums.names, "sums": kept})
+        found, dead_share = files.read_json(path), files.read_json(folder / "done.json")["metrics"]["dead_share"]
         tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["sums"].items()}
-        return Outcome(seed, lr, found["dead_share"], DocumentSums(tuple(found["documents"]), tensors))
+        return Outcome(seed, lr, dead_share, DocumentSums(tuple(found["documents"]), tensors))
 
     def _folder(self, arm: Arm, lr: float, seed: int) -> Path:
         return self.study.folder / arm.name / f"lr_{lr:g}" / f"seed_{seed}"
 
     def _trained(self, arm: Arm, lr: float, seed: int) -> Path:
-        """The folder of a finished run; trained now, or from where it stopped, if need be."""
+        """The folder of a finished run; trained now, or from where it stopped, if need be. Raises FloatingPointError if
+        training diverges, or has diverged."""
         folder = self._folder(arm, lr, seed)
-        if not (folder / "done.json").exists():
-            done = len(list(self.study.folder.glob("*/*/*/done.json")))
-            self.say(f"[{done + 1} of {self.total}] {arm.name}, lr {lr:g}, seed {seed}: {arm.meaning}")
+        diverged, done = folder / "diverged.json", folder / "done.json"
+        if diverged.exists():
+            raise FloatingPointError(files.read_json(diverged)["error"])
+        if not done.exists():
+            before = len(list(self.study.folder.glob("*/*/*/done.json")))
+            self.say(f"[{before + 1} of {self.total}] {arm.name}, lr {lr:g}, seed {seed}: {arm.meaning}")
             config = TrainerConfig(
                 steps=arm.steps,
                 lr=lr,
@@ -152,14 +156,23 @@ class _Runs:
                 warmup_steps=arm.steps // 20,
                 decay_steps=arm.steps // 5,
                 checkpoint_every=max(1, arm.steps // 4),
+                dead_after_tokens=max(1, arm.steps * self.data.batch_size // 10),
                 seed=seed,
             )
             stream = ActivationStream(self.source, self.data.batch_size, self.data.buffer_rows, seed)
+            if arm.base:  # the rows that come after those its base has seen, as in an arm that trains as long
+                stream.load_state_dict(files.read_json(self._base(arm.base, seed) / "done.json")["position"])
+            provenance.record(self.data, folder)
             try:
                 result = Trainer(self._new(arm, seed), config).fit(stream)
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(f"{stop}; run the same study again, it goes on from there") from stop
-            files.write_json(folder / "done.json", {"steps": result.steps, "metrics": result.metrics})
+            except FloatingPointError as error:
+                files.write_json(diverged, {"error": str(error)})
+                raise
+            files.write_json(
+                done, {"steps": result.steps, "metrics": result.metrics, "position": stream.state_dict()}
+            )
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes over a study; the SAE itself stays
         return folder
 
@@ -167,7 +180,11 @@ class _Runs:
         torch.manual_seed(seed)
         if arm.base is None:
             return new(arm.config, device=experiment.device())
-        lr = files.read_json(self.study.folder / arm.base / "lr.json")["lr"]
-        base = load(self.study.folder / arm.base / f"lr_{lr:g}" / f"seed_{seed}" / "sae", device=experiment.device())
+        base = load(self._base(arm.base, seed) / "sae", device=experiment.device())
         options = {f.name: getattr(arm.config, f.name) for f in dataclasses.fields(IntegrationConfig)}
         return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
+
+    def _base(self, name: str, seed: int) -> Path:
+        """The finished run of this seed of another arm, with the learning rate chosen for it."""
+        lr = files.read_json(self.study.folder / name / "lr.json")["lr"]
+        return self.study.folder / name / f"lr_{lr:g}" / f"seed_{seed}"
