@@ -93,7 +93,9 @@ class Trainer:
         if self.config.unit_norm_decoder and not sae.W_dec.requires_grad:
             raise ValueError("TrainerConfig.unit_norm_decoder: W_dec is frozen (requires_grad is False)")
         if self.config.auxk and not sae.W_enc.requires_grad:
-            raise ValueError("TrainerConfig.auxk: W_enc is frozen, so no dead feature could be revived; leave auxk at 0")
+            raise ValueError(
+                "TrainerConfig.auxk: W_enc is frozen, so no dead feature could be revived; leave auxk at 0"
+            )
 
     def fit(self, activations: Iterable[Tensor]) -> TrainResult:
         """Train until config.steps. Raises before anything is written if run_dir holds another run.
@@ -304,8 +306,8 @@ class Trainer:
         normalizer, config = self.sae.normalizer, self.config
         if normalizer.measured and config.normalize != "zscore":
             raise ValueError(
-                f"TrainerConfig.normalize: {config.normalize!r}, but this SAE has stored statistics; leave the default to "
-                "go on with them, whatever their kind"
+                f"TrainerConfig.normalize: {config.normalize!r}, but this SAE has stored statistics; leave the default "
+                "to go on with them, whatever their kind"
             )
         if not normalizer.measured and config.normalize != "none":
             sample = batches.peek(config.normalize_rows, self._check_form)

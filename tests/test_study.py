@@ -110,7 +110,9 @@ def found_in(tmp_path_factory) -> Callable[[float], dict[tuple[str, str], Answer
     def of(size: float) -> dict[tuple[str, str], Answer]:
         train, held_out = planted(1, size)
         folder = tmp_path_factory.mktemp("planted")
-        study = StudyConfig(folder, 24, 4, k_integration=2, d_embedding=16, dropout=0.0, steps=400, lrs=(1e-2,), seeds=3)
+        study = StudyConfig(
+            folder, 24, 4, k_integration=2, d_embedding=16, dropout=0.0, steps=400, lrs=(1e-2,), seeds=3
+        )
         questions = [*QUESTIONS, Question("Does a second decoder do it?", "two_decoders", "topk")]
         with pytest.MonkeyPatch.context() as patch:
             only(patch, *arms_of)

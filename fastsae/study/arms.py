@@ -41,9 +41,7 @@ QUESTIONS = (
     Question("Does integration help at equal width and k (joint has more parameters)?", "joint", "topk"),
     Question("Do interactions add to a second decoder (joint has more parameters)?", "joint", "two_decoders"),
     Question("Do interactions help alone (interaction_only has more parameters)?", "interaction_only", "topk"),
-    Question(
-        "Are interactions alone worth their parameters (topk_wide has more)?", "interaction_only", "topk_wide"
-    ),
+    Question("Are interactions alone worth their parameters (topk_wide has more)?", "interaction_only", "topk_wide"),
     Question("Is a second decoder worth its parameters (topk_wide has more)?", "two_decoders", "topk_wide"),
     Question("Is it better to train together (sequential trains twice as long)?", "joint", "sequential"),
     Question(

@@ -86,8 +86,8 @@ def markdown(found: Found, plots: str = "") -> str:
         f"Every arm: k = {study['k']}, batches of {data['batch_size']:,}, {study['seeds']} seeds, a learning rate "
         f"chosen among {', '.join(f'{lr:g}' for lr in study['lrs'])} by its fit of training documents.{at_end} "
         "A feature is dead that was active on none of the last tenth of its training rows. "
-        "Intervals are over seeds and documents: 95 % in the tables; those of differences, paired by seed and document, "
-        f"hold together for one question in 95 %. The first question is the primary one; there are "
+        "Intervals are over seeds and documents: 95 % in the tables; those of differences, paired by seed and "
+        f"document, hold together for one question in 95 %. The first question is the primary one; there are "
         f"{len(found['answers'])}, and the intervals of the others are not widened for that."
     )
     where = (
@@ -105,8 +105,8 @@ def markdown(found: Found, plots: str = "") -> str:
             "",
             *_table(shown_rows(found)),
             "",
-            "Against its own identity pathway, as in the paper: that pathway was never trained to reconstruct alone, so "
-            "this compares nothing with a TopK SAE.",
+            "Against its own identity pathway, as in the paper: that pathway was never trained to reconstruct alone, "
+            "so this compares nothing with a TopK SAE.",
             "",
             f"![Sizes]({plots}{PLOTS[1]})",
             "",

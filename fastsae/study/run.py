@@ -170,9 +170,7 @@ class _Runs:
             except FloatingPointError as error:
                 files.write_json(diverged, {"error": str(error)})
                 raise
-            files.write_json(
-                done, {"steps": result.steps, "metrics": result.metrics, "position": stream.state_dict()}
-            )
+            files.write_json(done, {"steps": result.steps, "metrics": result.metrics, "position": stream.state_dict()})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes over a study; the SAE itself stays
         return folder
 
