@@ -21,9 +21,11 @@ from fastsae.activations.store import Rows
 from fastsae.config import DataConfig, StudyConfig
 from fastsae.evaluate import DocumentSums, intervals, reconstruction
 from fastsae.evaluate.intervals import Interval
+from fastsae.files import read_json
 from fastsae.modules import SparseAutoencoder
 from fastsae.study import METRICS, QUESTIONS, Answer, Outcome, answers, arm_mean, arms, run, run_arms
 from fastsae.study import compare as study_compare
+from fastsae.study import page as study_page
 from fastsae.study.arms import Question
 from fastsae.study.compare import FVU, SHOWN, Comparison, compare, mean_over_seeds, verdict
 from fastsae.study.results import results
@@ -633,3 +635,34 @@ def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
     cli.main()
     assert counts.steps == 2 * (7 + 1)
     assert json.loads(Path("s/study.json").read_text()) == found
+
+
+# ---- the committed study --------------------------------------------------------------------------------------------
+
+
+def test_the_page_in_docs_says_what_its_results_say(tmp_path):
+    from PIL import Image
+
+    docs = Path(__file__).parents[1] / "docs"
+    found = read_json(docs / "results/study.json")
+    assert study_page.markdown(found, "study/") in (docs / "study.md").read_text(), "run page.publish"
+    for name in study_page.PLOTS:
+        with Image.open(docs / "study" / name) as image:
+            assert image.info["Description"] == study_page.told(found)
+
+
+def test_publishing_keeps_what_is_written_by_hand(tmp_path):
+    source = Path(__file__).parents[1] / "docs/results/study.json"
+    by_hand = tmp_path / "answer.md"
+    by_hand.write_text("before\n<!-- results -->\nof last year\n<!-- /results -->\nafter\n")
+    for _ in range(2):
+        study_page.publish(source, by_hand)
+    text = by_hand.read_text()
+    assert text.startswith("before\n<!-- results -->\n**")
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert "of last year" not in text
+    assert "answer/sizes.png" in text
+    assert (tmp_path / "answer/sizes.png").exists()
+    by_hand.write_text("no marks")
+    with pytest.raises(ValueError, match="one <!-- results --> and one"):
+        study_page.publish(source, by_hand)
