@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import isfinite, nan
 from typing import Any
 
 from fastsae.report.svg import COLORS, GRID, INK, figure
@@ -16,12 +17,14 @@ def curve(lines: Sequence[Mapping[str, float]], key: str, label: str, log: bool 
     from matplotlib.ticker import EngFormatter
 
     def draw(axes: Any) -> None:
-        known = [(line["rows"], line[key]) for line in lines if line.get(key) is not None]
+        known = [(line["rows"], line[key]) for line in lines if isfinite(line.get(key, nan))]
         axes.plot([x for x, _ in known], [y for _, y in known], color=COLORS[0], linewidth=1.2)
         axes.set(xlabel="activations trained on", ylabel=label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if log and any(y > 0 for _, y in known):
             axes.set_yscale("log")
+        elif known:
+            axes.set_ylim(0, 1.05 * max(y for _, y in known) or 1)  # from 0: a constant would be drawn as its noise
 
     return figure(label, draw, (3.6, 2.3))
 
