@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import isfinite, nan
+from math import isfinite
 from typing import Any
 
 from fastsae.report.svg import COLORS, GRID, INK, figure
@@ -17,7 +17,8 @@ def curve(lines: Sequence[Mapping[str, float]], key: str, label: str, log: bool 
     from matplotlib.ticker import EngFormatter
 
     def draw(axes: Any) -> None:
-        known = [(line["rows"], line[key]) for line in lines if isfinite(line.get(key, nan))]
+        drawn = [(line["rows"], line.get(key)) for line in lines]
+        known = [(rows, value) for rows, value in drawn if value is not None and isfinite(value)]
         axes.plot([x for x, _ in known], [y for _, y in known], color=COLORS[0], linewidth=1.2)
         axes.set(xlabel="activations trained on", ylabel=label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
