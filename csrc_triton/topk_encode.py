@@ -164,12 +164,18 @@ _COPIED = 16384
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None, plan: EncodePlan
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    features: Tensor | None,
+    plan: EncodePlan,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values (B, k) in the dtype of x and indices (B, k) int64, strongest first, ties to the lower index.
 
     x (B, D); W_enc (M, D) and b_enc (M), multiplied in the dtype of x; features int64 ascending or None: only these
-    compete.
+    compete. scale (M) or None: features are ranked by scale * pre-activation, values come without it.
     """
     x = x.contiguous()
     M = len(W_enc) if features is None else len(features)
@@ -180,7 +186,10 @@ def topk_encode(
     y = x.new_empty(plan.rows, plan.width)
     y[:, M:] = 0  # not positive: never among the largest
     b_enc = b_enc.to(x.dtype)
-    ours = plan.gemm == "triton" and features is None
+    # Our product takes the maxima itself, before anything could be scaled.
+    ours = plan.gemm == "triton" and features is None and scale is None
+    if scale is not None:
+        scale = scale.to(x.dtype)
     if ours:
         W_enc = W_enc.to(x.dtype)
     for start in range(0, len(x), plan.rows):
@@ -190,8 +199,14 @@ def topk_encode(
             maxima = encode_gemm(x[chunk], W_enc, b_enc, pre, plan.group)
         else:
             _multiply(x[chunk], W_enc, b_enc, features, pre)
+        if scale is not None:
+            pre[:, :M] *= scale if features is None else scale[features]
         _select(pre, maxima, M, k, plan, values[chunk], indices[chunk])
-    return values, indices if features is None else features[indices]
+    if features is not None:
+        indices = features[indices]
+    if scale is not None:
+        values = torch.where(values == 0, values, values / scale[indices])
+    return values, indices
 
 
 def _multiply(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor | None, y: Tensor) -> None:

@@ -32,6 +32,7 @@ def topk_encode(
     backend: str = "auto",
     features: Tensor | None = None,
     b_dec: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of relu((x - b_dec) @ W_enc.T + b_enc) per row, without ever holding all of it.
 
@@ -40,17 +41,22 @@ def topk_encode(
     b_enc     float (d_sae)         gets a gradient
     features  int64 (n,) ascending, optional: only these features compete
     b_dec     float (d_in), optional: subtracted from x; gets a gradient, which costs less than that of x would
+    scale     float (d_sae) of 0 or more, optional: features are ranked by scale * relu(...), and those of scale 0 take no
+              part; values come without it, so nothing depends on it that could have a gradient
     Returns values (B, k) in the dtype of x (on the CUDA backend in autocast's, where that is on), indices (B, k) int64:
     strongest first, distinct, ties to the lower index. Rows with fewer than k positive pre-activations are filled with
     entries of value 0, which pass no gradient. NaN ranks first, so it is seen and not lost. Exact and deterministic.
     """
     where = "topk_encode"
-    _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    _check_floats(where, x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec, scale=scale)
     _check_shape(where, "W_enc", W_enc, (None, None), "(d_sae, d_in)")
     _check_shape(where, "x", x, (None, W_enc.shape[-1]), "(B, d_in) with d_in of W_enc")
     _check_shape(where, "b_enc", b_enc, (len(W_enc),), "(d_sae,) of W_enc")
     if b_dec is not None:
         _check_shape(where, "b_dec", b_dec, (W_enc.shape[1],), "(d_in,) of W_enc")
+    if scale is not None:
+        _check_shape(where, "scale", scale, (len(W_enc),), "(d_sae,) of W_enc")
+        scale = scale.detach()
     if features is not None:
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
@@ -64,9 +70,9 @@ def topk_encode(
         raise ValueError(f"{where}: k must be between 1 and {what} = {competing}; got {k}")
     name = choose(backend, x.device, x.dtype)
     if name == "reference":
-        return reference.topk_encode(x, W_enc, b_enc, k, features, b_dec)
+        return reference.topk_encode(x, W_enc, b_enc, k, features, b_dec, scale)
     compute = _autocast_dtype(backend, x.device, x.dtype)
-    return torch.ops.fastsae.topk_encode(x, W_enc, b_enc, b_dec, k, features, compute, name)
+    return torch.ops.fastsae.topk_encode(x, W_enc, b_enc, b_dec, k, features, scale, compute, name)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str = "auto") -> Tensor:
@@ -190,8 +196,8 @@ def _pooled(s: Tensor, q: Tensor) -> Tensor:
 # ---- topk_encode ----------------------------------------------------------------------------------------------------
 
 _library.define(
-    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? features, ScalarType compute, "
-    "str backend) -> (Tensor, Tensor)"
+    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? features, Tensor? scale, "
+    "ScalarType compute, str backend) -> (Tensor, Tensor)"
 )
 _library.define(
     "topk_encode_backward(Tensor d_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, Tensor? b_dec, "
@@ -206,10 +212,11 @@ def _topk_encode(
     b_dec: Tensor | None,
     k: int,
     features: Tensor | None,
+    scale: Tensor | None,
     compute: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return implementation(backend).topk_encode(_centred(x, b_dec, compute), W_enc, b_enc, k, features)
+    return implementation(backend).topk_encode(_centred(x, b_dec, compute), W_enc, b_enc, k, features, scale)
 
 
 def _topk_encode_backward(
@@ -243,6 +250,7 @@ def _topk_encode_fake(
     b_dec: Tensor | None,
     k: int,
     features: Tensor | None,
+    scale: Tensor | None,
     compute: torch.dtype,
     backend: str,
 ) -> Any:
@@ -250,7 +258,7 @@ def _topk_encode_fake(
 
 
 def _topk_encode_save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, W_enc, _, b_dec, _, _, _, ctx.backend = inputs
+    x, W_enc, _, b_dec, _, _, _, _, ctx.backend = inputs
     values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(values, indices, x, W_enc, b_dec)
@@ -265,7 +273,7 @@ def _topk_encode_grad(ctx: Any, d_values: Tensor, _: Tensor) -> Any:
         grads = torch.ops.fastsae.topk_encode_backward(*arguments)
     else:
         grads = _topk_encode_backward(*arguments, out)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _topk_encode_backward_fake(

@@ -169,6 +169,35 @@ def gradient_scale(name: str, exact: dict[str, Tensor], s: Tensor) -> float | No
     return None
 
 
+def assert_scaled(case: Case, inputs: dict[str, Tensor], backend: str, slack: float = 2.0) -> None:
+    """Features are ranked by scale * relu(pre); values and every gradient are those of relu(pre)."""
+    device = inputs["x"].device
+    scale = ((0.1 + torch.rand(case.M)) * (torch.rand(case.M) > 0.1)).to(device)
+    results, kept = [], None
+    for who, dtype in ((backend, inputs["x"].dtype), ("reference", torch.float64), ("reference", inputs["x"].dtype)):
+        p = leaves(inputs, dtype)
+        if kept is None:
+            by = scale.to(dtype).requires_grad_()
+            values, kept = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, who, scale=by)
+            assert not by.requires_grad or by.grad is None
+        else:
+            values = torch.relu(p["x"] @ p["W_enc"].T + p["b_enc"]) * (scale.to(dtype) > 0)
+            values = values.gather(1, kept)
+        (values * torch.linspace(0.5, 2, case.K, dtype=dtype, device=device)).sum().backward()
+        results.append([values.detach(), *(p[name].grad for name in ("x", "W_enc", "b_enc"))])
+    for number, (got, exact, eager) in enumerate(zip(*results, strict=True)):
+        # A value is ranked, and divided again: two roundings more.
+        floor = 3 * exact.abs().max().item() if exact.numel() else None
+        assert_matches(f"result {number}", got, exact, eager, slack, scale=floor)
+    x, W_enc, b_enc = (inputs[name].double() for name in ("x", "W_enc", "b_enc"))
+    ranked = torch.relu(x @ W_enc.T + b_enc) * scale.double()
+    rounding = 8 * torch.finfo(inputs["x"].dtype).eps * (1 + ranked.max().item() if ranked.numel() else 1)
+    chosen = ranked.gather(1, kept)
+    assert (chosen[:, :-1] >= chosen[:, 1:] - rounding).all(), "not strongest first"
+    left_out = ranked.scatter(1, kept, -1.0).amax(dim=1)
+    assert (left_out <= chosen[:, -1] + rounding).all(), "a feature left out beats one that was kept"
+
+
 def assert_b_dec(dtype: torch.dtype, need_x: bool, backend: str, device: str, slack: float = 2.0) -> None:
     """b_dec is taken off x, and every gradient is that of the specification."""
     made = {"x": (5, 6), "W_enc": (70, 6), "b_enc": (70,), "b_dec": (6,)}

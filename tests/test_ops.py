@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import CASES, NAMES, Case, assert_b_dec, assert_every_gradient, assert_selection, joint, leaves
+from helpers import (
+    CASES,
+    NAMES,
+    Case,
+    assert_b_dec,
+    assert_every_gradient,
+    assert_scaled,
+    assert_selection,
+    joint,
+    leaves,
+)
 from torch import Tensor
 
 import fastsae
@@ -90,6 +100,25 @@ def test_features_restricts_who_competes(M: int):
     assert torch.isin(indices, features).all()
     theirs = ops.topk_encode(x, W, b, 5, features=features, backend="reference")
     assert torch.equal(indices, theirs[1])
+
+
+@on_every_processor
+@every_dtype
+@every_case
+def test_scale_ranks_features_and_changes_nothing_else(case: Case, dtype: torch.dtype):
+    assert_scaled(case, case.inputs(dtype), "cpu")
+
+
+@on_every_processor
+@pytest.mark.parametrize("restricted", [False, True])
+def test_scaled_features_are_those_of_the_reference(restricted: bool):
+    x, W, b, scale = torch.randn(6, 16), torch.randn(5000, 16), torch.randn(5000), torch.rand(5000)
+    features = torch.randperm(5000)[:900].sort().values if restricted else None
+    ours, theirs = (
+        ops.topk_encode(x, W, b, 9, backend, features, scale=scale)[1] for backend in ("cpu", "reference")
+    )
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, ops.topk_encode(x, W, b, 9, "cpu", features)[1])
 
 
 @pytest.mark.parametrize("need_x", [False, True])

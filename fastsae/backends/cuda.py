@@ -53,12 +53,12 @@ def budget(device: torch.device) -> int:
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See reference.topk_encode."""
     d_sae = len(W_enc) if features is None else len(features)
     chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32())
-    return launch_topk_encode(x, W_enc, b_enc, k, features, chosen)
+    return launch_topk_encode(x, W_enc, b_enc, k, features, chosen, scale)
 
 
 def topk_encode_backward(

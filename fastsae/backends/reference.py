@@ -10,19 +10,30 @@ from torch import Tensor
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None, b_dec: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    features: Tensor | None = None,
+    b_dec: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values, indices = the k largest of relu((x - b_dec) @ W_enc.T + b_enc), strongest first, ties to the lower index.
 
     features (n,) int64, ascending: only these compete (the others are treated as if they did not exist).
+    scale (d_sae), not negative: features are ranked by scale * relu(pre), and those of 0 take no part.
     """
     if b_dec is not None:
         x = x - b_dec
     if features is not None:
         W_enc, b_enc = W_enc[features], b_enc[features]
+        scale = None if scale is None else scale[features]
     activations = torch.relu(x @ W_enc.T + b_enc)
-    values, indices = activations.sort(dim=-1, descending=True, stable=True)
-    values, indices = values[:, :k], indices[:, :k]
+    if scale is not None:
+        activations = activations * (scale > 0)
+    ranked = activations if scale is None else activations * scale
+    indices = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    values = activations.gather(1, indices)
     return values, indices if features is None else features[indices]
 
 

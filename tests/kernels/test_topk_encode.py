@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import Case, assert_b_dec, assert_selection
+from helpers import KERNEL_CASES, Case, assert_b_dec, assert_scaled, assert_selection
 from torch import Tensor
 
 from csrc_triton import plan
@@ -139,6 +139,25 @@ def test_either_product_gives_the_selection(gemm: str, device: str, monkeypatch:
 @pytest.mark.parametrize("need_x", [False, True])
 def test_b_dec_is_subtracted_and_gets_its_gradient(need_x: bool, dtype: torch.dtype, device: str, slack: float):
     assert_b_dec(dtype, need_x, "cuda", device, slack)
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=lambda c: c.name)
+def test_scale_ranks_features_and_changes_nothing_else(case: Case, dtype: torch.dtype, device: str, slack: float):
+    inputs = {name: t.to(device) for name, t in case.inputs(dtype).items()}
+    assert_scaled(case, inputs, "cuda", slack)
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+def test_scale_is_not_lost_in_our_own_product(restricted: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Whole numbers, and scales that are powers of 2: everything is exact."""
+    chosen = plan.encode
+    monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), gemm="triton", group=16, width=256))
+    x, W, b = (torch.randint(-2, 3, s, device=device).half() for s in ((4, 12), (200, 12), (200,)))
+    scale = 2.0 ** torch.randint(-2, 3, (200,), device=device).half()
+    features = torch.randperm(200)[:100].sort().values.to(device) if restricted else None
+    ours, theirs = (ops.topk_encode(x, W, b, 5, backend, features, scale=scale) for backend in ("cuda", "reference"))
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "triton"])

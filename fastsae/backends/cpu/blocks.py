@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastsae.backends.cpu.memory import workspace
 
 PRE_ACTIVATION_BYTES = 256 * 2**20
 # A block of pre-activations this wide is still in cache when its group maxima are taken, and MKL writes it faster.
@@ -37,17 +40,39 @@ class Encoder(NamedTuple):
     W_enc: Tensor
     b_enc: Tensor
     features: Tensor | None
+    scale: Tensor | None = None
+    """(d_sae): features are ranked by scale times their pre-activation."""
 
     @property
     def d_sae(self) -> int:
         return len(self.W_enc if self.features is None else self.features)
 
-    def block(self, i: int) -> tuple[Tensor, Tensor]:
-        """W_enc and b_enc of the i-th block; the last one may be narrower than the others."""
+    def block(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W_enc, b_enc and scale of the i-th block; the last one may be narrower than the others."""
         width = block_width(self.d_sae)
         part = slice(i * width, min((i + 1) * width, self.d_sae))
         rows = part if self.features is None else self.features[part]
-        return self.W_enc[rows], self.b_enc[rows]
+        return self.W_enc[rows], self.b_enc[rows], None if self.scale is None else self.scale[rows]
+
+    def scaled_block(self, i: int) -> tuple[Tensor, Tensor]:
+        """W_enc and b_enc of the i-th block, multiplied by scale."""
+        W, b, scale = self.block(i)
+        if scale is None:
+            return W, b
+        scaled = workspace("scaled_W", (block_width(self.d_sae), W.shape[1]), W.dtype)[: len(W)]
+        return torch.mul(W, scale.unsqueeze(1), out=scaled), b * scale
+
+    def pre_activations(self, dots: Tensor, ids: Tensor) -> Tensor:
+        """Pre-activations of the competitors `ids`, scaled, from their inner products with rows of W_enc."""
+        features = self.name(ids)
+        pre = dots + self.b_enc[features]
+        return pre if self.scale is None else pre * self.scale[features]
+
+    def unscaled(self, values: Tensor, ids: Tensor) -> Tensor:
+        """What was ranked as what it is without scale."""
+        if self.scale is None:
+            return values
+        return torch.where(values == 0, values, values / self.scale[self.name(ids)])
 
     def name(self, ids: Tensor) -> Tensor:
         """The features of W_enc that competed under the numbers `ids`."""

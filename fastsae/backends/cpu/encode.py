@@ -15,11 +15,11 @@ from fastsae.code import feature_order
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, features: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See reference.topk_encode. Holds one chunk of rows of pre-activations, or of their bounds, at a time."""
     x = x.contiguous()
-    encoder = Encoder(W_enc, b_enc, features)
+    encoder = Encoder(W_enc, b_enc, features, scale)
     values = x.new_empty(len(x), k)
     ids = torch.empty(len(x), k, dtype=torch.int64)
     if len(x) == 0:
@@ -36,7 +36,7 @@ def topk_encode(
     for chunk in left.split(rows_held(len(x), encoder.d_sae, x.dtype.itemsize)) if len(left) else ():
         blocks, maxima = _pre_activations(x[chunk], encoder, group)
         values[chunk], ids[chunk] = select(blocks, maxima, torch.arange(len(chunk)), k, group)
-    return values, encoder.name(ids)
+    return encoder.unscaled(values, ids), encoder.name(ids)
 
 
 class Plan(NamedTuple):
@@ -60,13 +60,15 @@ def plan(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> Plan:
 
 
 def _pre_activations(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor]:
-    """x @ W_enc.T + b_enc by blocks of features, (n_blocks, B, width), and the maximum of each group of features."""
+    """x @ W_enc.T + b_enc, scaled, by blocks of features, (n_blocks, B, width), and the maximum of each group of features."""
     rows, width, count = len(x), block_width(encoder.d_sae), n_blocks(encoder.d_sae)
     blocks = workspace("pre-activations", (count, rows, width), x.dtype)
     maxima = x.new_empty(rows, count, width // group if group > 1 else 0)
     for i in range(count):
-        weight, bias = encoder.block(i)
+        weight, bias, scale = encoder.block(i)
         torch.addmm(bias, x, weight.T, out=blocks[i, :, : len(bias)])
+        if scale is not None:
+            blocks[i, :, : len(bias)] *= scale
         blocks[i, :, len(bias) :] = -torch.inf  # past d_sae: ranked after every real feature
         if group > 1:
             torch.amax(blocks[i].view(rows, -1, group), dim=2, out=maxima[:, i])

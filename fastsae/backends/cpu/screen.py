@@ -77,7 +77,7 @@ def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
 def _strongest_in_fp32(x: Tensor, encoder: Encoder, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     features = encoder.name(ids)
     dots = gathered_dot(feature_order(features, len(encoder.W_enc)), x, encoder.W_enc)
-    return strongest(dots.view_as(ids) + encoder.b_enc[features], ids, k)
+    return strongest(encoder.pre_activations(dots.view_as(ids), ids), ids, k)
 
 
 def _ceiling(bound: Tensor, x: Tensor, largest_norm: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
     difference = workspace("screened_difference", (width, d_in), torch.float32)
     largest_norm = torch.zeros(())
     for i in range(count):
-        W, b = encoder.block(i)
+        W, b = encoder.scaled_block(i)
         n = len(W)
         low_W[:n, :d_in] = W
         torch.sub(difference[:n].copy_(low_W[:n, :d_in]), W, out=difference[:n])

@@ -1,0 +1,53 @@
+"""fastsae's architectures in SAELens: its runners train, checkpoint, resume, export and evaluate them.
+
+    from fastsae.integrations import sae_lens as fast
+    fast.register()
+    cfg = fast.FastTopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)      # or FastJointTrainingSAEConfig
+    LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=cfg, ...)).run()
+"""
+
+try:
+    import sae_lens as _package  # noqa: F401  # so that what is missing is said in one line
+except ImportError as error:
+    raise ImportError(f"fastsae.integrations.sae_lens needs SAELens ({error}): pip install sae-lens") from error
+
+from sae_lens import register_sae_class, register_sae_training_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+from fastsae.integrations.sae_lens.joint import (
+    FastJointSAE,
+    FastJointSAEConfig,
+    FastJointTrainingSAE,
+    FastJointTrainingSAEConfig,
+)
+from fastsae.integrations.sae_lens.topk import (
+    FastTopKSAE,
+    FastTopKSAEConfig,
+    FastTopKTrainingSAE,
+    FastTopKTrainingSAEConfig,
+)
+
+__all__ = [
+    "FastJointSAE",
+    "FastJointSAEConfig",
+    "FastJointTrainingSAE",
+    "FastJointTrainingSAEConfig",
+    "FastTopKSAE",
+    "FastTopKSAEConfig",
+    "FastTopKTrainingSAE",
+    "FastTopKTrainingSAEConfig",
+    "register",
+]
+
+
+def register() -> None:
+    """Make "fastsae_topk" and "fastsae_joint" known to SAELens, for training and for loading. Any number of times."""
+    for sae, config in ((FastTopKSAE, FastTopKSAEConfig), (FastJointSAE, FastJointSAEConfig)):
+        if config.architecture() not in SAE_CLASS_REGISTRY:
+            register_sae_class(config.architecture(), sae, config)
+    for sae, config in (
+        (FastTopKTrainingSAE, FastTopKTrainingSAEConfig),
+        (FastJointTrainingSAE, FastJointTrainingSAEConfig),
+    ):
+        if config.architecture() not in SAE_TRAINING_CLASS_REGISTRY:
+            register_sae_training_class(config.architecture(), sae, config)

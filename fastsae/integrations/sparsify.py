@@ -1,0 +1,101 @@
+"""fastsae in EleutherAI's sparsify: inside `with accelerate():` its Trainer makes SparseCoders that train by fastsae.
+
+    from fastsae.integrations.sparsify import accelerate
+    with accelerate():
+        Trainer(TrainConfig(SparseCoderConfig(k=32), ...), dataset, model).fit()
+
+Nothing stays patched after the block; checkpoints are sparsify's own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import sparsify.trainer as trainer
+    from sparsify import SparseCoder
+    from sparsify.sparse_coder import ForwardOutput
+except ImportError as error:
+    raise ImportError(f"fastsae.integrations.sparsify needs sparsify ({error}): pip install eai-sparsify") from error
+
+from fastsae import ops
+
+__all__ = ["FastSparseCoder", "accelerate"]
+
+
+class FastSparseCoder(SparseCoder):
+    """sparsify's SparseCoder, whose forward never holds a (batch, num_latents) tensor. The same losses; gradients differ
+    where the stock module's are not those of its loss:
+
+    - the encoder's part of AuxK and Multi-TopK is there (stock drops it),
+    - a latent selected with an activation of 0, because fewer than k are positive, gets none (stock gives it one).
+    """
+
+    def __init__(self, d_in: int, cfg: Any, *args: Any, **options: Any) -> None:
+        if cfg.activation != "topk":
+            raise ValueError(
+                f"FastSparseCoder: activation {cfg.activation!r} is not supported, only 'topk'; train it outside of "
+                "accelerate()"
+            )
+        super().__init__(d_in, cfg, *args, **options)
+
+    @torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_bf16_supported())  # as the stock module's
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        dead_mask: Tensor | None = None,
+        total_variance: Tensor | None = None,
+    ) -> ForwardOutput:
+        y = x if y is None else y
+        k, x = self.cfg.k, x.to(self.dtype)
+        found = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
+        values, indices = self._topk(x, found)
+        top_acts, top_indices = values[:, :k], indices[:, :k]
+        sae_out = self._decoded(top_acts, top_indices) + self.b_dec
+        if self.W_skip is not None:
+            sae_out = sae_out + x @ self.W_skip.mT
+        error = y - sae_out
+        if total_variance is None:
+            total_variance = (y - y.mean(0)).pow(2).sum()
+        multi_topk_fvu = sae_out.new_tensor(0.0)
+        if self.cfg.multi_topk:
+            multi_topk_fvu = (self._decoded(values, indices) + self.b_dec - y).pow(2).sum() / total_variance
+        return ForwardOutput(
+            sae_out,
+            top_acts,
+            top_indices,
+            error.pow(2).sum() / total_variance,
+            self._auxk_loss(x, error.detach(), dead_mask) / total_variance,
+            multi_topk_fvu,
+        )
+
+    def _topk(self, x: Tensor, k: int, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        b_dec = None if self.cfg.transcode else self.b_dec
+        return ops.topk_encode(x, self.encoder.weight, self.encoder.bias, k, features=features, b_dec=b_dec)
+
+    def _decoded(self, values: Tensor, indices: Tensor) -> Tensor:
+        return ops.sparse_decode(values.contiguous(), indices.contiguous(), self.W_dec)
+
+    def _auxk_loss(self, x: Tensor, error: Tensor, dead_mask: Tensor | None) -> Tensor:
+        dead = None if dead_mask is None else dead_mask.nonzero().squeeze(1)
+        if dead is None or len(dead) == 0:
+            return error.new_tensor(0.0)
+        heuristic = error.shape[-1] // 2
+        e_hat = self._decoded(*self._topk(x, min(heuristic, len(dead)), dead))
+        return min(len(dead) / heuristic, 1.0) * (e_hat - error).pow(2).sum()
+
+
+@contextmanager
+def accelerate() -> Iterator[None]:
+    """Have sparsify's Trainer make FastSparseCoders; those that are made go on to be fast after the block."""
+    stock = trainer.SparseCoder
+    trainer.SparseCoder = FastSparseCoder  # type: ignore[misc]  # what Trainer calls
+    try:
+        yield
+    finally:
+        trainer.SparseCoder = stock  # type: ignore[misc]
