@@ -1,4 +1,4 @@
-"""The command line: fastsae demo | train | eval | analyze | report | study | plan."""
+"""The command line: fastsae demo | train | eval | analyze | report | study | plan | convert."""
 
 import dataclasses
 import shutil
@@ -14,6 +14,7 @@ from fastsae import experiment, files, planner, report
 from fastsae.activations import TokenWindows
 from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, StudyConfig, TopKSAEConfig, TrainerConfig
 from fastsae.evaluate import Behavior, Reconstruction, behavior, record, top_features
+from fastsae.integrations import convert as forms
 from fastsae.modules import SparseAutoencoder
 from fastsae.study import page, run_study
 
@@ -46,6 +47,7 @@ def main() -> None:
         "report": html_report,
         "study": study,
         "plan": plan,
+        "convert": convert,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
@@ -221,6 +223,19 @@ def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100
     }
     _say(report.table([{"memory": name, "MiB": f"{size / 2**20:,.0f}"} for name, size in held.items()]), "")
     _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
+
+
+def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:
+    """Write an SAE in the form of another package. Which package wrote SOURCE is found out.
+
+    Args:
+        source: A folder with an SAE of fastsae (or a run_dir), SAELens, dictionary_learning or sparsify, or a file of
+            OpenAI's sparse_autoencoder.
+        target: Where to write; a file for openai, a folder for the others.
+        to: The form to write.
+    """
+    notes = forms.convert(source, target, to)
+    _say(f"{source} ({forms.detect(source)}) -> {target} ({to})", *notes)
 
 
 def demo(

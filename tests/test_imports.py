@@ -18,7 +18,7 @@ LAYERS = [
     {"activations", "lm"},
     {"evaluate"},
     {"provenance"},
-    {"experiment"},
+    {"experiment", "integrations"},
     {"study"},
     {"cli"},
 ]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastsae import JointSAE, SparseCode, files
 from fastsae.config import JointSAEConfig, from_dict, to_dict
+from fastsae.integrations.convert.dictionary_learning import JOINT
 from fastsae.integrations.dictionary_learning.steps import Step
 
-DICT_CLASS = "fastsae.JointSAE"
 
 
 class JointDictionary(Dictionary):
@@ -55,9 +55,9 @@ class JointDictionary(Dictionary):
         if config is None:
             raise FileNotFoundError(f"{path}: there is no config.json beside it, which says what the weights are")
         trainer = files.read_json(config)["trainer"]
-        if trainer.get("dict_class") != DICT_CLASS:
+        if trainer.get("dict_class") != JOINT:
             raise ValueError(
-                f"{config} is of a {trainer.get('dict_class')}, not of a {DICT_CLASS}; dictionary_learning loads it"
+                f"{config} is of a {trainer.get('dict_class')}, not of a {JOINT}; dictionary_learning loads it"
             )
         made = cls(JointSAE(**to_dict(from_dict(JointSAEConfig, trainer["sae"])), device="meta"))
         made.load_state_dict(torch.load(path, map_location=device or "cpu", weights_only=True), assign=True)
@@ -138,7 +138,7 @@ class JointTrainer(SAETrainer):
     def config(self) -> dict[str, Any]:
         return {
             "trainer_class": "JointTrainer",
-            "dict_class": DICT_CLASS,
+            "dict_class": JOINT,
             "sae": to_dict(self.ae.sae.config),
             "lr": self.lr,
             "steps": self.steps,

@@ -41,6 +41,8 @@ class AutoEncoderTopK(stock.AutoEncoderTopK):
     def __init__(self, activation_dim: int, dict_size: int, k: int) -> None:
         super().__init__(activation_dim, dict_size, k)
         self.decoder = _Decoder(self.decoder.weight.data.T.contiguous())
+        # The stock class leaves it with the strides of a transpose.
+        self.encoder.weight.data = self.encoder.weight.data.contiguous()
 
 
 class TopKTrainer(stock.TopKTrainer):

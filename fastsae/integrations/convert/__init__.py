@@ -1,0 +1,62 @@
+"""SAEs in the files of SAELens, dictionary_learning, sparsify and OpenAI's sparse_autoencoder, both ways.
+
+    from fastsae.integrations import convert
+    sae = convert.read("their/folder")                    # a TopKSAE or JointSAE, whichever package wrote it
+    convert.convert("runs/topk", "for_saelens", "sae_lens")
+
+Files are read as tensors and JSON; nothing is unpickled, and none of the packages is needed.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from fastsae.integrations.convert import dictionary_learning, native, openai, sae_lens, sparsify
+from fastsae.integrations.convert.form import Converted, in_raw_space
+from fastsae.modules import SparseAutoencoder
+
+Format = Literal["fastsae", "sae_lens", "dictionary_learning", "sparsify", "openai"]
+FORMATS = {
+    "fastsae": native,
+    "sae_lens": sae_lens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "openai": openai,
+}
+
+__all__ = ["FORMATS", "Format", "convert", "detect", "read"]
+
+
+def detect(source: str | Path) -> Format:
+    """Which package wrote `source`. Raises FileNotFoundError if there is nothing, ValueError if it is of none."""
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    for name, form in FORMATS.items():
+        if form.written(source):
+            return name  # type: ignore[return-value]  # a key of FORMATS
+    expected = "; ".join(f"{name}: {form.FILES}" for name, form in FORMATS.items())
+    raise ValueError(f"{source} holds no SAE in a known form. Expected one of {expected}.")
+
+
+def read(source: str | Path) -> SparseAutoencoder:
+    """The SAE in `source`, whatever package wrote it, on the CPU and in eval mode."""
+    return _read(Path(source)).sae.eval()
+
+
+def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
+    """Write the SAE in `source` to `target` in another package's form; returns what a user must know about it.
+
+    Stored normalisation is folded into the weights, except into "fastsae": the SAE takes and gives raw activations.
+    Raises FileExistsError if there is something in `target`, ValueError if a form cannot hold the SAE.
+    """
+    source, target = Path(source), Path(target)
+    found = _read(source)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(f"convert: {target} holds something already; choose another target")
+    if to != "fastsae":
+        found = Converted(in_raw_space(found.sae), found.metadata, found.notes)
+    return found.notes + FORMATS[to].write(found, target)
+
+
+def _read(source: Path) -> Converted:
+    return FORMATS[detect(source)].read(source)

@@ -1,0 +1,62 @@
+"""dictionary_learning: ae.pt and config.json, of its TopKTrainer or of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae import files
+from fastsae.config import JointSAEConfig, from_dict, to_dict
+from fastsae.integrations.convert.form import Converted, expect, loaded, read_pickled, topk, topk_only, write_pickled
+from fastsae.modules import JointSAE
+
+FILES = "ae.pt, with config.json beside it"
+# What JointTrainer writes for dict_class.
+JOINT = "fastsae.JointSAE"
+
+
+def written(source: Path) -> bool:
+    return (source / "ae.pt").is_file()
+
+
+def read(source: Path) -> Converted:
+    path, config = source / "ae.pt", source / "config.json"
+    trainer = files.read_json(config).get("trainer", {}) if config.is_file() else {}
+    weights, kind = read_pickled(path), trainer.get("dict_class", "AutoEncoderTopK")
+    names = {"lm_name": "model_name", "submodule_name": "hook_name"}
+    metadata = {theirs: trainer[ours] for ours, theirs in names.items() if trainer.get(ours)}
+    if kind == JOINT:
+        sae = JointSAE(**to_dict(from_dict(JointSAEConfig, trainer["sae"])), device="meta")
+        prefix = "sae."
+        parameters = {n.removeprefix(prefix): t for n, t in weights.items() if not n.startswith(f"{prefix}normalizer.")}
+        return Converted(loaded(sae, parameters), metadata)
+    if kind != "AutoEncoderTopK":
+        raise ValueError(f"{config} is of a {kind}; expected AutoEncoderTopK (or {JOINT}, of our JointTrainer)")
+    W_enc, b_enc, W_dec, b_dec, k = expect(
+        path, weights, ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k")
+    )
+    return Converted(topk(int(k), W_enc, b_enc, W_dec.T, b_dec), metadata)
+
+
+def write(found: Converted, target: Path) -> list[str]:
+    k, w = topk_only(found.sae, "dictionary_learning")
+    state = {
+        "b_dec": w["b_dec"],
+        "k": torch.tensor(k, dtype=torch.int32),
+        "threshold": torch.tensor(-1.0),  # none was measured
+        "decoder.weight": w["W_dec"].T.contiguous(),
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+    }
+    trainer: dict[str, Any] = {
+        "trainer_class": "TopKTrainer",
+        "dict_class": "AutoEncoderTopK",
+        "activation_dim": found.sae.d_in,
+        "dict_size": found.sae.d_sae,
+        "k": k,
+        "lm_name": found.metadata.get("model_name"),
+        "submodule_name": found.metadata.get("hook_name"),
+    }
+    write_pickled(target / "ae.pt", state)
+    files.write_json(target / "config.json", {"trainer": trainer})
+    return []

@@ -1,0 +1,108 @@
+"""What every form is read to and written from, and the steps they share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import files
+from fastsae.config import to_dict
+from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An SAE on its way from one form to another."""
+
+    sae: SparseAutoencoder
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Of the activations, under SAELens' names: model_name, hook_name, ..."""
+    notes: list[str] = field(default_factory=list)
+    """What does not show in the files."""
+
+
+def topk(k: int, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> TopKSAE:
+    """A TopKSAE of these weights, W_enc and W_dec (d_sae, d_in). Raises ValueError if they do not fit one another."""
+    weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    d_sae, d_in = W_enc.shape
+    sae = TopKSAE(d_in, d_sae, k, device="meta", dtype=W_enc.dtype)
+    return loaded(sae, weights)
+
+
+def loaded(sae: Any, weights: dict[str, Tensor]) -> Any:
+    """`sae` with these weights and no normalisation, on the CPU."""
+    d_in = sae.d_in
+    precise = torch.promote_types(sae.W_enc.dtype, torch.float32)
+    statistics = {
+        "normalizer.mean": torch.zeros(d_in, dtype=precise),
+        "normalizer.scale": torch.ones(d_in, dtype=precise),
+    }
+    own = {name: t.detach().to(sae.W_enc.dtype).contiguous().clone() for name, t in weights.items()}
+    try:
+        sae.load_state_dict(own | statistics, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"convert: the weights do not fit one another: {error}") from error
+    return sae.eval()
+
+
+@torch.no_grad()
+def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The same function of raw activations without a normaliser: statistics are folded into the weights.
+
+    With x' = (x - mean) / scale:  W_enc x' = (W_enc / scale) (x - mean),  and what lies in the output is scaled back.
+    """
+    mean, scale = (t.double() for t in (sae.normalizer.mean, sae.normalizer.scale))
+    shift = bool((mean != 0).any())
+    weights = {name: p.double() for name, p in sae.named_parameters()}
+    weights["W_enc"] = weights["W_enc"] / scale
+    if sae.config.pre_bias or shift:
+        weights["b_dec"] = weights.get("b_dec", torch.zeros_like(mean)) * scale + mean
+    for name in ("W_dec", "W_lin", "b_lin", "b2"):
+        if name in weights:
+            weights[name] = weights[name] * scale
+    if "W2" in weights:
+        weights["W2"] = weights["W2"] * scale.unsqueeze(1)
+    options = to_dict(sae.config) | {"pre_bias": sae.config.pre_bias or shift}
+    plain = TopKSAE if isinstance(sae, TopKSAE) else JointSAE
+    return loaded(plain(**options, device="meta", dtype=sae.W_enc.dtype), weights)
+
+
+def topk_only(sae: SparseAutoencoder, form: str) -> tuple[int, dict[str, Tensor]]:
+    """k and the weights of a TopKSAE, b_dec among them. Raises ValueError for an SAE that `form` cannot hold."""
+    if not isinstance(sae, TopKSAE):
+        raise ValueError(
+            f"convert: {form} has no place for the integration of a {type(sae).__name__}, and without it the SAE would "
+            "be another one. Forms that hold it: fastsae, sae_lens."
+        )
+    weights = {name: p.detach() for name, p in sae.named_parameters()}
+    weights.setdefault("b_dec", torch.zeros(sae.d_in, dtype=sae.W_enc.dtype))
+    return sae.k, weights
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """A torch.save file of tensors and plain values. Nothing else in it is executed: it is refused."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises as many kinds as there are ways to be damaged
+        raise ValueError(
+            f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is not run"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected weights by name; got {type(found).__name__}")
+    return found
+
+
+def write_pickled(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(path, lambda p: torch.save(values, p))
+
+
+def expect(where: Path, values: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """The values of these names. Raises ValueError naming the ones that are missing."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(map(str, values))}")
+    return [values[name] for name in names]
+

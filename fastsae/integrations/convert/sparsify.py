@@ -1,0 +1,43 @@
+"""EleutherAI's sparsify: cfg.json and sae.safetensors."""
+
+from pathlib import Path
+
+from fastsae import files
+from fastsae.integrations.convert.form import Converted, expect, topk, topk_only
+
+FILES = "cfg.json and sae.safetensors"
+
+
+def written(source: Path) -> bool:
+    return (source / "cfg.json").is_file() and (source / "sae.safetensors").is_file()
+
+
+def read(source: Path) -> Converted:
+    path = source / "cfg.json"
+    cfg, weights = files.read_json(path), files.read_tensors(source / "sae.safetensors")
+    for option, only in (("transcode", False), ("skip_connection", False), ("activation", "topk")):
+        if cfg.get(option, only) != only:
+            raise ValueError(f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted")
+    (k,) = expect(path, cfg, ("k",))
+    found = expect(source / "sae.safetensors", weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
+    return Converted(topk(int(k), *found))
+
+
+def write(found: Converted, target: Path) -> list[str]:
+    k, w = topk_only(found.sae, "sparsify")
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, found.sae.d_sae // found.sae.d_in),
+        "normalize_decoder": False,  # rows of W_dec have the norm they have
+        "num_latents": found.sae.d_sae,
+        "k": k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": found.sae.d_in,
+    }
+    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    target.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(target / "sae.safetensors", tensors)
+    files.write_json(target / "cfg.json", cfg)
+    return []
