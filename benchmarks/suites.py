@@ -22,6 +22,10 @@ class Suite:
     trained: Shape
     """The shape of the training runs that compare losses; D is the width of the embedded model."""
     train_steps: int
+    trainers: tuple[str, ...]
+    """Shapes at which the loops of other packages' trainers are timed."""
+    trainer_steps: int
+    """Iterations of them, beside the first ones."""
     harvested: int
     """Tokens harvested for a store."""
 
@@ -35,6 +39,8 @@ SUITES = {
         series={"M": (256, 512), "K": (4, 8), "B": (32, 64), "D": (16, 32)},
         trained=Shape("trained", B=64, D=256, M=512, K=8, N=4, E=16),
         train_steps=20,
+        trainers=("smoke",),
+        trainer_steps=3,
         harvested=5_000,
     ),
     "cpu": Suite(
@@ -50,6 +56,8 @@ SUITES = {
         },
         trained=Shape("trained", B=256, D=256, M=2048, K=32, N=16, E=64),
         train_steps=80,
+        trainers=("laptop",),
+        trainer_steps=6,
         harvested=100_000,
     ),
 }

@@ -114,9 +114,7 @@ def test_scale_ranks_features_and_changes_nothing_else(case: Case, dtype: torch.
 def test_scaled_features_are_those_of_the_reference(restricted: bool):
     x, W, b, scale = torch.randn(6, 16), torch.randn(5000, 16), torch.randn(5000), torch.rand(5000)
     features = torch.randperm(5000)[:900].sort().values if restricted else None
-    ours, theirs = (
-        ops.topk_encode(x, W, b, 9, backend, features, scale=scale)[1] for backend in ("cpu", "reference")
-    )
+    ours, theirs = (ops.topk_encode(x, W, b, 9, backend, features, scale=scale)[1] for backend in ("cpu", "reference"))
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, ops.topk_encode(x, W, b, 9, "cpu", features)[1])
 

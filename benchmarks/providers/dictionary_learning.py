@@ -22,7 +22,7 @@ class DictionaryLearning(Provider):
     transposed = ("W_dec",)
 
     def __init__(self, shape: Shape, place: Place) -> None:
-        self.theirs = _import_trainer()
+        self.theirs = without_nnsight("dictionary_learning.trainers.top_k")
         self.version, self.count, self.place = version("dictionary-learning"), 1, place
         self.trainer = self.theirs.TopKTrainer(
             steps=10**9,
@@ -75,15 +75,15 @@ class DictionaryLearning(Provider):
         return {NAMES[name]: p for name, p in self.ae.named_parameters()}
 
 
-def _import_trainer() -> ModuleType:
-    """Its top_k module, without nnsight: only its buffers need that, and 0.3 breaks torch.compile by being imported."""
+def without_nnsight(module: str) -> ModuleType:
+    """A module of its, without nnsight: only its buffers need that, and 0.3 breaks torch.compile by being imported."""
     stub = ModuleType("nnsight")
     stub.LanguageModel = None  # type: ignore[attr-defined]
     absent = "nnsight" not in sys.modules
     if absent:
         sys.modules["nnsight"] = stub
     try:
-        return importlib.import_module("dictionary_learning.trainers.top_k")
+        return importlib.import_module(module)
     except Exception as error:
         raise Missing(f"cannot be imported ({type(error).__name__}: {error})") from error
     finally:

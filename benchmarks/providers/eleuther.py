@@ -12,6 +12,12 @@ from benchmarks.outcomes import Missing
 from benchmarks.place import Place
 from benchmarks.providers.base import LR, Provider, weights
 
+
+def without_triton() -> None:
+    """Before it is imported: without a GPU its Triton decoder is chosen, and fails."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 
 
@@ -20,7 +26,7 @@ class Sparsify(Provider):
 
     def __init__(self, shape: Shape, place: Place, unit_norm: bool = True) -> None:
         if not place.on_gpu:
-            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # without a GPU its Triton decoder is chosen, and fails
+            without_triton()
         try:
             from sparsify import SparseCoder, SparseCoderConfig
         except Exception as error:  # importing Triton code may fail in many ways

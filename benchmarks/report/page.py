@@ -32,6 +32,13 @@ all of it as the provider's users run it, and not the sum.
 - **SAELens** runs with `rescale_acts_by_decoder_norm` off (decoder rows have norm 1 at the start) and fused Adam."""
 
 
+INSIDE = """\
+Each package's own loop, its options as it ships them, with its TopK SAE in it and with ours from the same weights on
+the same batches (losses agree to 0.1 %). *times as fast* is the ratio of the / bare GEMM columns; *outside the SAE* is
+the share of an iteration that is neither forward nor backward of the SAE: clipping, optimizer, bookkeeping. sparsify
+runs on a model that does nothing but hand over activations."""
+
+
 def page(found: dict[str, Results]) -> str:
     """docs/benchmarks.md: everything that is committed."""
     parts = ["# Benchmarks", f"Made by `python -m benchmarks.report` from `{RESULTS}/`; edits are lost.", HOW_TO_READ]
@@ -62,6 +69,8 @@ def _of_cpu(name: str, results: Results) -> list[str]:
         parts.append(_picture(name, "memory", "peak memory of a step over batch rows and d_sae"))
     if "quality" in drawn:
         parts += ["### Quality", *tables.quality(results), _picture(name, "quality", "FVU over steps")]
+    for shape_name in unique(r["shape"] for r in select(results, "trainer")):
+        parts += [f"### Inside other trainers, shape `{shape_name}`", INSIDE, tables.trainers(results, shape_name)]
     for row in select(results, "harvest"):
         parts += [
             "### Harvest",

@@ -19,6 +19,7 @@ ABOUT = {
     "op": ("op", "direction", "shape", "provider"),
     "scaling": ("axis", "size", "shape", "provider", "architecture"),
     "quality": ("provider", "architecture", "recipe", "shape", "order"),
+    "trainer": ("trainer", "who", "shape"),
     "harvest": ("tokens", "d_in"),
 }
 MEASURED = {
@@ -28,6 +29,7 @@ MEASURED = {
     "op": ("error", *TIMES),
     "scaling": TIMES,
     "quality": ("fvu", "final"),
+    "trainer": ("version", "rows_per_second", "sae_median", "gemm_seconds", *TIMES),
     "harvest": TIMES,
 }
 

@@ -136,12 +136,37 @@ def quality(results: Results) -> list[str]:
     ]
 
 
+WHO = {"stock": "its own TopK SAE", "topk": "**fastsae TopK**", "joint": "**fastsae joint**"}
+
+
+def trainers(results: Results, shape: str) -> str:
+    """Loops of other packages at one shape, with their SAE in them and with ours."""
+    rows, body = select(results, "trainer", shape=shape), []
+    for row in rows:
+        stock = next((r for r in rows if r["trainer"] == row["trainer"] and r["who"] == "stock"), None)
+        gain = over_gemm(stock) / over_gemm(row) if stock else None
+        body.append(
+            [
+                f"{row['trainer']} ({row['version']})",
+                WHO[row["who"]],
+                figures(row["median"]),
+                spread(row),
+                figures(row["rows_per_second"]),
+                f"{over_gemm(row):.2f}",
+                f"{gain:.2f}" if gain else "",
+                f"{1 - row['sae_median'] / row['median']:.0%}",
+            ]
+        )
+    header = ["trainer", "SAE", "seconds an iteration", "spread (min to max)", "rows/s", "/ bare GEMM"]
+    return markdown([*header, "times as fast", "outside the SAE"], body, words=2)
+
+
 def missing(results: Results) -> list[str]:
     """Who could not be measured, why, and in which benchmarks."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in results["rows"]:
         if "missing" in row:
-            who = row.get("provider", row["benchmark"])
+            who = row.get("provider") or row.get("trainer", row["benchmark"])
             where.setdefault((who, " ".join(row["missing"].split())), []).append(row["benchmark"])
     lines = [f"- {who}: {why} ({', '.join(unique(them))})" for (who, why), them in where.items()]
     return ["### Missing", "\n".join(lines)] if lines else []

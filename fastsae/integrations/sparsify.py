@@ -7,6 +7,9 @@
 Nothing stays patched after the block; checkpoints are sparsify's own.
 """
 
+# These classes take the place of others, whose types are narrower than their use.
+# pyright: basic
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,9 +30,9 @@ __all__ = ["FastSparseCoder", "accelerate"]
 
 
 class FastSparseCoder(SparseCoder):
-    """sparsify's SparseCoder, whose forward never holds a (batch, num_latents) tensor. The same losses; gradients differ
-    where the stock module's are not those of its loss:
+    """sparsify's SparseCoder, whose forward never holds a (batch, num_latents) tensor.
 
+    The same losses. Gradients differ where the stock module's are not those of its loss:
     - the encoder's part of AuxK and Multi-TopK is there (stock drops it),
     - a latent selected with an activation of 0, because fewer than k are positive, gets none (stock gives it one).
     """
@@ -79,6 +82,8 @@ class FastSparseCoder(SparseCoder):
         return ops.topk_encode(x, self.encoder.weight, self.encoder.bias, k, features=features, b_dec=b_dec)
 
     def _decoded(self, values: Tensor, indices: Tensor) -> Tensor:
+        if self.W_dec is None:
+            raise RuntimeError("FastSparseCoder: it was made with decoder=False, and cannot decode")
         return ops.sparse_decode(values.contiguous(), indices.contiguous(), self.W_dec)
 
     def _auxk_loss(self, x: Tensor, error: Tensor, dead_mask: Tensor | None) -> Tensor:

@@ -73,7 +73,7 @@ def assert_alike(ours: TrainingSAE, stock: TrainingSAE) -> None:
         torch.testing.assert_close(getattr(ours, name), getattr(stock, name), rtol=1e-4, atol=1e-6, msg=name)
 
 
-# ---- parity with the stock TopK ---------------------------------------------------------------------------------------
+# ---- parity with the stock TopK ----
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_hook_on_activations_gets_them():
     assert seen == [(B, M)]
 
 
-# ---- nothing dense ----------------------------------------------------------------------------------------------------
+# ---- nothing dense ----
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -178,7 +178,7 @@ def test_a_step_holds_nothing_dense(kind, dead):
     assert (len(spy.seen) > 5) if kind == "stock" else (spy.seen == [])
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def test_register_is_idempotent():
@@ -229,7 +229,7 @@ def test_training_resumes_where_it_was(kind, tmp_path):
         assert torch.equal(a, b), name
 
 
-# ---- the joint architecture -------------------------------------------------------------------------------------------
+# ---- the joint architecture ----
 
 
 def test_a_joint_sae_is_ours():
@@ -261,7 +261,10 @@ def test_a_joint_sae_trains_and_is_loaded(tmp_path):
     sae.save_inference_model(tmp_path / "inference")
     sae.save_model(tmp_path / "training")
     (x,) = batches(1)
-    for loaded in (SAE.load_from_disk(tmp_path / "inference"), TrainingSAE.load_from_disk(tmp_path / "training").eval()):
+    for loaded in (
+        SAE.load_from_disk(tmp_path / "inference"),
+        TrainingSAE.load_from_disk(tmp_path / "training").eval(),
+    ):
         assert loaded.n == 4
         assert torch.equal(loaded(x), sae(x))
         assert torch.equal(loaded(x.view(8, -1, D)).view(B, D), sae(x)), "leading dimensions"
@@ -308,7 +311,7 @@ def test_folding_norms_of_a_joint_sae_is_refused():
         fast.FastJointSAE(fast.FastJointSAEConfig(**TOPK)).fold_W_dec_norm()
 
 
-# ---- a language model's runner ----------------------------------------------------------------------------------------
+# ---- a language model's runner ----
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +362,13 @@ def test_the_language_model_runner_trains_checkpoints_and_exports(kind, language
     x = torch.randn(4, 3, D)
     torch.testing.assert_close(exported(x), sae(x), rtol=1e-4, atol=1e-5)
     store = ActivationsStore.from_sae(
-        model, exported, dataset=dataset, streaming=False, store_batch_size_prompts=4, n_batches_in_buffer=4, device="cpu"
+        model,
+        exported,
+        dataset=dataset,
+        streaming=False,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=4,
+        device="cpu",
     )
     scalars, _ = run_evals(
         sae=exported,

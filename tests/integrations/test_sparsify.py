@@ -112,7 +112,7 @@ def test_a_step_holds_nothing_dense(kind, dead):
     assert (spy.seen == []) == (kind is FastSparseCoder)
 
 
-# ---- its Trainer ------------------------------------------------------------------------------------------------------
+# ---- its Trainer ----
 
 
 def trained(fast: bool, folder: Path, resume: bool = False, n: int = 160, **options) -> Trainer:
@@ -164,7 +164,9 @@ def test_weights_are_those_of_the_stock_trainer(options, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "muon"}, ADAM | {"k_decay_steps": 10}], ids=["muon", "k_decay_steps"])
+@pytest.mark.parametrize(
+    "options", [{"optimizer": "muon"}, ADAM | {"k_decay_steps": 10}], ids=["muon", "k_decay_steps"]
+)
 def test_what_cannot_be_equal_trains_as_well(options, tmp_path, monkeypatch):
     """Muon orthogonalises in bf16, and decaying from a large k meets the gradients that differ."""
     losses: dict[bool, list[float]] = {True: [], False: []}

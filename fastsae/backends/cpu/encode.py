@@ -60,7 +60,7 @@ def plan(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> Plan:
 
 
 def _pre_activations(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor]:
-    """x @ W_enc.T + b_enc, scaled, by blocks of features, (n_blocks, B, width), and the maximum of each group of features."""
+    """x @ W_enc.T + b_enc, scaled, by blocks of features (n_blocks, B, width), and the maxima of groups of features."""
     rows, width, count = len(x), block_width(encoder.d_sae), n_blocks(encoder.d_sae)
     blocks = workspace("pre-activations", (count, rows, width), x.dtype)
     maxima = x.new_empty(rows, count, width // group if group > 1 else 0)

@@ -105,4 +105,3 @@ def expect(where: Path, values: dict[str, Any], names: tuple[str, ...]) -> list[
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(map(str, values))}")
     return [values[name] for name in names]
-

@@ -24,8 +24,8 @@ def read(source: Path) -> Converted:
         raise ValueError(f"{source} has the activation {given}; expected TopK followed by ReLU")
     (k,) = expect(source, options, ("k",))
     note = (
-        "OpenAI's TopK SAEs see each token less its mean, over its standard deviation; so does this one, and whoever uses "
-        "it must do that before, and undo it afterwards."
+        "OpenAI's TopK SAEs see each token less its mean, over its standard deviation; so does this one, and whoever "
+        "uses it must do that before, and undo it afterwards."
     )
     return Converted(topk(int(k), W_enc, latent_bias, W_dec.T, pre_bias), notes=[note])
 

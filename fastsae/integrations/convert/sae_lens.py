@@ -25,15 +25,16 @@ def written(source: Path) -> bool:
 def read(source: Path) -> Converted:
     path = source / "cfg.json"
     cfg, weights = files.read_json(path), files.read_tensors(source / "sae_weights.safetensors")
-    architecture, k = expect(path, cfg, ("architecture", "k")) if "k" in cfg else (cfg.get("architecture"), None)
+    architecture = cfg.get("architecture")
     if architecture not in ("topk", "fastsae_topk", "fastsae_joint"):
         raise ValueError(f"{path} is of architecture {architecture!r}; expected topk, fastsae_topk or fastsae_joint")
     for option, only in (("normalize_activations", "none"), ("reshape_activations", "none")):
         if cfg.get(option, only) != only:
             raise ValueError(
-                f"{path} has {option} = {cfg[option]!r}, which happens outside of the weights and would be lost. Export "
-                "the SAE with save_inference_model after training, which folds what can be folded."
+                f"{path} has {option} = {cfg[option]!r}, which happens outside of the weights and would be lost. "
+                "Export the SAE with save_inference_model after training, which folds what can be folded."
             )
+    (k,) = expect(path, cfg, ("k",))
     expect(source / "sae_weights.safetensors", weights, ("W_enc", "b_enc", "W_dec", "b_dec"))
     weights["W_enc"] = weights["W_enc"].T
     if not cfg.get("apply_b_dec_to_input", True):

@@ -17,7 +17,9 @@ def read(source: Path) -> Converted:
     cfg, weights = files.read_json(path), files.read_tensors(source / "sae.safetensors")
     for option, only in (("transcode", False), ("skip_connection", False), ("activation", "topk")):
         if cfg.get(option, only) != only:
-            raise ValueError(f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted")
+            raise ValueError(
+                f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted"
+            )
     (k,) = expect(path, cfg, ("k",))
     found = expect(source / "sae.safetensors", weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     return Converted(topk(int(k), *found))

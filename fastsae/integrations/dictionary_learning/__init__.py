@@ -1,7 +1,7 @@
 """fastsae in dictionary_learning: trainers for its trainSAE.
 
-    from fastsae.integrations.dictionary_learning import TopKTrainer       # or JointTrainer
-    trainSAE(data, [dict(trainer=TopKTrainer, activation_dim=768, dict_size=32768, k=32, steps=10_000, ...)], ...)
+from fastsae.integrations.dictionary_learning import TopKTrainer       # or JointTrainer
+trainSAE(data, [dict(trainer=TopKTrainer, activation_dim=768, dict_size=32768, k=32, steps=10_000, ...)], ...)
 """
 
 try:

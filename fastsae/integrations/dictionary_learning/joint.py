@@ -1,5 +1,8 @@
 """The joint architecture (arXiv 2507.00269) as a dictionary and a trainer of dictionary_learning."""
 
+# These classes take the place of others, whose types are narrower than their use.
+# pyright: basic
+
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,6 @@ from fastsae import JointSAE, SparseCode, files
 from fastsae.config import JointSAEConfig, from_dict, to_dict
 from fastsae.integrations.convert.dictionary_learning import JOINT
 from fastsae.integrations.dictionary_learning.steps import Step
-
 
 
 class JointDictionary(Dictionary):
@@ -42,9 +44,9 @@ class JointDictionary(Dictionary):
         sae = self.sae
         for weight in (sae.b_enc, sae.b_dec, sae.b_lin, sae.W2, sae.b2):
             if weight is not None:
-                weight *= scale
+                weight.mul_(scale)
         if sae.V is not None:
-            sae.V /= scale
+            sae.V.div_(scale)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | None = None, **_: Any) -> "JointDictionary":

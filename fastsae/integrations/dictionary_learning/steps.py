@@ -10,7 +10,7 @@ from fastsae.optim import clip_by_scaling, normalize_rows_, remove_parallel_
 
 
 class Step:
-    """Backward, clipping at 1.0 (dictionary_learning's own, hard-coded), Adam, and unit-norm rows where they are wanted.
+    """Backward, clipping at 1.0 (dictionary_learning's own, hard-coded), Adam, unit-norm rows where they are wanted.
 
     `optimizer` becomes a fused one, which takes the same steps.
     """

@@ -1,9 +1,11 @@
 """dictionary_learning's TopKTrainer, without a dense code: the same weights, losses and files."""
 
+# These classes take the place of others, whose types are narrower than their use.
+# pyright: basic
+
 from collections import namedtuple
 from typing import Any
 
-import torch
 from dictionary_learning.trainers import top_k as stock
 from torch import Tensor, nn
 
@@ -90,14 +92,12 @@ class TopKTrainer(stock.TopKTrainer):
 
     def _auxk_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         """As get_auxiliary_loss, among the rows of dead features alone."""
-        dead = (self.num_tokens_since_fired >= self.dead_feature_threshold).nonzero().squeeze(1)
+        dead = torch.ge(self.num_tokens_since_fired, self.dead_feature_threshold).nonzero().squeeze(1)
         self.dead_features, self.pre_norm_auxk_loss = len(dead), -1
         if len(dead) == 0:
             return x.new_zeros(())
         ae, k = self.ae, min(self.top_k_aux, len(dead))
-        values, indices = ops.topk_encode(
-            x, ae.encoder.weight, ae.encoder.bias, k, features=dead, b_dec=ae.b_dec
-        )
+        values, indices = ops.topk_encode(x, ae.encoder.weight, ae.encoder.bias, k, features=dead, b_dec=ae.b_dec)
         missing = residual - ops.sparse_decode(values, indices, ae.decoder.rows)
         self.pre_norm_auxk_loss = missing.float().pow(2).sum(dim=-1).mean()
         variance = (residual - residual.mean(dim=0)).float().pow(2).sum(dim=-1).mean()

@@ -1,9 +1,9 @@
 """fastsae's architectures in SAELens: its runners train, checkpoint, resume, export and evaluate them.
 
-    from fastsae.integrations import sae_lens as fast
-    fast.register()
-    cfg = fast.FastTopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)      # or FastJointTrainingSAEConfig
-    LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=cfg, ...)).run()
+from fastsae.integrations import sae_lens as fast
+fast.register()
+cfg = fast.FastTopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)      # or FastJointTrainingSAEConfig
+LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=cfg, ...)).run()
 """
 
 try:

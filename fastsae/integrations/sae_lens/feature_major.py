@@ -1,5 +1,8 @@
 """What both architectures share: an encoder with a row per feature, and codes that are never dense."""
 
+# These classes take the place of others, whose types are narrower than their use.
+# pyright: basic
+
 from typing import Any
 
 import torch
@@ -45,6 +48,4 @@ def as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     """A code (B, k) as the sparse (B, d_sae) tensor in which SAELens' trainer counts what fired."""
     rows = torch.arange(len(values), device=values.device).repeat_interleave(values.shape[1])
     places = torch.stack([rows, indices.reshape(-1)])
-    return torch.sparse_coo_tensor(
-        places, values.detach().reshape(-1), (len(values), d_sae), check_invariants=False
-    )
+    return torch.sparse_coo_tensor(places, values.detach().reshape(-1), (len(values), d_sae), check_invariants=False)

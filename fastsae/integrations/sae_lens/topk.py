@@ -1,5 +1,8 @@
 """SAELens' TopK SAE, trained without a dense code: the same weights, losses and files."""
 
+# These classes take the place of others, whose types are narrower than their use.
+# pyright: basic
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +60,9 @@ class FastTopKTrainingSAE(FeatureMajorEncoder, TopKTrainingSAE):
         self.W_enc_rows = nn.Parameter(stock.W_enc.data.T.contiguous())
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if any(hook._forward_hooks or hook._backward_hooks for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)):
+        if any(
+            hook._forward_hooks or hook._backward_hooks for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)
+        ):
             return super().training_forward_pass(step_input)
         x, target = prepared(self, step_input.sae_in), step_input.sae_in
         # The norms only rank: what they multiply before the selection is divided by them in the decoder.
@@ -100,7 +105,7 @@ class FastTopKTrainingSAE(FeatureMajorEncoder, TopKTrainingSAE):
 def _strongest_dead(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, dead: Tensor, scale: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Of the features `dead` (n,) the k with the largest pre-activations, which may be negative: values, indices (B, k)."""
+    """Of the features `dead` (n,) the k largest pre-activations, which may be negative: values, indices (B, k)."""
     if choose("auto", x.device, x.dtype) == "reference":  # autograd does all of it
         pre = torch.addmm(b_enc[dead], x if b_dec is None else x - b_dec, W_enc[dead].T)
         places = (pre if scale is None else pre * scale[dead]).topk(k, sorted=False).indices
