@@ -21,7 +21,7 @@ check: .venv/dev      ## what a change must pass: format, lint, types, tests
 	$(BIN)/pyright
 	$(MAKE) test
 
-bench: .venv/peers    ## measure this machine's CPU beside the peers: benchmarks/results/, tables and plots
+bench: .venv/dev      ## measure this machine's CPU beside the peers: benchmarks/results/, tables and plots
 	$(BIN)/pytest benchmarks --suite cpu --results
 	$(BIN)/python -m benchmarks.report
 
@@ -30,7 +30,7 @@ ifeq ($(origin PYTHON),command line)
 gpu:                  ## correctness and speed on an NVIDIA GPU
 	$(PYTHON) -m benchmarks.gpu
 else
-gpu: .venv/peers
+gpu: .venv/dev
 	$(BIN)/python -m benchmarks.gpu
 endif
 
@@ -42,13 +42,12 @@ clean:
 	touch $@
 
 # One stamp per set of extras; a changed constraint or dependency installs again.
-.venv/lab .venv/dev .venv/peers: .venv/%: .venv/pip constraints.txt pyproject.toml
+.venv/lab .venv/dev: .venv/%: .venv/pip constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS_$*)]"
 	$(AFTER_$*)
 	touch $@
 
 EXTRAS_lab := lab
 EXTRAS_dev := dev
-EXTRAS_peers := dev,peers
 # It pins an nnsight that pins much else, and that its trainers do not need.
-AFTER_peers := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps dictionary-learning
+AFTER_dev := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps dictionary-learning

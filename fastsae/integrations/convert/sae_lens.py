@@ -40,7 +40,7 @@ def read(source: Path) -> Converted:
     if not cfg.get("apply_b_dec_to_input", True):
         weights["b_enc"] = weights["b_enc"] + weights["W_enc"] @ weights["b_dec"]
     if cfg.get("rescale_acts_by_decoder_norm", False):
-        norms = weights["W_dec"].norm(dim=1)
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms.unsqueeze(1), weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
     metadata = {key: value for key, value in cfg.get("metadata", {}).items() if not key.startswith("sae_lens_")}
