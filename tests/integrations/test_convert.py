@@ -56,7 +56,9 @@ def theirs(form: str, path: Path, x: Tensor) -> Tensor:
     assert (state["activation"], state["activation_state_dict"]["postact_fn"]) == ("TopK", "ReLU")
     pre = F.linear(x - state["pre_bias"], state["encoder.weight"], state["latent_bias"])
     values, indices = pre.topk(state["activation_state_dict"]["k"])
-    return F.linear(torch.zeros_like(pre).scatter(1, indices, values.relu()), state["decoder.weight"]) + state["pre_bias"]
+    return (
+        F.linear(torch.zeros_like(pre).scatter(1, indices, values.relu()), state["decoder.weight"]) + state["pre_bias"]
+    )
 
 
 def assert_equal(got: Tensor, expected: Tensor) -> None:

@@ -43,7 +43,8 @@ def loaded(sae: Any, weights: dict[str, Tensor]) -> Any:
     try:
         sae.load_state_dict(own | statistics, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"convert: the weights do not fit one another: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"convert: the weights do not fit one another: {said}") from error
     return sae.eval()
 
 

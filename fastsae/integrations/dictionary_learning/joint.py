@@ -12,10 +12,12 @@ from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.trainers.trainer import SAETrainer, get_lr_schedule
 from torch import Tensor
 
-from fastsae import JointSAE, SparseCode, files
+from fastsae import files
+from fastsae.code import SparseCode
 from fastsae.config import JointSAEConfig, from_dict, to_dict
 from fastsae.integrations.convert.dictionary_learning import JOINT
 from fastsae.integrations.dictionary_learning.steps import Step
+from fastsae.modules import JointSAE
 
 
 class JointDictionary(Dictionary):

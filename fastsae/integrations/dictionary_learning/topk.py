@@ -6,6 +6,7 @@
 from collections import namedtuple
 from typing import Any
 
+import torch
 from dictionary_learning.trainers import top_k as stock
 from torch import Tensor, nn
 

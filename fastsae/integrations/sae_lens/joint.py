@@ -18,8 +18,9 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 
-from fastsae import JointSAE, ops
+from fastsae import ops
 from fastsae.integrations.sae_lens.feature_major import FeatureMajorEncoder, as_coo, finished, prepared, subtracted
+from fastsae.modules import JointSAE
 
 
 @dataclass
