@@ -176,7 +176,7 @@ def test_nothing_is_unpickled(tmp_path):
         file.write_bytes(pickle.dumps(Harm()))
         torch.save({"encoder.weight": Harm()}, file.with_suffix(".zip"))
         file.with_suffix(".zip").replace(file)
-        with pytest.raises(ValueError, match="cannot be read as tensors.*holds code, which is not run"):
+        with pytest.raises(ValueError, match=r"cannot be read as tensors.*holds code, which is not run"):
             convert.read(file.parent if file.name == "ae.pt" else file)
     assert not (tmp_path / "harmed").exists()
 
@@ -221,7 +221,7 @@ def test_weights_of_another_shape_are_named(tmp_path):
     convert.convert(tmp_path / "source", tmp_path / "a.pt", "openai")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     torch.save(state | {"latent_bias": torch.zeros(3)}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match="the weights do not fit one another.*b_enc"):
+    with pytest.raises(ValueError, match=r"the weights do not fit one another.*b_enc"):
         convert.read(tmp_path / "b.pt")
 
 
