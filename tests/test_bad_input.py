@@ -18,6 +18,8 @@ CODE = reference.topk_encode(X, W, BIAS, 3)
         (lambda: ops.topk_encode(X[:, :5], W, BIAS, 3), ValueError, r"x must have shape \(\*, 8\).*got \(4, 5\)"),
         (lambda: ops.topk_encode(X[0], W, BIAS, 3), ValueError, r"x must have shape"),
         (lambda: ops.topk_encode(X, W, BIAS[:3], 3), ValueError, r"b_enc must have shape \(20\)"),
+        (lambda: ops.topk_encode(X, W, BIAS, 3, scale=BIAS[:3]), ValueError, r"scale must have shape \(20\)"),
+        (lambda: ops.topk_encode(X, W, BIAS, 3, scale=BIAS.double()), TypeError, "but scale is torch.float64"),
         (lambda: ops.topk_encode(X, W, BIAS, 21), ValueError, "k must be between 1 and d_sae = 20; got 21"),
         (lambda: ops.topk_encode(X, W, BIAS, 0), ValueError, "got 0"),
         (lambda: ops.topk_encode(X, W, BIAS, 4, features=torch.arange(3)), ValueError, "number of features = 3"),

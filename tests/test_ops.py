@@ -230,8 +230,9 @@ def samples() -> list[tuple[str, tuple]]:
     s, bias, target = torch.randn(5, 3), torch.randn(8).requires_grad_(), torch.randn(5, 8).requires_grad_()
     plain = values.detach()
     return [
-        ("topk_encode", (x, W, b, None, 4, None, torch.float32, "cpu")),
-        ("topk_encode", (x, W, b, bias, 4, torch.arange(0, 60, 2), torch.float32, "cpu")),
+        ("topk_encode", (x, W, b, None, 4, None, None, torch.float32, "cpu")),
+        ("topk_encode", (x, W, b, bias, 4, torch.arange(0, 60, 2), None, torch.float32, "cpu")),
+        ("topk_encode", (x, W, b, bias, 4, None, torch.rand(60), torch.float32, "cpu")),
         ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), None, True, True, False, "cpu")),
         ("topk_encode_backward", (gv, plain, indices, x.detach(), W.detach(), g[0], False, False, True, "cpu")),
         ("joint_decode", (values, indices, W, None, None, None, None, 4, "cpu")),

@@ -356,7 +356,7 @@ def samples(device: str) -> list[tuple[str, tuple]]:
     seed = torch.tensor([5], device=device)
     plain, plain_x = [t.detach() for t in (W, W2, V)], x.detach()
     return [
-        ("topk_encode", (x, W, b, made(8), 2, None, torch.float32, "cuda")),
+        ("topk_encode", (x, W, b, made(8), 2, None, torch.rand(40, device=device), torch.float32, "cuda")),
         ("topk_encode_backward", (values, values, indices, plain_x, plain[0], plain_x[0], True, True, True, "cuda")),
         ("joint_decode", (values.requires_grad_(), indices, W, W2, V, None, None, 1, "cuda")),
         ("joint_decode", (values, indices, W, W2, None, mlp[3], made(3, 8), 2, "cuda")),
