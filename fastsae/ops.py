@@ -42,7 +42,8 @@ def topk_encode(
     features  int64 (n,) ascending, optional: only these features compete
     b_dec     float (d_in), optional: subtracted from x; gets a gradient, which costs less than that of x would
     scale     float (d_sae) of 0 or more, optional: features are ranked by scale * relu(...), and those of scale 0
-              take no part; values come without it, so nothing depends on it that could have a gradient
+              take no part; values come without it (two roundings more), so nothing depends on it that could have a
+              gradient
     Returns values (B, k) in the dtype of x (on the CUDA backend in autocast's, where that is on), indices (B, k) int64:
     strongest first, distinct, ties to the lower index. Rows with fewer than k positive pre-activations are filled with
     entries of value 0, which pass no gradient. NaN ranks first, so it is seen and not lost. Exact and deterministic.

@@ -22,7 +22,9 @@ try:
     from sparsify import SparseCoder
     from sparsify.sparse_coder import ForwardOutput
 except ImportError as error:
-    raise ImportError(f"fastsae.integrations.sparsify needs sparsify ({error}): pip install eai-sparsify") from error
+    raise ImportError(
+        f"fastsae.integrations.sparsify needs sparsify ({error}): pip install eai-sparsify; 1.3.3 is tested"
+    ) from error
 
 from fastsae import ops
 
@@ -58,24 +60,19 @@ class FastSparseCoder(SparseCoder):
         k, x = self.cfg.k, x.to(self.dtype)
         found = min(4 * k, self.num_latents) if self.cfg.multi_topk else k
         values, indices = self._topk(x, found)
-        top_acts, top_indices = values[:, :k], indices[:, :k]
-        sae_out = self._decoded(top_acts, top_indices) + self.b_dec
+        sae_out = self._decoded(values[:, :k], indices[:, :k]) + self.b_dec
         if self.W_skip is not None:
             sae_out = sae_out + x @ self.W_skip.mT
         error = y - sae_out
         if total_variance is None:
             total_variance = (y - y.mean(0)).pow(2).sum()
+        fvu = error.pow(2).sum() / total_variance
+        auxk_loss = self._auxk_loss(x, error.detach(), dead_mask) / total_variance
         multi_topk_fvu = sae_out.new_tensor(0.0)
-        if self.cfg.multi_topk:
-            multi_topk_fvu = (self._decoded(values, indices) + self.b_dec - y).pow(2).sum() / total_variance
-        return ForwardOutput(
-            sae_out,
-            top_acts,
-            top_indices,
-            error.pow(2).sum() / total_variance,
-            self._auxk_loss(x, error.detach(), dead_mask) / total_variance,
-            multi_topk_fvu,
-        )
+        if self.cfg.multi_topk:  # what is returned then is the larger code, and its reconstruction
+            sae_out = self._decoded(values, indices) + self.b_dec
+            multi_topk_fvu = (sae_out - y).pow(2).sum() / total_variance
+        return ForwardOutput(sae_out, values, indices, fvu, auxk_loss, multi_topk_fvu)
 
     def _topk(self, x: Tensor, k: int, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         b_dec = None if self.cfg.transcode else self.b_dec
@@ -95,11 +92,25 @@ class FastSparseCoder(SparseCoder):
         return min(len(dead) / heuristic, 1.0) * (e_hat - error).pow(2).sum()
 
 
+class _InItsPlace(type):
+    """Makes FastSparseCoders, and knows every SparseCoder: a Trainer may have been made before the block."""
+
+    def __call__(cls, *args: Any, **options: Any) -> FastSparseCoder:
+        return FastSparseCoder(*args, **options)
+
+    def __instancecheck__(cls, coder: Any) -> bool:
+        return isinstance(coder, SparseCoder)
+
+
+class _SparseCoder(metaclass=_InItsPlace):
+    pass
+
+
 @contextmanager
 def accelerate() -> Iterator[None]:
-    """Have sparsify's Trainer make FastSparseCoders; those that are made go on to be fast after the block."""
+    """Have sparsify's Trainers that are made in the block make FastSparseCoders, which go on to be fast after it."""
     stock = trainer.SparseCoder
-    trainer.SparseCoder = FastSparseCoder  # type: ignore[misc]  # what Trainer calls
+    trainer.SparseCoder = _SparseCoder  # type: ignore[misc]  # what Trainer calls
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,10 +136,42 @@ def test_training_checkpoints_of_saelens(options, tmp_path):
     assert_equal(convert.read(tmp_path / "training").reconstruct(raw()), sae(raw()))
 
 
-def test_bf16_weights_stay_bf16(tmp_path):
-    made(tmp_path / "a").bfloat16().save_pretrained(tmp_path / "b")
-    convert.convert(tmp_path / "b", tmp_path / "c", "sae_lens")
-    assert convert.read(tmp_path / "c").W_enc.dtype == torch.bfloat16
+def test_bf16_weights_stay_bf16_where_nothing_is_folded(tmp_path):
+    sae = made(tmp_path / "a", kind="none").bfloat16()
+    sae.save_pretrained(tmp_path / "b")
+    assert convert.convert(tmp_path / "b", tmp_path / "c", "sae_lens") == []
+    back = convert.read(tmp_path / "c")
+    assert back.W_enc.dtype == torch.bfloat16
+    assert torch.equal(back.reconstruct(raw()), sae.reconstruct(raw()))
+
+
+def test_statistics_are_not_rounded_away_beside_bf16_weights(tmp_path):
+    """A dimension of mean 60 and standard deviation 0.5, as residual streams have them."""
+    sae, x = fastsae.TopKSAE(D, M, K), raw()
+    x[:, 3] = 60 + 0.5 * torch.randn(len(x))
+    sae.normalizer.measure(x, "zscore")
+    sae = sae.bfloat16().eval()
+    sae.save_pretrained(tmp_path / "a")
+    (note,) = convert.convert(tmp_path / "a", tmp_path / "b", "sae_lens")
+    assert "written in fp32" in note
+    expected = sae.float().reconstruct(x)  # the same weights, computed in fp32
+    assert_equal(convert.read(tmp_path / "b").reconstruct(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_folds_are_rounded_once_and_know_rows_of_zeros(dtype, tmp_path):
+    lens = pytest.importorskip("sae_lens")
+    torch.manual_seed(0)
+    sae = lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(d_in=D, d_sae=M, k=K)).to(dtype=dtype)
+    with torch.no_grad():
+        sae.W_dec *= 10 * torch.rand(M, 1).to(dtype)
+        sae.W_dec[5] = 0
+    sae.save_model(tmp_path)
+    found = convert.read(tmp_path)
+    norms = sae.W_dec.double().norm(dim=1)
+    assert found.W_enc.dtype == dtype
+    assert torch.equal(found.W_enc, (sae.W_enc.T.double() * norms.clamp(min=1e-8).unsqueeze(1)).to(dtype))
+    assert found.W_dec.isfinite().all()
 
 
 def test_what_is_known_of_the_activations_goes_along(tmp_path):
@@ -147,11 +180,32 @@ def test_what_is_known_of_the_activations_goes_along(tmp_path):
     (tmp_path / "run" / "data.json").write_text(json.dumps(data))
     convert.convert(tmp_path / "run", tmp_path / "lens", "sae_lens")
     metadata = json.loads((tmp_path / "lens" / "cfg.json").read_text())["metadata"]
-    expected = {"model_name": "gpt2", "hook_name": "blocks.6.hook_resid_pre", "context_size": 128, "prepend_bos": True}
+    expected = {"model_name": "gpt2", "hook_name": "blocks.6.hook_resid_pre", "context_size": 128}
     assert expected.items() <= metadata.items()
+    assert "prepend_bos" not in metadata, "nobody recorded it"
     convert.convert(tmp_path / "lens", tmp_path / "dl", "dictionary_learning")
     trainer = json.loads((tmp_path / "dl" / "config.json").read_text())["trainer"]
     assert (trainer["lm_name"], trainer["submodule_name"]) == ("gpt2", "blocks.6.hook_resid_pre")
+
+
+def test_openai_saes_go_on_to_see_normalised_tokens(tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "a.pt", "openai")
+    with pytest.warns(UserWarning, match="see each token less its mean"):
+        convert.read(tmp_path / "a.pt")
+    (note,) = convert.convert(tmp_path / "a.pt", tmp_path / "b.pt", "openai")
+    assert "see each token less its mean" in note, "its loader is right to normalise"
+
+
+def test_what_is_left_behind_is_said(tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "dl", "dictionary_learning")
+    state = torch.load(tmp_path / "dl" / "ae.pt", weights_only=True)
+    torch.save(state | {"threshold": torch.tensor(0.7)}, tmp_path / "dl" / "ae.pt")
+    (tmp_path / "dl" / "config.json").unlink()
+    notes = convert.convert(tmp_path / "dl", tmp_path / "out", "sparsify")
+    assert ["threshold of 0.7 is left behind" in note for note in notes] == [True, False]
+    assert "config.json is missing" in notes[1]
 
 
 # ---- what cannot be ----
@@ -223,6 +277,25 @@ def test_weights_of_another_shape_are_named(tmp_path):
     torch.save(state | {"latent_bias": torch.zeros(3)}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"the weights do not fit one another.*b_enc"):
         convert.read(tmp_path / "b.pt")
+
+
+def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
+    made(tmp_path / "source")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IsADirectoryError, match="openai's form is one file, such as"):
+        convert.convert(tmp_path / "source", tmp_path / "empty", "openai")
+    convert.convert(tmp_path / "source", tmp_path / "dl", "dictionary_learning")
+    with pytest.raises(ValueError, match="is a file of dictionary_learning; give the folder"):
+        convert.read(tmp_path / "dl" / "ae.pt")
+
+
+@pytest.mark.parametrize("package", ["sae_lens", "dictionary_learning", "sparsify"])
+def test_a_package_that_is_not_installed_is_named(package):
+    script = f"import sys; sys.modules[{package!r}] = None; import fastsae.integrations.{package}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: fastsae.integrations.{package} needs ")
+    assert "pip install " in last
 
 
 def test_what_is_no_sae_is_said(tmp_path):

@@ -81,7 +81,8 @@ def test_the_stock_class_loads_what_is_saved(tmp_path):
     trained(fast.TopKTrainer, tmp_path, train={"save_steps": [10]})
     stock = AutoEncoderTopK.from_pretrained(tmp_path / "trainer_0" / "ae.pt")
     ours = fast.AutoEncoderTopK(D, M, K)
-    ours.load_state_dict(saved(tmp_path))
+    ours.load_state_dict(saved(tmp_path), assign=True)
+    assert ours.decoder.rows.is_contiguous()
     (x,) = batches(1)
     torch.testing.assert_close(ours(x), stock(x))
     AutoEncoderTopK.from_pretrained(tmp_path / "trainer_0" / "checkpoints" / "ae_10.pt")
@@ -105,6 +106,8 @@ def test_logging_and_evaluation(trainer, tmp_path, capsys):
     trained(trainer, tmp_path, train={"verbose": True, "log_steps": 10})
     assert f"Step 20: L0 = {float(K)}" in capsys.readouterr().out
     made = trainer(**options(trainer))
+    made.update(1, batches(1)[0])
+    assert torch.equal(*(made.ae(batches(1)[0]) for _ in range(2))), "no dropout outside of updates"
     found = evaluate(made.ae, iter(batches()), device="cpu", n_batches=3)
     assert found["l0"] == K
     assert found["frac_variance_explained"] < 1

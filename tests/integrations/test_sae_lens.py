@@ -144,6 +144,15 @@ def test_every_gradient_is_the_stock_one(dead, rescale):
         torch.testing.assert_close(grad, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize("kind", [TopKTrainingSAEConfig, fast.FastTopKTrainingSAEConfig])
+def test_autocast_with_dead_features(kind):
+    trainer = trainer_of(TrainingSAE.from_dict(kind(**TOPK).to_dict()), batches(), dead_feature_window=1)
+    trainer.n_forward_passes_since_fired[: M // 2] = 10
+    trainer.autocast_if_enabled = torch.autocast("cpu", torch.bfloat16)
+    output = trainer.step(batches(1)[0])
+    assert output.losses["auxiliary_reconstruction_loss"] > 0
+
+
 def test_pre_activations_of_dead_features_are_ranked_in_chunks(monkeypatch):
     from fastsae.integrations.sae_lens import topk
 

@@ -35,6 +35,13 @@ def loss_of(coder: SparseCoder, x: Tensor, y: Tensor | None, dead: Tensor | None
     return output
 
 
+def assert_same_outputs(ours, stock) -> None:
+    torch.testing.assert_close(ours.sae_out, stock.sae_out, rtol=1e-4, atol=1e-5)
+    assert ours.latent_indices.shape == stock.latent_indices.shape
+    codes = [torch.zeros(B, M).scatter(1, o.latent_indices, o.latent_acts.detach()) for o in (ours, stock)]
+    torch.testing.assert_close(*codes, rtol=1e-4, atol=1e-5)
+
+
 def honest(coder: SparseCoder, x: Tensor, dead: Tensor | None) -> dict[str, Tensor]:
     """The gradients of the stock module's loss by plain autograd, its custom encoder left out."""
     w = {name: p.detach().clone().requires_grad_() for name, p in coder.named_parameters()}
@@ -66,7 +73,7 @@ def test_losses_and_gradients_are_the_stock_ones(options):
     y = torch.randn(B, D) if options.get("transcode") else None
     a, b = (loss_of(coder, x, y, None) for coder in (ours, stock))
     torch.testing.assert_close(a.fvu, b.fvu)
-    torch.testing.assert_close(a.sae_out, b.sae_out, rtol=1e-4, atol=1e-5)
+    assert_same_outputs(a, b)
     for (name, mine), theirs in zip(ours.named_parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -80,6 +87,7 @@ def test_where_gradients_differ_ours_are_those_of_the_loss(options, n_dead):
     a, b = (loss_of(coder, x, None, dead) for coder in (ours, stock))
     for name in ("fvu", "auxk_loss", "multi_topk_fvu"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), msg=name)
+    assert_same_outputs(a, b)
     expected = honest(stock, x, dead)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
@@ -152,6 +160,7 @@ ADAM = {"optimizer": "adam", "lr": 1e-3, "lr_warmup_steps": 2}
         ADAM,
         ADAM | {"loss_fn": "kl"},
         ADAM | {"grad_acc_steps": 2, "micro_acc_steps": 2},
+        ADAM | {"sae": {"skip_connection": True}},
     ],
     ids=lambda o: ", ".join(f"{k}={v}" for k, v in o.items()) or "default",
 )
@@ -202,11 +211,25 @@ def test_checkpoints_are_sparsifys_own_and_training_resumes(tmp_path):
 def test_nothing_stays_patched():
     stock = sparsify.trainer.SparseCoder
     with accelerate():
-        assert sparsify.trainer.SparseCoder is FastSparseCoder
+        assert sparsify.trainer.SparseCoder is not stock
+        assert type(sparsify.trainer.SparseCoder(D, SparseCoderConfig(num_latents=M, k=K))) is FastSparseCoder
     assert sparsify.trainer.SparseCoder is stock is SparseCoder
     with pytest.raises(ZeroDivisionError), accelerate():
         raise ZeroDivisionError
     assert sparsify.trainer.SparseCoder is stock
+
+
+def test_a_trainer_made_before_the_block_trains_and_saves_as_it_would_without(tmp_path, monkeypatch):
+    fit = Trainer.fit
+
+    def fit_in_block(trainer):
+        with accelerate():
+            fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", fit_in_block)
+    (coder,) = trained(False, tmp_path).saes.values()
+    assert type(coder) is SparseCoder
+    assert (tmp_path / "run" / "h.0" / "sae.safetensors").exists()
 
 
 def test_other_activations_are_refused():

@@ -7,6 +7,8 @@
 Files are read as tensors and JSON; nothing is unpickled, and none of the packages is needed.
 """
 
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +41,11 @@ def detect(source: str | Path) -> Format:
 
 
 def read(source: str | Path) -> SparseAutoencoder:
-    """The SAE in `source`, whatever package wrote it, on the CPU and in eval mode."""
-    return _read(Path(source)).sae.eval()
+    """The SAE in `source`, whatever package wrote it, on the CPU and in eval mode. Warns of what its user must know."""
+    found = _read(Path(source))
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found.sae.eval()
 
 
 def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
@@ -53,9 +58,19 @@ def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
     found = _read(source)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(f"convert: {target} holds something already; choose another target")
+    if to == "openai" and target.is_dir():
+        raise IsADirectoryError(
+            f"convert: {target} is a folder; openai's form is one file, such as {target / 'sae.pt'}"
+        )
+    notes = list(found.notes)
     if to != "fastsae":
-        found = Converted(in_raw_space(found.sae), found.metadata, found.notes)
-    return found.notes + FORMATS[to].write(found, target)
+        raw = in_raw_space(found.sae)
+        if raw.W_enc.dtype != found.sae.W_enc.dtype:
+            notes.append(
+                f"Weights are written in fp32: {found.sae.W_enc.dtype} would round the folded statistics away."
+            )
+        found = dataclasses.replace(found, sae=raw)
+    return notes + FORMATS[to].write(found, target)
 
 
 def _read(source: Path) -> Converted:

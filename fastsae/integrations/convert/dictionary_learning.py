@@ -26,7 +26,8 @@ def read(source: Path) -> Converted:
     names = {"lm_name": "model_name", "submodule_name": "hook_name"}
     metadata = {theirs: trainer[ours] for ours, theirs in names.items() if trainer.get(ours)}
     if kind == JOINT:
-        sae = JointSAE(**to_dict(from_dict(JointSAEConfig, trainer["sae"])), device="meta")
+        (options,) = expect(config, trainer, ("sae",))
+        sae = JointSAE(**to_dict(from_dict(JointSAEConfig, options)), device="meta")
         prefix = "sae."
         parameters = {n.removeprefix(prefix): t for n, t in weights.items() if not n.startswith(f"{prefix}normalizer.")}
         return Converted(loaded(sae, parameters), metadata)
@@ -35,7 +36,12 @@ def read(source: Path) -> Converted:
     W_enc, b_enc, W_dec, b_dec, k = expect(
         path, weights, ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k")
     )
-    return Converted(topk(int(k), W_enc, b_enc, W_dec.T, b_dec), metadata)
+    notes = []
+    if weights.get("threshold", -1) >= 0:
+        notes.append(f"The threshold of {float(weights['threshold']):.4g} is left behind: a TopK SAE has none.")
+    if not config.is_file():
+        notes.append(f"{config} is missing: {path} is taken for an AutoEncoderTopK.")
+    return Converted(topk(int(k), W_enc, b_enc, W_dec.T, b_dec), metadata, notes)
 
 
 def write(found: Converted, target: Path) -> list[str]:

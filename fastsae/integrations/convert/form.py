@@ -21,13 +21,20 @@ class Converted:
     """Of the activations, under SAELens' names: model_name, hook_name, ..."""
     notes: list[str] = field(default_factory=list)
     """What does not show in the files."""
+    sees_normalised_tokens: bool = False
+    """Whether each token must be brought to mean 0 and standard deviation 1 before, as OpenAI's loader does."""
 
 
-def topk(k: int, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> TopKSAE:
-    """A TopKSAE of these weights, W_enc and W_dec (d_sae, d_in). Raises ValueError if they do not fit one another."""
+def topk(
+    k: int, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype | None = None
+) -> TopKSAE:
+    """A TopKSAE of these weights, W_enc and W_dec (d_sae, d_in), in the dtype of W_enc or in `dtype`.
+
+    Raises ValueError if they do not fit one another.
+    """
     weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     d_sae, d_in = W_enc.shape
-    sae = TopKSAE(d_in, d_sae, k, device="meta", dtype=W_enc.dtype)
+    sae = TopKSAE(d_in, d_sae, k, device="meta", dtype=dtype or W_enc.dtype)
     return loaded(sae, weights)
 
 
@@ -53,8 +60,10 @@ def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
     """The same function of raw activations without a normaliser: statistics are folded into the weights.
 
     With x' = (x - mean) / scale:  W_enc x' = (W_enc / scale) (x - mean),  and what lies in the output is scaled back.
+    Narrow weights become fp32 where there are statistics, which would lose their differences if they were rounded.
     """
     mean, scale = (t.double() for t in (sae.normalizer.mean, sae.normalizer.scale))
+    dtype = torch.promote_types(sae.W_enc.dtype, torch.float32) if sae.normalizer.measured else sae.W_enc.dtype
     shift = bool((mean != 0).any())
     weights = {name: p.double() for name, p in sae.named_parameters()}
     weights["W_enc"] = weights["W_enc"] / scale
@@ -67,7 +76,7 @@ def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
         weights["W2"] = weights["W2"] * scale.unsqueeze(1)
     options = to_dict(sae.config) | {"pre_bias": sae.config.pre_bias or shift}
     plain = TopKSAE if isinstance(sae, TopKSAE) else JointSAE
-    return loaded(plain(**options, device="meta", dtype=sae.W_enc.dtype), weights)
+    return loaded(plain(**options, device="meta", dtype=dtype), weights)
 
 
 def topk_only(sae: SparseAutoencoder, form: str) -> tuple[int, dict[str, Tensor]]:

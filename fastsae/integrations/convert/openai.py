@@ -15,6 +15,8 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     state = read_pickled(source)
+    if "decoder.weight" in state and "threshold" in state:
+        raise ValueError(f"{source} is a file of dictionary_learning; give the folder it lies in")
     W_enc, W_dec, pre_bias, latent_bias, activation = expect(
         source, state, ("encoder.weight", "decoder.weight", "pre_bias", "latent_bias", "activation")
     )
@@ -27,7 +29,8 @@ def read(source: Path) -> Converted:
         "OpenAI's TopK SAEs see each token less its mean, over its standard deviation; so does this one, and whoever "
         "uses it must do that before, and undo it afterwards."
     )
-    return Converted(topk(int(k), W_enc, latent_bias, W_dec.T, pre_bias), notes=[note])
+    sae = topk(int(k), W_enc, latent_bias, W_dec.T, pre_bias)
+    return Converted(sae, notes=[note], sees_normalised_tokens=True)
 
 
 def write(found: Converted, target: Path) -> list[str]:
@@ -45,6 +48,8 @@ def write(found: Converted, target: Path) -> list[str]:
         "activation_state_dict": {"k": k, "postact_fn": "ReLU"},
     }
     write_pickled(target, state)
+    if found.sees_normalised_tokens:
+        return []
     return [
         "OpenAI's loader normalises each token for every TopK SAE. This one was not trained so: after "
         "Autoencoder.from_state_dict(...) set autoencoder.normalize = False."

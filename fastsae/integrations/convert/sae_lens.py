@@ -36,6 +36,8 @@ def read(source: Path) -> Converted:
             )
     (k,) = expect(path, cfg, ("k",))
     expect(source / "sae_weights.safetensors", weights, ("W_enc", "b_enc", "W_dec", "b_dec"))
+    dtype = weights["W_enc"].dtype
+    weights = {name: t.double() for name, t in weights.items()}  # folded in fp64, and rounded once
     weights["W_enc"] = weights["W_enc"].T
     if not cfg.get("apply_b_dec_to_input", True):
         weights["b_enc"] = weights["b_enc"] + weights["W_enc"] @ weights["b_dec"]
@@ -43,16 +45,19 @@ def read(source: Path) -> Converted:
         norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms.unsqueeze(1), weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
-    metadata = {key: value for key, value in cfg.get("metadata", {}).items() if not key.startswith("sae_lens_")}
-    return Converted(_sae(architecture, int(k), cfg, weights), metadata)
+    known = cfg.get("metadata") or {}
+    metadata = {key: value for key, value in known.items() if not key.startswith("sae_lens_")}
+    return Converted(_sae(architecture, int(k), cfg, weights, dtype), metadata)
 
 
-def _sae(architecture: str, k: int, cfg: dict[str, Any], weights: dict[str, Tensor]) -> SparseAutoencoder:
+def _sae(
+    architecture: str, k: int, cfg: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> SparseAutoencoder:
     if architecture != "fastsae_joint":
-        return topk(k, *(weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+        return topk(k, *(weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")), dtype=dtype)
     d_sae, d_in = weights["W_enc"].shape
     options = {f.name: cfg[f.name] for f in dataclasses.fields(IntegrationConfig) if f.name in cfg}
-    sae = JointSAE(d_in, d_sae, k, pre_bias=True, device="meta", dtype=weights["W_enc"].dtype, **options)
+    sae = JointSAE(d_in, d_sae, k, pre_bias=True, device="meta", dtype=dtype, **options)
     return loaded(sae, weights)
 
 

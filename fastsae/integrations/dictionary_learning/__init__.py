@@ -5,11 +5,11 @@ trainSAE(data, [dict(trainer=TopKTrainer, activation_dim=768, dict_size=32768, k
 """
 
 try:
-    import dictionary_learning as _package  # noqa: F401  # so that what is missing is said in one line
+    import dictionary_learning.trainers.top_k  # noqa: F401  # so that what is missing is said in one line
 except ImportError as error:
     raise ImportError(
         f"fastsae.integrations.dictionary_learning needs dictionary_learning and what it imports ({error}): "
-        "pip install dictionary-learning"
+        "pip install dictionary-learning; 0.1.0 is tested"
     ) from error
 
 from fastsae.integrations.dictionary_learning.joint import JointDictionary, JointTrainer

@@ -114,7 +114,7 @@ class JointTrainer(SAETrainer):
             pre_bias=pre_bias,
             device=self.device,
         )
-        self.ae = JointDictionary(sae)
+        self.ae = JointDictionary(sae).eval()  # as it is evaluated; only updates have dropout
         self.lr = 2e-4 / (dict_size / 2**14) ** 0.5 if lr is None else lr
         self.steps, self.warmup_steps, self.decay_start = steps, warmup_steps, decay_start
         self.layer, self.lm_name, self.submodule_name, self.wandb_name = layer, lm_name, submodule_name, wandb_name
@@ -134,7 +134,11 @@ class JointTrainer(SAETrainer):
 
     def update(self, step: int, x: Tensor) -> float:
         x = x.to(self.device)
-        loss = self._step(lambda: self.loss(x, step=step))
+        self.ae.train()
+        try:
+            loss = self._step(lambda: self.loss(x, step=step))
+        finally:
+            self.ae.eval()
         self.scheduler.step()
         return loss.item()
 

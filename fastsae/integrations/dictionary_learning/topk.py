@@ -34,7 +34,7 @@ class _Decoder(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if f"{prefix}weight" in state_dict:
-            state_dict = {f"{prefix}rows": state_dict[f"{prefix}weight"].T}
+            state_dict = {f"{prefix}rows": state_dict[f"{prefix}weight"].T.contiguous()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

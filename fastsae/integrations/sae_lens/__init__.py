@@ -6,13 +6,14 @@ cfg = fast.FastTopKTrainingSAEConfig(d_in=768, d_sae=32768, k=32)      # or Fast
 LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=cfg, ...)).run()
 """
 
-try:
-    import sae_lens as _package  # noqa: F401  # so that what is missing is said in one line
+try:  # all that is used of it, here and below, so that what is missing is said in one line
+    import sae_lens.saes.topk_sae  # noqa: F401
+    from sae_lens import register_sae_class, register_sae_training_class
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 except ImportError as error:
-    raise ImportError(f"fastsae.integrations.sae_lens needs SAELens ({error}): pip install sae-lens") from error
-
-from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+    raise ImportError(
+        f"fastsae.integrations.sae_lens needs SAELens ({error}): pip install sae-lens; 6.54.12 is tested"
+    ) from error
 
 from fastsae.integrations.sae_lens.joint import (
     FastJointSAE,

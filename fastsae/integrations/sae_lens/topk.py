@@ -47,6 +47,8 @@ class FastTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 class FastTopKTrainingSAE(FeatureMajorEncoder, TopKTrainingSAE):
     """SAELens' TopKTrainingSAE whose training step never holds a (B, d_sae) tensor.
 
+    Of dead features, which the auxiliary loss ranks, it holds at most 2^24 pre-activations at a time.
+
     It begins with the weights, and makes the losses and gradients, of the stock class. A hook on its activations
     (hook_sae_acts_pre, hook_sae_acts_post) needs them dense: with one attached, the stock step runs.
     """
@@ -110,7 +112,8 @@ def _strongest_dead(
         pre = torch.addmm(b_enc[dead], x if b_dec is None else x - b_dec, W_enc[dead].T)
         places = (pre if scale is None else pre * scale[dead]).topk(k, sorted=False).indices
         return pre.gather(1, places), dead[places]
-    with torch.no_grad():
+    # In the dtype of the weights, as topk_encode on the CPU, whatever autocast says.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         W, b = W_enc[dead], b_enc[dead]
         rows = (x if b_dec is None else x - b_dec).split(max(1, _DEAD_AT_ONCE // len(dead)))
         found = []
