@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import math
 import numbers
 import types
 import typing
@@ -276,9 +277,13 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        where = "StudyConfig.lrs"
         for name in ("steps", "seeds", "held_out_tokens", "windows_per_document"):
             _require(getattr(self, name) >= 1, f"StudyConfig.{name}", "at least 1", getattr(self, name))
-        _require(len(self.lrs) >= 1 and min(self.lrs, default=0) > 0, "StudyConfig.lrs", "rates above 0", self.lrs)
+        rates = len(self.lrs) >= 1 and all(0 < lr < math.inf for lr in self.lrs)
+        _require(
+            rates and len({f"{lr:g}" for lr in self.lrs}) == len(self.lrs), where, "different rates above 0", self.lrs
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -102,10 +102,11 @@ def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> Sequen
     """Integration on the SAE of the run config.base, which must know the activations of `data`."""
     base, seen = trained(config.base)
     ours = provenance.resolved(data)
-    if (seen.model, seen.hook) != (ours.model, ours.hook):
+    if (seen.model, seen.hook, seen.text) != (ours.model, ours.hook, ours.text):
         raise ValueError(
-            f"{config.base} was trained on {seen.hook} of model {seen.model!r}, this run is on {ours.hook} of model "
-            f"{ours.model!r}; --model and --hook must be those of the base"
+            f"{config.base} was trained on {seen.hook} of model {seen.model!r} on {seen.text!r}, this run is on "
+            f"{ours.hook} of model {ours.model!r} on {ours.text!r}; --model, --hook and --text must be those of the "
+            "base, or documents it was trained on would be held out"
         )
     options = to_dict(config)
     del options["base"]

@@ -225,7 +225,7 @@ def test_epsilon_moves_each_token_as_far_as_its_own_error():
     run = m.run_with_hooks
 
     class Watched:
-        cfg, hook_dict = m.cfg, m.hook_dict
+        cfg, hook_dict, eval = m.cfg, m.hook_dict, m.eval
 
         @staticmethod
         def run_with_hooks(tokens, fwd_hooks, return_type):

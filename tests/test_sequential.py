@@ -254,9 +254,14 @@ def test_train_sequential(run):
     assert "identity + linear" in run("eval", "r", "--tokens", "300")
 
     with pytest.raises(
-        SystemExit, match=r"base was trained on blocks\.2\.hook_resid_post of model 'embedded', .* on blocks\.1\."
+        SystemExit, match=r"base was trained on blocks\.2\.hook_resid_post of model 'embedded' .* on blocks\.1\."
     ):
         run(*sequential, "--run-dir", "other", "--hook", "blocks.1.hook_resid_post")
+    Path("texts").mkdir()
+    for i in range(60):
+        Path("texts", f"{i}.txt").write_text("other words " * 200)
+    with pytest.raises(SystemExit, match="or documents it was trained on would be held out"):
+        run(*sequential, "--run-dir", "other", "--text", "texts")
     assert not Path("other/data.json").exists()
     seen = json.loads(Path("base/data.json").read_text())
     Path("base/data.json").write_text(json.dumps(seen | {"model": "gpt2"}))

@@ -480,6 +480,33 @@ def test_a_later_seed_that_diverges_leaves_the_next_rate(tmp_path, monkeypatch):
     assert not counts.fits, "what diverged is not tried again"
 
 
+def test_integration_never_stands_on_a_base_that_was_given_up(tmp_path, monkeypatch):
+    """A further seed of the base diverges, and with it the rate that the finished seeds were trained at."""
+    only(monkeypatch, "topk", "sequential")
+    fit, first = Trainer.fit, started(tmp_path, seeds=1)
+    preferred = first["topk"][0].lr
+
+    def diverging(trainer: Trainer, activations):
+        if trainer.sae.architecture == "topk" and trainer.config.seed == 1 and trainer.config.lr == preferred:
+            raise FloatingPointError("NaN at step 3")
+        return fit(trainer, activations)
+
+    monkeypatch.setattr(Trainer, "fit", diverging)
+    second = started(tmp_path, seeds=2)
+    given_up, chosen = preferred, second["topk"][0].lr
+    assert chosen != given_up
+    for seed, outcome in enumerate(second["sequential"]):
+        base = fastsae.load(tmp_path / f"topk/lr_{chosen:g}/seed_{seed}/sae")
+        on_base = fastsae.load(tmp_path / f"sequential/lr_{outcome.lr:g}/seed_{seed}/sae")
+        assert torch.equal(base.W_dec, on_base.W_dec)
+
+
+@pytest.mark.parametrize("lrs", [(1e-3, nan), (float("inf"),), (0.0,), (1e-3, 1e-3), (0.001, 0.0010000001)])
+def test_rates_that_are_none_are_refused(lrs):
+    with pytest.raises(ValueError, match=r"StudyConfig\.lrs: expected different rates above 0"):
+        StudyConfig(lrs=lrs)
+
+
 def test_the_sequential_arm_goes_on_where_its_base_ended(tmp_path, monkeypatch):
     """Of 256 rows in batches of 16, 8 steps see half: together base and integration see every row once."""
     only(monkeypatch, "topk", "sequential")

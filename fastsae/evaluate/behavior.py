@@ -78,9 +78,10 @@ def behavior(
     bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
     at padding always, positions keep their activations in every run.
     pathways: also splice with pathways left out; without, the whole reconstruction only.
-    model: anything with TransformerLens' run_with_hooks and hook_dict.
+    model: anything with TransformerLens' run_with_hooks and hook_dict; it is put into eval mode.
     """
     check_hook(model, hook_name)
+    model.eval()  # dropout would make the clean run another one each time
     for name, value in (("batch_windows", batch_windows), ("draws", draws)):
         if value < 1:
             raise ValueError(f"behavior: expected {name} of at least 1; got {value}")

@@ -72,7 +72,7 @@ class Concentration:
 def directions(rows: Tensor, rng: np.random.Generator) -> Directions | None:
     """None if fewer than two rows have a direction."""
     rows = rows[rows.any(dim=1)]
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(rows.float(), dim=1)
     if len(rows) < 2:
         return None
 

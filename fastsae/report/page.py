@@ -50,7 +50,8 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
         f"<style>\n{style}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
     out = run / "report.html"
-    files.write_atomically(out, lambda p: p.write_text(page))
+    # Names of files need not be UTF-8.
+    files.write_atomically(out, lambda p: p.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return out
 
 

@@ -55,7 +55,7 @@ def write(found: Found, folder: Path) -> Path:
     draw_sizes(found, folder / PLOTS[1])
     page = folder / "study.md"
     title = "# Does integration help?"
-    files.write_atomically(page, lambda p: p.write_text("\n".join([title, "", markdown(found)])))
+    files.write_atomically(page, lambda p: p.write_text("\n".join([title, "", markdown(found)]), encoding="utf-8"))
     return page
 
 

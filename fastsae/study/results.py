@@ -27,6 +27,8 @@ def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object
     windows = experiment.held_out_windows(model, data, config.held_out_tokens, config.windows_per_document)
     source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
     trained = arms(config, source.d_in)
+    if data.batch_size > source.n_rows:
+        raise ValueError(f"study: batches of {data.batch_size} rows, but the text has only {source.n_rows} to train on")
     with files.locked(config.folder, "study"):
         claim(config, data)
     store = harvest(source, data.store or config.folder / "activations")
@@ -76,7 +78,8 @@ def results(
             "metrics": {m.name: plain(arm_mean(runs, m)) for m in metrics},
             "shown": {m.name: plain(arm_mean(runs, m)) for m in SHOWN if m.known(runs[0])},
             "by_seed": [
-                {"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}} for r in runs
+                plain({"seed": r.seed, **{m.name: float(m.of(r)[0].sum() / m.of(r)[1].sum()) for m in metrics}})
+                for r in runs
             ],
         }
     answered = plain(answers(outcomes, metrics))

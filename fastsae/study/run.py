@@ -1,6 +1,7 @@
 """Training and measuring every arm with every seed, one after the other; what is done is not done again."""
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -89,6 +90,8 @@ class _Runs:
     def outcomes(self, arm: Arm) -> list[Outcome]:
         """With the learning rate whose first seed leaves the least error on rows of training documents, among those at
         which no seed diverges."""
+        for lr, seed in itertools.product(self.study.lrs, range(self.study.seeds)) if arm.base else ():
+            self._begin_anew_on_another_base(arm.base or "", self._folder(arm, lr, seed))
         fvu = {lr: self._fit(arm, lr) for lr in self.study.lrs}
         converged = {lr: value for lr, value in fvu.items() if value is not None}
         for lr in sorted(converged, key=lambda lr: converged[lr]):
@@ -182,7 +185,19 @@ class _Runs:
         options = {f.name: getattr(arm.config, f.name) for f in dataclasses.fields(IntegrationConfig)}
         return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
 
+    def _begin_anew_on_another_base(self, name: str, folder: Path) -> None:
+        """Drop a run that stands on a base with a learning rate that is not the chosen one any more."""
+        note, lr = folder / "base.json", self._chosen(name)
+        if note.exists() and files.read_json(note)["lr"] == lr:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files.write_json(note, {"lr": lr})
+
+    def _chosen(self, name: str) -> float:
+        return files.read_json(self.study.folder / name / "lr.json")["lr"]
+
     def _base(self, name: str, seed: int) -> Path:
         """The finished run of this seed of another arm, with the learning rate chosen for it."""
-        lr = files.read_json(self.study.folder / name / "lr.json")["lr"]
+        lr = self._chosen(name)
         return self.study.folder / name / f"lr_{lr:g}" / f"seed_{seed}"
