@@ -265,7 +265,7 @@ def test_train_sequential(run):
     assert not Path("other/data.json").exists()
     seen = json.loads(Path("base/data.json").read_text())
     Path("base/data.json").write_text(json.dumps(seen | {"model": "gpt2"}))
-    with pytest.raises(SystemExit, match=r"of model 'gpt2', this run is on .* of model 'embedded'"):
+    with pytest.raises(SystemExit, match=r"of model 'gpt2' on .*, this run is on .* of model 'embedded'"):
         run(*sequential, "--run-dir", "other")
     Path("base/data.json").write_text(json.dumps(seen))
     with pytest.raises(SystemExit, match="expected a TopKSAE as the base; got SequentialSAE"):
