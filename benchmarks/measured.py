@@ -1,6 +1,7 @@
 """A candidate made ready to be timed: warmed up, compared with the specification, its memory watched."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,8 @@ def ready(shape: Shape, candidate: Candidate, place: Place) -> Measured:
     try:
         if not candidate.compiled:  # imports, and what libraries reserve at first use, are not the step's
             small = SHAPES["smoke"]
-            candidate.make(small, place).step(batch(small, place, 0))
+            with suppress(Missing):  # it may be missing at this shape alone
+                candidate.make(small, place).step(batch(small, place, 0))
         torch.compiler.reset()
         made.gauge = Gauge(place)
         made.provider = candidate.make(shape, place)
