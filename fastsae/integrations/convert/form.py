@@ -74,7 +74,7 @@ def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
             weights[name] = weights[name] * scale
     if "W2" in weights:
         weights["W2"] = weights["W2"] * scale.unsqueeze(1)
-    options = to_dict(sae.config) | {"pre_bias": sae.config.pre_bias or shift}
+    options: dict[str, Any] = to_dict(sae.config) | {"pre_bias": sae.config.pre_bias or shift}
     plain = TopKSAE if isinstance(sae, TopKSAE) else JointSAE
     return loaded(plain(**options, device="meta", dtype=dtype), weights)
 
