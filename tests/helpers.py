@@ -173,17 +173,16 @@ def assert_scaled(case: Case, inputs: dict[str, Tensor], backend: str, slack: fl
     """Features are ranked by scale * relu(pre); values and every gradient are those of relu(pre)."""
     device = inputs["x"].device
     scale = ((0.1 + torch.rand(case.M)) * (torch.rand(case.M) > 0.1)).to(device)
-    results, kept = [], None
+    results, kept, by = [], None, scale.to(inputs["x"].dtype).requires_grad_()
     for who, dtype in ((backend, inputs["x"].dtype), ("reference", torch.float64), ("reference", inputs["x"].dtype)):
         p = leaves(inputs, dtype)
         if kept is None:
-            by = scale.to(dtype).requires_grad_()
             values, kept = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], case.K, who, scale=by)
-            assert not by.requires_grad or by.grad is None
         else:
             values = torch.relu(p["x"] @ p["W_enc"].T + p["b_enc"]) * (scale.to(dtype) > 0)
             values = values.gather(1, kept)
         (values * torch.linspace(0.5, 2, case.K, dtype=dtype, device=device)).sum().backward()
+        assert by.grad is None
         results.append([values.detach(), *(p[name].grad for name in ("x", "W_enc", "b_enc"))])
     for number, (got, exact, eager) in enumerate(zip(*results, strict=True)):
         # A value is ranked, and divided again: two roundings more.

@@ -41,7 +41,6 @@ class Batches:
 class Loop(ABC):
     """One package's trainer with one SAE in it, made with the seed that all are made with."""
 
-    package: str
     version: str
     has_joint = True
 

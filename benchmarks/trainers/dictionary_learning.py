@@ -13,8 +13,6 @@ from benchmarks.trainers.base import Batches, Loop
 
 
 class DictionaryLearningLoop(Loop):
-    package = "dictionary-learning"
-
     def __init__(self, shape: Shape, who: str, steps: int) -> None:
         self._train = without_nnsight("dictionary_learning.training").trainSAE
         stock = without_nnsight("dictionary_learning.trainers.top_k").TopKTrainer

@@ -19,7 +19,6 @@ CONTEXT = 128
 
 
 class SparsifyLoop(Loop):
-    package = "eai-sparsify"
     has_joint = False
 
     def __init__(self, shape: Shape, who: str, steps: int) -> None:

@@ -14,8 +14,6 @@ from benchmarks.trainers.base import Batches, Loop
 
 
 class SAELensLoop(Loop):
-    package = "sae-lens"
-
     def __init__(self, shape: Shape, who: str, steps: int) -> None:
         try:
             from sae_lens import LoggingConfig, TopKTrainingSAEConfig, TrainingSAE

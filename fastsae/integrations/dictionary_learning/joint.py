@@ -73,7 +73,7 @@ class JointTrainer(SAETrainer):
     1.0, no auxiliary loss and no unit-norm rows, as in the paper.
 
     What trainSAE saves is loaded by JointDictionary.from_pretrained; dictionary_learning's own load_dictionary knows no
-    such dictionary, and says so.
+    such dictionary.
     """
 
     def __init__(

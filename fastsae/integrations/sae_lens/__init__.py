@@ -7,8 +7,7 @@ LanguageModelSAETrainingRunner(LanguageModelSAERunnerConfig(sae=cfg, ...)).run()
 """
 
 try:  # all that is used of it, here and below, so that what is missing is said in one line
-    import sae_lens.saes.topk_sae  # noqa: F401
-    from sae_lens import register_sae_class, register_sae_training_class
+    from sae_lens import TopKSAE, register_sae_class, register_sae_training_class
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 except ImportError as error:
     raise ImportError(
@@ -22,7 +21,6 @@ from fastsae.integrations.sae_lens.joint import (
     FastJointTrainingSAEConfig,
 )
 from fastsae.integrations.sae_lens.topk import (
-    FastTopKSAE,
     FastTopKSAEConfig,
     FastTopKTrainingSAE,
     FastTopKTrainingSAEConfig,
@@ -33,7 +31,6 @@ __all__ = [
     "FastJointSAEConfig",
     "FastJointTrainingSAE",
     "FastJointTrainingSAEConfig",
-    "FastTopKSAE",
     "FastTopKSAEConfig",
     "FastTopKTrainingSAE",
     "FastTopKTrainingSAEConfig",
@@ -43,7 +40,7 @@ __all__ = [
 
 def register() -> None:
     """Make "fastsae_topk" and "fastsae_joint" known to SAELens, for training and for loading. Any number of times."""
-    for sae, config in ((FastTopKSAE, FastTopKSAEConfig), (FastJointSAE, FastJointSAEConfig)):
+    for sae, config in ((TopKSAE, FastTopKSAEConfig), (FastJointSAE, FastJointSAEConfig)):
         if config.architecture() not in SAE_CLASS_REGISTRY:
             register_sae_class(config.architecture(), sae, config)
     for sae, config in (

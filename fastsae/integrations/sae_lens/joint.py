@@ -94,6 +94,11 @@ class _Joint(FeatureMajorEncoder):
         values, indices = pre.relu().topk(cast(Any, self).cfg.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, values)
 
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sae = cast(Any, self)
+        pre = sae.hook_sae_acts_pre(sae.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return sae.hook_sae_acts_post(sae.activation_fn(pre)), pre
+
     def decode(self, feature_acts: Tensor) -> Tensor:
         """The reconstruction (..., d_in) of a dense code (..., d_sae): its k largest entries, all pathways."""
         dense = feature_acts.reshape(-1, feature_acts.shape[-1])
@@ -149,8 +154,7 @@ class FastJointSAE(_Joint, SAE[FastJointSAEConfig]):
     """JointSAE for inference in SAELens. Codes are dense there, as everywhere in its inference."""
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
-        return self.hook_sae_acts_post(self.activation_fn(pre))
+        return self.encode_with_hidden_pre(x)[0]
 
 
 class FastJointTrainingSAE(_Joint, TrainingSAE[FastJointTrainingSAEConfig]):
@@ -158,10 +162,6 @@ class FastJointTrainingSAE(_Joint, TrainingSAE[FastJointTrainingSAEConfig]):
 
     The loss is the squared error summed over d_in, as SAELens has it: d_in times the paper's.
     """
-
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
-        return self.hook_sae_acts_post(self.activation_fn(pre)), pre
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         x, target = prepared(self, step_input.sae_in), step_input.sae_in

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor, nn
 
 from fastsae import ops
@@ -26,10 +26,6 @@ class FastTopKSAEConfig(TopKSAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return "fastsae_topk"
-
-
-class FastTopKSAE(TopKSAE):
-    """SAELens' TopKSAE."""
 
 
 @dataclass
