@@ -2,8 +2,8 @@
 
 from fastsae import backends, ops
 from fastsae.code import SparseCode
-from fastsae.config import JointSAEConfig, SequentialSAEConfig, TopKSAEConfig, TrainerConfig
-from fastsae.modules import JointSAE, SequentialSAE, TopKSAE, load
+from fastsae.config import JointSAEConfig, SecondarySAEConfig, SequentialSAEConfig, TopKSAEConfig, TrainerConfig
+from fastsae.modules import JointSAE, SecondarySAE, SequentialSAE, TopKSAE, load
 from fastsae.train import Trainer
 
 __version__ = "0.1.0"
@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 __all__ = [
     "JointSAE",
     "JointSAEConfig",
+    "SecondarySAE",
+    "SecondarySAEConfig",
     "SequentialSAE",
     "SequentialSAEConfig",
     "SparseCode",

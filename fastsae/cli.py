@@ -1,4 +1,4 @@
-"""The command line: fastsae demo | train | eval | analyze | report | study | plan | convert."""
+"""The command line: fastsae demo | train | eval | analyze | report | study | factorial | plan | convert."""
 
 import dataclasses
 import shutil
@@ -12,14 +12,28 @@ import tyro
 
 from fastsae import experiment, files, planner, report
 from fastsae.activations import TokenWindows
-from fastsae.config import DataConfig, JointSAEConfig, SequentialRunConfig, StudyConfig, TopKSAEConfig, TrainerConfig
-from fastsae.evaluate import Behavior, Reconstruction, behavior, record, top_features
+from fastsae.config import (
+    DataConfig,
+    FactorialConfig,
+    JointSAEConfig,
+    SecondaryRunConfig,
+    SequentialRunConfig,
+    StudyConfig,
+    TopKSAEConfig,
+    TrainerConfig,
+    to_dict,
+)
+from fastsae.evaluate import Behavior, Pair, Reconstruction, behavior, drivers, record, top_features, top_pairs
+from fastsae.factorial import Stimuli, run_factorial
+from fastsae.factorial.discover import Family
+from fastsae.factorial.generate import side_by_side
 from fastsae.integrations import convert as forms
-from fastsae.modules import SparseAutoencoder
+from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder
 from fastsae.study import page, run_study
 
 _DEFAULT_DATA = DataConfig()
 _DEFAULT_STUDY, _DEFAULT_STUDY_DATA = StudyConfig(), DataConfig(tokens=2_500_000)
+_DEFAULT_FACTORIAL = FactorialConfig()
 _DEFAULT_RUN = TrainerConfig(steps=2000, run_dir=Path("runs/train"))
 # One level of names: `fastsae train joint --d-sae 16384 --steps 5000`, all flags after the subcommands.
 _FLAT = (
@@ -32,6 +46,7 @@ _FLAT = (
 Topk = Annotated[TopKSAEConfig, tyro.conf.subcommand("topk", default=TopKSAEConfig(d_in=1, d_sae=8192, k=32))]
 Joint = Annotated[JointSAEConfig, tyro.conf.subcommand("joint", default=JointSAEConfig(d_in=1, d_sae=8192, k=32))]
 Sequential = Annotated[SequentialRunConfig, tyro.conf.subcommand("sequential")]
+Secondary = Annotated[SecondaryRunConfig, tyro.conf.subcommand("secondary")]
 
 
 def main() -> None:
@@ -46,6 +61,7 @@ def main() -> None:
         "analyze": analyze,
         "report": html_report,
         "study": study,
+        "factorial": factorial,
         "plan": plan,
         "convert": convert,
     }
@@ -58,7 +74,7 @@ def main() -> None:
 
 
 def train(
-    sae: Topk | Joint | Sequential,
+    sae: Topk | Joint | Sequential | Secondary,
     data: DataConfig = _DEFAULT_DATA,
     trainer: TrainerConfig = _DEFAULT_RUN,
 ) -> None:
@@ -78,9 +94,9 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
         run: The run_dir of `fastsae train`.
         tokens: Tokens of held-out text, spread over documents.
     """
-    sae, data = experiment.trained(run)
-    model = experiment.language_model(data)
-    measured = experiment.measure(model, data, sae, experiment.held_out_windows(model, data, tokens))
+    there = experiment.trained(run)
+    model = experiment.language_model(there.data)
+    measured = experiment.measure(model, there, experiment.held_out_windows(model, there.data, tokens))
     record.write(run, "eval", measured, tokens=tokens)
     r, b = measured.reconstruction, measured.bos_out
     _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, [95 % intervals] over {b.documents} held-out documents")
@@ -102,7 +118,7 @@ def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
     spliced = b.conditions[name]
     return {
         "reconstruction": name,
-        "FVU": f"{r.conditions[name]:.4f}",
+        "FVU": f"{r.conditions[name]:.4f}" if name in r.conditions else "",
         "KL": f"{spliced.kl:.4f}",
         "CE increase": f"{spliced.ce_increase:.4f}",
         "loss recovered": f"{spliced.loss_recovered:.4f}",
@@ -113,19 +129,28 @@ def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
 def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     """Geometry of a trained SAE's weights, and the text its largest features are active on.
 
-    Writes RUN/geometry.json and RUN/features.json.
+    Writes RUN/geometry.json, RUN/features.json, and RUN/pairs.json: the pairs of features that the integration works
+    with, or that drive the features of a secondary SAE.
 
     Args:
         run: The run_dir of `fastsae train`.
         tokens: Tokens of held-out text, spread over documents.
     """
-    sae, data = experiment.trained(run)
+    there = experiment.trained(run)
+    sae, data, base = there
     model = experiment.language_model(data)
     windows = experiment.held_out_windows(model, data, tokens)
-    geometry = experiment.held_out_geometry(model, data, sae, windows)
-    features = top_features(sae, model, data.hook, windows)
+    geometry = experiment.held_out_geometry(model, there, windows)
+    features = top_features(sae, model, data.hook, windows, base=base)
     record.write(run, "geometry", geometry, tokens=tokens)
     record.write(run, "features", {"features": features}, tokens=tokens)
+    pairs: list[Pair] = []
+    if isinstance(sae, JointSAE) and sae.V is not None:
+        pairs = top_pairs(sae, model, data.hook, windows)
+        record.write(run, "pairs", {"pairs": pairs}, tokens=tokens)
+    elif isinstance(sae, SecondarySAE) and base is not None:
+        found = drivers(sae, base, model, data.hook, windows, [f.feature for f in features])
+        record.write(run, "pairs", {"drivers": found}, tokens=tokens)
     norms, dips = geometry.squared_norms["W_dec"], geometry.dip_W_dec
     _say(f"{run}: {geometry.rows:,} rows. Features by firing rate, and if their squared decoder norms have two modes:")
     rows = []
@@ -159,7 +184,20 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
                 ]
             )
         )
+    if pairs:
+        _say("", "Pairs of features that put most into z, and what leaving one out changes of the interaction output:")
+        _say(report.table([_pair(pair) for pair in pairs[:8]]))
     _say("", f"Text of the {len(features)} largest features: {run}/features.json")
+
+
+def _pair(pair: Pair) -> dict[str, str]:
+    return {
+        "pair": "{}, {}".format(*pair.features),
+        "together": f"{pair.together:.3%}",
+        "if independent": f"{pair.together_if_independent:.3%}",
+        "V_i . V_j": f"{pair.dot:.3f}",
+        "output change": f"{pair.output_change:.2%}",
+    }
 
 
 def html_report(run: tyro.conf.Positional[Path]) -> None:
@@ -175,8 +213,12 @@ def html_report(run: tyro.conf.Positional[Path]) -> None:
         evaluate(run)
     if record.read(run, "geometry") is None or record.read(run, "features") is None:
         analyze(run)
-    results = {name: record.read(run, name) for name in ("eval", "geometry", "features")}
-    _say(f"Open {report.write_html(run, results).resolve()}")
+    _say(f"Open {_page(run).resolve()}")
+
+
+def _page(run: Path) -> Path:
+    names = ["eval", "geometry", "features", "pairs", *sorted(path.stem for path in run.glob("factorial-*.json"))]
+    return report.write_html(run, {name: record.read(run, name) for name in names})
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -197,6 +239,52 @@ def study(study: StudyConfig = _DEFAULT_STUDY, data: DataConfig = _DEFAULT_STUDY
         "",
         f"All of it: {page.write(found, study.folder)}, study.json",
     )
+
+
+def factorial(
+    run: tyro.conf.Positional[Path],
+    stimuli: tyro.conf.Positional[str],
+    options: FactorialConfig = _DEFAULT_FACTORIAL,
+) -> None:
+    """Which features respond to two factors together, and what clamping them does, beside controls.
+
+    Writes RUN/factorial-NAME.json, text under clamps as RUN/factorial-NAME.txt, and RUN/report.html.
+
+    Args:
+        run: The run_dir of `fastsae train`; a secondary SAE brings its base with it.
+        stimuli: A JSON file (docs/factorial.md has the format), or a set of ours: formality_emotion, code_files,
+            code_failure.
+    """
+    there = experiment.trained(run)
+    loaded = Stimuli.load(stimuli)
+    name = f"factorial-{loaded.name}"
+    found = run_factorial(there, experiment.language_model(there.data), loaded, options, _say)
+    record.write(run, name, found, **to_dict(options))
+    for family, tested in found.discovery.families.items():
+        if tested.features:
+            _say("", f"{family}: the features with the least p of an interaction", report.table(_effects(tested)))
+    for effect in found.effects:
+        _say("", f"{effect.target}: {effect.verdict}")
+    if found.texts:
+        text = "\n".join(f"== {target} ==\n\n{side_by_side(found.prompts, t)}" for target, t in found.texts.items())
+        files.write_atomically(run / f"{name}.txt", lambda p: p.write_text(text, encoding="utf-8"))
+        _say("", f"Text under clamps: {run}/{name}.txt")
+    _say("", f"Open {_page(run).resolve()}")
+
+
+def _effects(family: Family) -> list[dict[str, str]]:
+    return [
+        {
+            "features": ", ".join(map(str, f.features)),
+            **{level: f"{mean.estimate:.3g}" for level, mean in f.means.items()},
+            "crosses": "yes" if f.crossover else "",
+            "d": f"{f.d:.2f}",
+            "F": f"{f.anova['interaction']['F']:.1f}",
+            "p": f"{f.p:.2g}",
+            "q": f"{f.q:.2g}",
+        }
+        for f in family.features[:6]
+    ]
 
 
 def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:
@@ -317,7 +405,7 @@ def _compare(
 ) -> list[dict[str, str]]:
     rows = []
     for name, sae in saes.items():
-        r = experiment.held_out_reconstruction(model, data, sae, windows)
+        r = experiment.held_out_reconstruction(model, experiment.Trained(sae, data), windows)
         b = behavior(sae, model, data.hook, windows, pathways=False)
         rows.append(
             {

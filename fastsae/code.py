@@ -58,6 +58,17 @@ class SparseCode:
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return dense.scatter(-1, self.indices, self.values)
 
+    def columns(self, features: Tensor) -> Tensor:
+        """What the code holds of some features, distinct (n,): (..., n), 0 where they are not active."""
+        column = torch.full((self.d_sae,), -1, device=self.indices.device)
+        column[features] = torch.arange(len(features), device=column.device)
+        flat = self.flatten()
+        columns = column[flat.indices]
+        row, entry = (columns >= 0).nonzero(as_tuple=True)
+        dense = flat.values.new_zeros(len(flat.values), len(features))
+        dense[row, columns[row, entry]] = flat.values[row, entry]
+        return dense.view(*self.values.shape[:-1], len(features))
+
     def feature_order(self) -> FeatureOrder:
         """The entries grouped by feature, over all tokens."""
         return feature_order(self.indices.reshape(-1, self.k), self.d_sae)

@@ -129,11 +129,34 @@ class SequentialSAEConfig(JointSAEConfig):
 
 
 @dataclass(frozen=True)
+class SecondarySAEConfig(TopKSAEConfig):
+    """A TopK SAE on the hidden layer of an integration network; d_in is that network's d_embedding."""
+
+    pre_bias: bool = False
+    """Learn b_dec: subtracted before encoding, added after decoding. The paper has none."""
+
+
+@dataclass(frozen=True)
 class SequentialRunConfig(IntegrationConfig):
     """Feature integration, trained on the residual of the frozen TopK SAE of a finished run."""
 
     base: Path = dataclasses.field(kw_only=True)
     """The run_dir of a finished `fastsae train topk` on the same model and hook."""
+
+
+@dataclass(frozen=True)
+class SecondaryRunConfig:
+    """A TopK SAE on the hidden layer of a trained integration network: the integration features of the paper."""
+
+    base: Path
+    """The run_dir of a finished `fastsae train joint` or `sequential` on the same model, hook and text."""
+    d_sae: int | None = None
+    """Number of features; None means 25 times the base's d_embedding, as in the paper."""
+    k: int | None = None
+    """Active features per token; None means one in fifty, as in the paper."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass(frozen=True)
@@ -246,6 +269,49 @@ class TrainerConfig:
             object.__setattr__(self, "run_dir", Path(self.run_dir))
         if self.run_dir is None and (self.resume or self.log_to):
             raise ValueError(f"{where}: resume and log_to need a run_dir; got None")
+
+
+@dataclass(frozen=True)
+class FactorialConfig:
+    """A 2x2 experiment: which features respond to two factors together, and what clamping them does."""
+
+    pool: Literal["mean", "max"] = "mean"
+    """A text's response: the mean, or the largest, of a feature's activations over its tokens."""
+    permutations: int = 2000
+    """Permutations for every feature; those with a small p get more."""
+    clamped: int = 2
+    """Pairs and secondary features to clamp, of each kind those with the least p; beside them the whole interaction."""
+    clamp: tuple[str, ...] = ()
+    """More to clamp: secondary:12, pair:3,45, identity:12, linear:12, interaction:12, or a whole pathway."""
+    amounts: tuple[float, ...] = (-4.0, 0.0, 4.0)
+    """What activations are multiplied with, or set to."""
+    operation: Literal["multiply", "set"] = "multiply"
+    """Multiplying leaves what is inactive as it is."""
+    splice: bool = False
+    """Replace activations by the reconstruction, as in the paper; without, the SAE's error stays in."""
+    directions: int = 40
+    """Random directions of equal length to compare with."""
+    others: int = 10
+    """Features that were not selected to compare with."""
+    new_tokens: int = 30
+    """Tokens to write under each clamp; 0 writes none."""
+    seed: int = 0
+    """Of permutations, directions, and the choice of other features."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name, least in (("permutations", 99), ("clamped", 0), ("directions", 0), ("others", 0), ("new_tokens", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"FactorialConfig.{name}", f"at least {least}", value)
+        finite = all(map(math.isfinite, self.amounts)) and len(set(self.amounts)) == len(self.amounts)
+        _require(finite and self.amounts != (), "FactorialConfig.amounts", "different finite numbers", self.amounts)
+        untouched = 1.0 if self.operation == "multiply" else 0.0
+        _require(
+            any(a != untouched for a in self.amounts),
+            "FactorialConfig.amounts",
+            f"one that is not {untouched}",
+            self.amounts,
+        )
 
 
 @dataclass(frozen=True)

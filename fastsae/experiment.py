@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,26 @@ from fastsae.activations import (
     read_documents,
     tokenize,
 )
-from fastsae.config import DataConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
+from fastsae.config import DataConfig, SecondaryRunConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
 from fastsae.evaluate import Behavior, Geometry, Reconstruction
-from fastsae.modules import SequentialSAE, SparseAutoencoder, load, new
+from fastsae.modules import HiddenActivations, JointSAE, SecondarySAE, SequentialSAE, SparseAutoencoder, load, new
 from fastsae.train import Trainer
 
 # Of each held-out document at most so many windows are measured on: intervals count documents, not tokens.
 _WINDOWS_PER_DOCUMENT = 8
+
+
+AnyRunConfig = TopKSAEConfig | SequentialRunConfig | SecondaryRunConfig
+
+
+class Trained(NamedTuple):
+    """The SAE of a finished run."""
+
+    sae: SparseAutoencoder
+    data: DataConfig
+    """What it was trained on."""
+    base: JointSAE | None = None
+    """Whose hidden layer it reads, if it is a SecondarySAE."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,10 @@ def held_out_windows(
     return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
 
 
-def train(
-    model: Any, data: DataConfig, config: TopKSAEConfig | SequentialRunConfig, trainer: TrainerConfig
-) -> SparseAutoencoder:
+def train(model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerConfig) -> SparseAutoencoder:
     """A new SAE, trained on the activations of `data` into trainer.run_dir."""
     make = _maker(config, data, trainer.seed)
+    base = None if isinstance(config, TopKSAEConfig) else config.base
     source = ModelActivations(model, data.hook, training_windows(model, data))
     try:
         held_out_windows(model, data, 1)
@@ -75,19 +87,19 @@ def train(
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     assert trainer.run_dir is not None
-    provenance.record(data, trainer.run_dir)
+    provenance.record(data, trainer.run_dir, base)
+    read = source
     if data.store:
-        stream.source = harvest(source, data.store)
-        provenance.record(data, trainer.run_dir)  # another process may have begun there meanwhile
+        read = harvest(source, data.store)
+        provenance.record(data, trainer.run_dir, base)  # another process may have begun there meanwhile
+    stream.source = HiddenActivations(read, _joint(base)) if isinstance(sae, SecondarySAE) and base else read
     run.fit(stream)
     return sae
 
 
-def _maker(
-    config: TopKSAEConfig | SequentialRunConfig, data: DataConfig, seed: int
-) -> Callable[[int], SparseAutoencoder]:
+def _maker(config: AnyRunConfig, data: DataConfig, seed: int) -> Callable[[int], SparseAutoencoder]:
     """What makes the SAE once d_in is known. A base that does not fit is refused here, before the text is read."""
-    if isinstance(config, SequentialRunConfig):
+    if not isinstance(config, TopKSAEConfig):
         on_base = _on_base(config, data, seed)
         return lambda _: on_base
 
@@ -98,9 +110,9 @@ def _maker(
     return make
 
 
-def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> SequentialSAE:
-    """Integration on the SAE of the run config.base, which must know the activations of `data`."""
-    base, seen = trained(config.base)
+def _on_base(config: SequentialRunConfig | SecondaryRunConfig, data: DataConfig, seed: int) -> SparseAutoencoder:
+    """A new SAE on that of the run config.base, which must know the activations of `data`."""
+    base, seen, _ = trained(config.base)
     ours = provenance.resolved(data)
     if (seen.model, seen.hook, seen.text) != (ours.model, ours.hook, ours.text):
         raise ValueError(
@@ -111,36 +123,55 @@ def _on_base(config: SequentialRunConfig, data: DataConfig, seed: int) -> Sequen
     options = to_dict(config)
     del options["base"]
     torch.manual_seed(seed)
-    return SequentialSAE.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
+    kind = SequentialSAE if isinstance(config, SequentialRunConfig) else SecondarySAE
+    return kind.on(base, **options)  # type: ignore[arg-type]  # it refuses other architectures itself
 
 
-def held_out_reconstruction(
-    model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows
-) -> Reconstruction:
-    source = ModelActivations(model, data.hook, windows)
+def held_out_activations(model: Any, run: Trained, windows: TokenWindows) -> ModelActivations | HiddenActivations:
+    """What the SAE of `run` reads, over windows."""
+    source = ModelActivations(model, run.data.hook, windows)
+    return source if run.base is None else HiddenActivations(source, run.base)
+
+
+def held_out_reconstruction(model: Any, run: Trained, windows: TokenWindows) -> Reconstruction:
+    source = held_out_activations(model, run, windows)
     rows = (source.rows(i) for i in range(len(source.block_rows)))
-    return evaluate.reconstruction(sae, rows, windows.names)
+    return evaluate.reconstruction(run.sae, rows, windows.names)
 
 
-def measure(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Measured:
-    """What an SAE of `data` does on held-out windows."""
+def measure(model: Any, run: Trained, windows: TokenWindows) -> Measured:
+    """What the SAE of `run` does on held-out windows. A secondary SAE is spliced in through its base."""
+    spliced = run.sae if run.base is None else run.base
+    secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
+
+    def behavior(bos: bool) -> Behavior:
+        return evaluate.behavior(spliced, model, run.data.hook, windows, bos=bos, secondary=secondary)
+
     return Measured(
-        reconstruction=held_out_reconstruction(model, data, sae, windows),
-        bos_out=evaluate.behavior(sae, model, data.hook, windows),
-        bos_in=evaluate.behavior(sae, model, data.hook, windows, bos=True) if windows.has_bos else None,
+        reconstruction=held_out_reconstruction(model, run, windows),
+        bos_out=behavior(bos=False),
+        bos_in=behavior(bos=True) if windows.has_bos else None,
     )
 
 
-def held_out_geometry(model: Any, data: DataConfig, sae: SparseAutoencoder, windows: TokenWindows) -> Geometry:
+def held_out_geometry(model: Any, run: Trained, windows: TokenWindows) -> Geometry:
     """Rows in an order in which documents are mixed: what costs much is measured on the first ones only."""
-    source = ModelActivations(model, data.hook, windows)
+    source = held_out_activations(model, run, windows)
     order = torch.randperm(len(source.block_rows), generator=torch.Generator().manual_seed(0)).tolist()
-    return evaluate.geometry(sae, (source.block(i) for i in order))
+    return evaluate.geometry(run.sae, (source.block(i) for i in order))
 
 
-def trained(run: Path) -> tuple[SparseAutoencoder, DataConfig]:
+def trained(run: Path) -> Trained:
     """The SAE of a finished run, and what it was trained on. Raises FileNotFoundError saying what is missing."""
     data = provenance.recorded(run)
     if not (run / "sae" / "config.json").is_file():
         raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
-    return load(run / "sae", device=device()), data
+    sae = load(run / "sae", device=device())
+    base = _joint(provenance.recorded_base(run)) if isinstance(sae, SecondarySAE) else None
+    return Trained(sae, data, base)
+
+
+def _joint(run: Path) -> JointSAE:
+    sae = load(run / "sae", device=device())
+    assert isinstance(sae, JointSAE), f"{run} was the base of a secondary SAE"
+    return sae

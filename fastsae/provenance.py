@@ -8,13 +8,18 @@ from fastsae import files
 from fastsae.activations.text import STDLIB
 from fastsae.config import DataConfig, from_dict, to_dict
 from fastsae.lm import EMBEDDED
+from fastsae.modules import read_description
 
 _TEXT_CHECKSUM = "text_crc32"
+_BASE, _BASE_CHECKSUM = "base", "base_crc32"
 
 
-def record(data: DataConfig, run_dir: Path) -> None:
-    """Leave in the run's folder what it is trained on. Raises ValueError if another run lies there."""
-    path, ours = run_dir / "data.json", _description(data)
+def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
+    """Leave in the run's folder what it is trained on. Raises ValueError if another run lies there.
+
+    base: the run whose SAE this one stands on.
+    """
+    path, ours = run_dir / "data.json", _description(data) | _base_description(base)
     with files.locked(run_dir, "train"):
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
@@ -44,6 +49,8 @@ def recorded(run_dir: Path) -> DataConfig:
         raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
     there = _options(path)
     checksum = there.pop(_TEXT_CHECKSUM, None)
+    for name in (_BASE, _BASE_CHECKSUM):
+        there.pop(name, None)
     try:
         data = from_dict(DataConfig, there)
     except ValueError as error:
@@ -55,6 +62,26 @@ def recorded(run_dir: Path) -> DataConfig:
             f"{data.text} is not the text that {run_dir} was trained on: other documents would be held out now"
         )
     return data
+
+
+def recorded_base(run_dir: Path) -> Path:
+    """The run that the run in run_dir stands on. Raises FileNotFoundError or ValueError if it is gone or changed."""
+    path = run_dir / "data.json"
+    there = _options(path)
+    if _BASE not in there:
+        raise ValueError(f"{path} is damaged: it names no base; train the run again")
+    base = Path(there[_BASE])
+    if not (base / "sae" / "config.json").is_file():
+        raise FileNotFoundError(f"{run_dir} stands on the SAE of {base}, which is not there any more")
+    if read_description(base / "sae")["weights_crc32"] != there.get(_BASE_CHECKSUM):
+        raise ValueError(f"{base} was trained again since {run_dir} was trained on its SAE; train that one again too")
+    return base
+
+
+def _base_description(base: Path | None) -> dict[str, Any]:
+    if base is None:
+        return {}
+    return {_BASE: str(base.resolve()), _BASE_CHECKSUM: read_description(base / "sae")["weights_crc32"]}
 
 
 def _options(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluate"},
     {"provenance"},
     {"experiment", "integrations"},
-    {"study"},
+    {"study", "factorial"},
     {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.

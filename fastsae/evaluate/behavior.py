@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from fastsae.activations import TokenWindows, check_hook
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
-from fastsae.evaluate.pathways import FULL, IDENTITY, ablations
-from fastsae.modules import SparseAutoencoder, evaluating
+from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
+from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
 
 # Logits of more tokens would be fresh memory of hundreds of megabytes at every call.
 _CPU_TOKENS = 1024
@@ -70,6 +70,7 @@ def behavior(
     bos: bool = False,
     draws: int = 1,
     pathways: bool = True,
+    secondary: SecondarySAE | None = None,
 ) -> Behavior:
     """Splice reconstructions into `model` at the hook the SAE was trained on, over held-out token windows.
 
@@ -78,6 +79,9 @@ def behavior(
     bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
     at padding always, positions keep their activations in every run.
     pathways: also splice with pathways left out; without, the whole reconstruction only.
+    secondary: of `sae`'s integration network. Then "full" has the interaction computed from its reconstruction of the
+    hidden layer, beside "own hidden layer" (`sae` as it is) and "no interaction": how much of what the interaction does
+    passes through the secondary SAE.
     model: anything with TransformerLens' run_with_hooks and hook_dict; it is put into eval mode.
     """
     check_hook(model, hook_name)
@@ -90,10 +94,10 @@ def behavior(
     totals = DocumentTotals(windows.names)
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
-    with evaluating(sae):
+    with evaluating(sae), evaluating(secondary or sae):
         for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
             batch = slice(lo, lo + batch_windows)
-            splice = _Splice(sae, model, hook_name, windows, batch, bos, noise)
+            splice = _Splice(sae, secondary, model, hook_name, windows, batch, bos, noise)
             totals.add(*splice.sums(draws, pathways))
     if totals.rows == 0:
         raise ValueError(
@@ -140,6 +144,7 @@ class _Splice:
     def __init__(
         self,
         sae: SparseAutoencoder,
+        secondary: SecondarySAE | None,
         model: Any,
         hook_name: str,
         windows: TokenWindows,
@@ -147,7 +152,7 @@ class _Splice:
         bos: bool,
         noise: torch.Generator,
     ) -> None:
-        self.sae, self.model, self.hook_name, self.noise = sae, model, hook_name, noise
+        self.sae, self.secondary, self.model, self.hook_name, self.noise = sae, secondary, model, hook_name, noise
         is_text = windows.is_text(batch)
         self.replaced = is_text.clone()
         if bos and windows.has_bos:
@@ -180,8 +185,11 @@ class _Splice:
     def _replacements(self, raw: Tensor, pathways: bool) -> dict[str, Tensor]:
         """Raw activations (windows, tokens, d_in) as they are reconstructed, by what is kept."""
         x = self.sae.normalizer(raw.to(self.sae.W_enc.device))
-        kept = ablations(self.sae, self.sae.components(x))
-        kept = kept if pathways else {FULL: kept[FULL]}
+        if self.secondary is None:
+            kept = ablations(self.sae, self.sae.components(x))
+            kept = kept if pathways else {FULL: kept[FULL]}
+        else:
+            kept = through_secondary(self.sae, self.secondary, self.sae.encode(x))
         return {name: self.sae.normalizer.invert(y).to(raw) for name, y in kept.items()}
 
     def _random(self, x: Tensor, length: Tensor) -> Tensor:

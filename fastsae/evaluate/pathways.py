@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
-from fastsae.modules import Components, SparseAutoencoder
+from fastsae.code import SparseCode
+from fastsae.modules import Components, JointSAE, SecondarySAE, SparseAutoencoder
 
 IDENTITY, LINEAR, INTERACTION, FULL = "identity", "identity + linear", "identity + interaction", "full"
+NO_INTERACTION, OWN_HIDDEN = "no interaction", "own hidden layer"
 
 
 def pathways(sae: SparseAutoencoder) -> tuple[str, ...]:
@@ -27,3 +29,14 @@ def ablations(sae: SparseAutoencoder, parts: Components) -> dict[str, Tensor]:
     if len(there) == 2:
         kept |= {LINEAR: parts.identity + parts.linear, INTERACTION: parts.identity + parts.interaction}
     return kept | {FULL: full}
+
+
+def through_secondary(sae: SparseAutoencoder, secondary: SecondarySAE, code: SparseCode) -> dict[str, Tensor]:
+    """Reconstructions (..., d_in) of a code: without interaction, with it as trained, and with it computed from what
+    `secondary` makes of the hidden layer."""
+    if not isinstance(sae, JointSAE):
+        raise ValueError(f"a secondary SAE reads the hidden layer of a JointSAE; got {type(sae).__name__}")
+    parts = sae.summands(code)
+    rest = parts.identity + parts.linear
+    through = sae.interaction_from(secondary.reconstruct(sae.hidden(code)))
+    return {NO_INTERACTION: rest, OWN_HIDDEN: rest + parts.interaction, FULL: rest + through}

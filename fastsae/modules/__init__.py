@@ -7,10 +7,13 @@ import torch
 from fastsae.config import TopKSAEConfig, to_dict
 from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, evaluating, read_description
 from fastsae.modules.joint import JointSAE
+from fastsae.modules.secondary import HiddenActivations, SecondarySAE
 from fastsae.modules.sequential import SequentialSAE
 from fastsae.modules.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE)}
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
+    c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE, SecondarySAE)
+}
 
 
 def new(config: TopKSAEConfig, *, device: torch.device | str | None = None) -> SparseAutoencoder:
@@ -29,12 +32,15 @@ def load(folder: str | Path, *, backend: str = "auto", device: torch.device | st
 
 __all__ = [
     "Components",
+    "HiddenActivations",
     "JointSAE",
     "SAEOutput",
+    "SecondarySAE",
     "SequentialSAE",
     "SparseAutoencoder",
     "TopKSAE",
     "evaluating",
     "load",
     "new",
+    "read_description",
 ]

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsae import ops
@@ -88,10 +89,9 @@ class JointSAE(SparseAutoencoder):
         )
 
     def summands(self, code: SparseCode) -> Components:
-        flat, n = code.flatten(), self.k_integration
+        flat, strongest = code.flatten(), self.strongest(code).flatten()
         identity = self.identity(flat)
         linear = interaction = torch.zeros_like(identity)
-        strongest = SparseCode(flat.values[:, :n], flat.indices[:, :n], self.d_sae)
         if self.W_lin is not None and self.b_lin is not None:
             linear = ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
         if self.V is not None:
@@ -99,6 +99,22 @@ class JointSAE(SparseAutoencoder):
             interaction = ops.interaction_mlp(z, *self._mlp, self.b2, self.config.dropout, self.training)
         shape = (*code.values.shape[:-1], self.d_in)
         return Components(*(part.view(shape) for part in (identity, linear, interaction)))
+
+    def strongest(self, code: SparseCode) -> SparseCode:
+        """The part of a code that integration sees: its k_integration strongest features."""
+        n = self.k_integration
+        return SparseCode(code.values[..., :n], code.indices[..., :n], self.d_sae)
+
+    def hidden(self, code: SparseCode) -> Tensor:
+        """What the integration network holds before its ReLU, W1 z + b1: (..., d_embedding). No dropout."""
+        W1, b1, _ = self._mlp
+        strongest = self.strongest(code).flatten()
+        z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)  # type: ignore[arg-type]  # there is an mlp
+        return F.linear(z, W1, b1).view(*code.values.shape[:-1], self.config.d_embedding)
+
+    def interaction_from(self, hidden: Tensor) -> Tensor:
+        """The pairwise pathway from there on, W2 relu(hidden) + b2: (..., d_in)."""
+        return F.linear(hidden.relu(), self._mlp[2], self.b2)
 
     @property
     def _mlp(self) -> tuple[Tensor, Tensor, Tensor]:

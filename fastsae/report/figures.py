@@ -93,3 +93,57 @@ def beside_null(title: str, found: Mapping[str, Mapping[str, float]], label: str
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.25), ncols=2, fontsize=8)
 
     return figure(title, draw, (4.2, 1.1 + 0.34 * len(found)))
+
+
+def interaction_plot(title: str, factors: Sequence[Mapping[str, str]], means: Mapping[str, Interval]) -> str:
+    """The four cell means with their intervals: a line a level of the second factor, over levels of the first."""
+    first, second = factors
+
+    def draw(axes: Any) -> None:
+        for color, other in zip(COLORS, ("high", "low"), strict=False):
+            levels = [f"{one} {other}" for one in ("low", "high")]
+            y = [means[level]["estimate"] or 0.0 for level in levels]
+            axes.plot([0, 1], y, "o-", color=color, linewidth=1.4, label=second[other])
+            for x, level in enumerate(levels):
+                low, high = means[level]["low"], means[level]["high"]
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=color, linewidth=1.2)
+        axes.set_xticks([0, 1], [first["low"], first["high"]])
+        axes.set(xlim=(-0.3, 1.3), xlabel=first["name"], ylabel="activation")
+        axes.legend(fontsize=7.5, title=second["name"], title_fontsize=7.5)
+
+    return figure(title, draw, (3.4, 2.5))
+
+
+def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> str:
+    """Values from -1 to 1 as shades: one colour for positive ones, another for negative ones."""
+
+    def draw(axes: Any) -> None:
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                color = COLORS[0] if value >= 0 else COLORS[1]
+                axes.bar(x, 0.94, 0.94, y - 0.47, color=color, alpha=min(1.0, abs(value)) * 0.85, linewidth=0)
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(columns)), [name.replace(", ", ",\n") for name in columns], fontsize=7.5)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7.5)
+        axes.grid(visible=False)
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+
+    return figure(title, draw, (4.2, 1.0 + 0.24 * len(rows)))
+
+
+def beside_controls(title: str, found: Interval, controls: Mapping[str, Sequence[float]]) -> str:
+    """An effect with its interval, and the effects of each kind of control as dots."""
+
+    def draw(axes: Any) -> None:
+        names = ["clamped", *controls]
+        if found["low"] is not None:
+            axes.plot([found["low"], found["high"]], [0, 0], color=COLORS[0], linewidth=2)
+        axes.plot([found["estimate"]], [0], "o", color=COLORS[0], markersize=6)
+        for place, values in enumerate(controls.values(), start=1):
+            axes.plot(values, [place] * len(values), "o", color=COLORS[1], markersize=4, alpha=0.6)
+        axes.axvline(0, color=GRID, linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="interaction, nats per unit of dose", ylim=(len(names) - 0.5, -0.5))
+
+    return figure(title, draw, (4.2, 1.9))

@@ -2,22 +2,22 @@
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastsae import files
-from fastsae.report import figures
+from fastsae.report import elements, factorial, figures, pairs
+from fastsae.report.elements import Json
 from fastsae.report.text import interval
 from fastsae.report.training import read_metrics
 
-Json = Mapping[str, Any]
-
 
 def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
-    """Write RUN/report.html from what training left in RUN, and the results "eval", "geometry" and "features".
+    """Write RUN/report.html from what training left in RUN, and the results "eval", "geometry", "features", "pairs" and
+    "factorial-...".
 
-    What is None was not measured, and the command that measures it is named. Raises ValueError naming what is damaged.
+    What is None was not measured, and the command that measures it is named; pairs, which not every SAE has, are left
+    out. Raises ValueError naming what is damaged.
     """
     described, data = files.read_json(run / "run.json"), files.read_json(run / "data.json")
     made_by = {
@@ -25,6 +25,9 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
         "geometry": (f"fastsae analyze {run}", _geometry),
         "features": (f"fastsae analyze {run}", _features),
     }
+    made_by |= {"pairs": (f"fastsae analyze {run}", pairs.section)} if results.get("pairs") is not None else {}
+    experiments = sorted(name for name in results if name.startswith("factorial-"))
+    made_by |= {name: (f"fastsae factorial {run} STIMULI", factorial.section) for name in experiments}
     try:
         head = _head(run, described, data)
     except (KeyError, TypeError) as error:
@@ -35,7 +38,9 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
     for name, (command, section) in made_by.items():
         result = results[name]
         if result is None:
-            sections.append(f"<h2>{name.capitalize()}</h2>{_note('Not measured yet: ' + _code(command))}")
+            sections.append(
+                f"<h2>{name.capitalize()}</h2>{elements.note('Not measured yet: ' + elements.code(command))}"
+            )
             continue
         try:
             sections.append(section(result))
@@ -62,7 +67,7 @@ def _head(run: Path, described: Json, data: Json) -> str:
     said = f"{sae['architecture']} SAE, {shape}; {trainer['steps']:,} steps of {data['batch_size']:,} activations, "
     said += f"lr {trainer['lr']:g}, seed {trainer['seed']}."
     where = f"{data['hook']} of model {data['model']} on {data['text']}, {data['tokens']:,} tokens of text."
-    options = _rows(
+    options = elements.rows(
         [{"option": name, "value": json.dumps(value)} for part in (sae, trainer) for name, value in part.items()]
     )
     return (
@@ -83,7 +88,7 @@ def _training(run: Path) -> str:
             "Harvesting included where activations are made on the fly.",
         ),
     ]
-    return f"<h2>Training</h2>{_figures(drawn)}"
+    return f"<h2>Training</h2>{elements.cards(drawn)}"
 
 
 def _measured(found: Json) -> str:
@@ -92,11 +97,11 @@ def _measured(found: Json) -> str:
         bos["BOS replaced too, and what it predicts counted"] = found["bos_in"]
     b = found["bos_out"]
     held_out = f"{r['rows']:,} rows of {r['documents']} held-out documents; 95 % intervals over documents."
-    table = _rows(
+    table = elements.rows(
         [
             {
                 "reconstruction": name,
-                "FVU": interval(r["conditions"][name]),
+                "FVU": interval(r["conditions"][name]) if name in r["conditions"] else "",
                 "KL": interval(c["kl"]),
                 "CE increase": interval(c["ce_increase"]),
                 "loss recovered": interval(c["loss_recovered"]),
@@ -105,7 +110,7 @@ def _measured(found: Json) -> str:
             for name, c in b["conditions"].items()
         ]
     )
-    scalars = _rows(
+    scalars = elements.rows(
         [
             {"measure": "MSE", "value": interval(r["mse"])},
             {"measure": "FVU, raw activations", "value": interval(r["fvu_raw"])},
@@ -147,8 +152,8 @@ def _measured(found: Json) -> str:
     ]
     return (
         "<h2>Reconstruction and behaviour</h2>"
-        f"{_note(held_out)}"
-        f"{table}{_figures(kl + shares)}{scalars}{_own_branch(r, b)}"
+        f"{elements.note(held_out)}"
+        f"{table}{elements.cards(kl + shares)}{scalars}{_own_branch(r, b)}"
     )
 
 
@@ -163,7 +168,7 @@ def _own_branch(r: Json, b: Json) -> str:
             told = f"{metric.upper()} reduction, {name}"
             rows.append({title: told, "value": interval(value)})
     note = "The identity pathway was never trained to reconstruct alone: none of these compares with a TopK SAE."
-    return f"{_rows(rows)}{_note(note)}"
+    return f"{elements.rows(rows)}{elements.note(note)}"
 
 
 def _geometry(found: Json) -> str:
@@ -194,7 +199,7 @@ def _geometry(found: Json) -> str:
                 "anew.",
             )
         )
-    dips = _rows(
+    dips = elements.rows(
         [
             {"features": name, "dip": f"{dip['dip']:.4f}", "p of one mode": f"{dip['p']:.3f}"}
             for name, dip in found["dip_W_dec"].items()
@@ -205,51 +210,17 @@ def _geometry(found: Json) -> str:
         "Hartigan's dip test on the squared norms of W_dec, against the uniform distribution: a small p says that they "
         "have more than one mode. If it is small for all and not within groups, firing rates explain it."
     )
-    return f"<h2>Geometry</h2>{_figures(drawn)}{dips}{_note(note)}"
+    return f"<h2>Geometry</h2>{elements.cards(drawn)}{dips}{elements.note(note)}"
 
 
 def _features(found: Json) -> str:
     cards = []
     for feature in found["features"]:
-        texts = "".join(_shaded(example, feature["max_activation"]) for example in feature["examples"])
+        texts = "".join(elements.shaded(example, feature["max_activation"]) for example in feature["examples"])
         rate = f"fires on {feature['firing_rate']:.2%} of tokens, at most {feature['max_activation']:.3g}"
-        cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{_note(rate)}{texts}</div>')
-    note = _note(
+        cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{elements.note(rate)}{texts}</div>')
+    note = elements.note(
         "The features that are largest in the identity pathway (a² |W_dec|²), each with the places in held-out text "
         "where it is strongest. What these have in common need not hold where it is weak."
     )
     return f'<h2>Features</h2>{note}<div class="grid">{"".join(cards)}</div>'
-
-
-def _shaded(example: Json, highest: float) -> str:
-    spans = []
-    for token, activation in zip(example["tokens"], example["activations"], strict=True):
-        shade = activation / highest if highest > 0 else 0.0
-        told = (
-            f' style="background: rgba(var(--mark), {0.75 * shade:.2f})" title="{activation:.3g}"' if shade > 0 else ""
-        )
-        shown = html.escape(token).replace("\n", "↵")  # lines of their own would take the page
-        spans.append(f"<span{told}>{shown}</span>")
-    where = html.escape(example["document"], quote=True)
-    return f'<p class="text" title="{where}">{"".join(spans)}</p>'
-
-
-def _rows(rows: Sequence[Mapping[str, str]]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _figures(drawn: Sequence[tuple[str, str]]) -> str:
-    cards = [f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in drawn]
-    return f'<div class="grid">{"".join(cards)}</div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _code(text: str) -> str:
-    return f"<code>{html.escape(text)}</code>"

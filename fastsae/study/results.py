@@ -34,7 +34,7 @@ def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object
     store = harvest(source, data.store or config.folder / "activations")
 
     def measure(sae: SparseAutoencoder) -> DocumentSums:
-        rows = experiment.held_out_reconstruction(model, data, sae, windows)
+        rows = experiment.held_out_reconstruction(model, experiment.Trained(sae, data), windows)
         return _together(rows.sums, behavior(sae, model, data.hook, windows).sums)
 
     outcomes = run_arms(config, data, store, measure, windows.digest(), say)

@@ -1,0 +1,22 @@
+"""Which features respond to two factors together, and what changing them does: 2x2 stimuli, discovery, clamping."""
+
+from fastsae.factorial.clamp import Carrier, Clamp, Target
+from fastsae.factorial.discover import Discovery, discover
+from fastsae.factorial.effects import Effect, effect
+from fastsae.factorial.generate import generate
+from fastsae.factorial.run import run_factorial
+from fastsae.factorial.stimuli import SHIPPED, Stimuli
+
+__all__ = [
+    "SHIPPED",
+    "Carrier",
+    "Clamp",
+    "Discovery",
+    "Effect",
+    "Stimuli",
+    "Target",
+    "discover",
+    "effect",
+    "generate",
+    "run_factorial",
+]

@@ -1,0 +1,169 @@
+"""The interaction of two factors, feature by feature: F, effect sizes, a permutation null, false discoveries, power.
+
+Everything is in terms of cell means m and the spread within cells: contrast = m_HH - m_HL - m_LH + m_LL.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVEL = 0.05
+"""Of significance, and of false discoveries among all."""
+_BLOCK = 500
+_ENOUGH = 10
+"""Exceedances after which a feature's p is known well enough."""
+
+INTERACTION = (1.0, -1.0, -1.0, 1.0)
+MAIN = ((0.5, 0.5, -0.5, -0.5), (0.5, -0.5, 0.5, -0.5))
+"""Contrasts over the cells HH, HL, LH, LL."""
+
+
+class Fit(NamedTuple):
+    """The saturated 2x2 model of every column, (features,) each but `means`."""
+
+    means: Tensor
+    """(4, features): cell means"""
+    contrast: Tensor
+    """m_HH - m_HL - m_LH + m_LL"""
+    error: Tensor
+    """Standard error of the contrast."""
+    sigma: Tensor
+    """Standard deviation within cells."""
+    F: Tensor
+    """Of the interaction, with 1 and texts - 4 degrees of freedom: type III, so cells may differ in size."""
+    df: int
+
+    @property
+    def d(self) -> Tensor:
+        """The contrast in standard deviations within cells."""
+        return self.contrast / self.sigma
+
+    @property
+    def partial_eta_squared(self) -> Tensor:
+        return self.F / (self.F + self.df)
+
+
+def fit(values: Tensor, cells: Tensor) -> Fit:
+    """values (texts, features) fp64; cells (texts,): which of the four each text is in."""
+    average, spread, df = _design(cells)
+    means = average @ values
+    within = values - means[cells]
+    sigma = (within.square().sum(dim=0) / df).sqrt()
+    contrast = torch.tensor(INTERACTION, dtype=torch.float64) @ means
+    error = sigma * spread**0.5
+    ratio = (contrast / error).square()
+    return Fit(means, contrast, error, sigma, torch.where(contrast.abs() <= _noise(values), 0.0, ratio), df)
+
+
+def _noise(values: Tensor) -> Tensor:
+    return 1e-12 * values.abs().amax(dim=0)
+
+
+def _design(cells: Tensor) -> tuple[Tensor, float, int]:
+    """The matrix that takes cell means (4, texts); the contrast's variance in units of sigma^2; degrees of freedom."""
+    sizes = cells.bincount(minlength=4)
+    if len(sizes) != 4 or int(sizes.min()) < 2:
+        raise ValueError(f"anova: expected at least 2 texts in each of 4 cells; got {sizes.tolist()}")
+    average = torch.zeros(4, len(cells), dtype=torch.float64)
+    average[cells, torch.arange(len(cells))] = 1.0 / sizes[cells].double()
+    return average, float((1 / sizes.double()).sum()), len(cells) - 4
+
+
+class Permuted(NamedTuple):
+    """P values of the interaction by permutation, (features,) each."""
+
+    p: Tensor
+    """Share of permutations with an F at least as large, the observed one among them."""
+    p_family: Tensor
+    """The same with the largest F of all features: the chance that any feature shows as much by luck."""
+
+
+def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.Generator) -> Permuted:
+    """Freedman and Lane's permutations: what the two factors explain one by one stays, its residuals change places.
+
+    So main effects are no evidence of an interaction, whatever the features' distributions. All features share the
+    permutations. Those whose p is still small get more, until 10 permutations exceed or p is small enough to be a
+    discovery among all (Besag and Clifford 1991).
+    """
+    average, spread, df = _design(cells)
+    observed = fit(values, cells).F
+    first, second = (torch.tensor(c, dtype=torch.float64)[cells].sign() for c in MAIN)
+    additive = torch.stack([torch.ones_like(first), first, second], dim=1)
+    residuals = values - additive @ torch.linalg.lstsq(additive, values).solution
+    sizes = cells.bincount(minlength=4).double()
+    contrast = torch.tensor(INTERACTION, dtype=torch.float64)
+
+    def ratios(block: int, columns: Tensor) -> Tensor:
+        """F of so many permutations: (block, columns)."""
+        of = residuals[:, columns]
+        order = torch.stack([torch.randperm(len(cells), generator=generator) for _ in range(block)])
+        moved = average[:, order].permute(1, 0, 2).reshape(4 * block, -1)  # the design is moved, not the data
+        means = (moved @ of).view(block, 4, -1)
+        within = of.square().sum(dim=0) - (sizes.view(1, 4, 1) * means.square()).sum(dim=1)
+        return (torch.einsum("c,bcf->bf", contrast, means).square() / (within.clamp_min(0) / df * spread)).nan_to_num(0)
+
+    n_features = values.shape[1]
+    exceed, done = torch.zeros(n_features, dtype=torch.int64), torch.zeros(n_features, dtype=torch.int64)
+    exceed_any = torch.zeros(n_features, dtype=torch.int64)
+    least = (1 - 1e-9) * observed  # a permutation that is the data itself counts, rounding or not
+    left, rounds = torch.arange(n_features), 0
+    most = max(permutations, int(np.ceil(4 * n_features / LEVEL)))
+    while len(left) and rounds < most:
+        block = min(_BLOCK, (permutations if rounds < permutations else most) - rounds)
+        F = ratios(block, left)
+        exceed[left] += (least[left] <= F).sum(dim=0)
+        done[left] += block
+        if rounds < permutations:
+            exceed_any += (least <= F.amax(dim=1, keepdim=True)).sum(dim=0)
+        rounds += block
+        if rounds >= permutations:
+            left = left[exceed[left] < _ENOUGH]
+    p_family = (exceed_any + 1) / (min(rounds, permutations) + 1)
+    return Permuted((exceed + 1).double() / (done + 1), p_family.double())
+
+
+def discovery_rates(p: Tensor) -> Tensor:
+    """Benjamini and Hochberg's q values: calling all with q <= 0.05 makes 5 % of what is called false, on average."""
+    if len(p) == 0:
+        return p
+    return torch.from_numpy(statsmodels("stats.multitest").multipletests(p.numpy(), method="fdr_bh")[1])
+
+
+def table(values: Tensor, cells: Tensor, names: tuple[str, str]) -> dict[str, dict[str, float]]:
+    """statsmodels' two-way ANOVA of one feature (texts,), type III: F and p of both factors and of the interaction."""
+    anova_lm, ols = statsmodels("stats.anova").anova_lm, statsmodels("formula.api").ols
+    first, second = (np.sign(np.array(c))[cells.numpy()] for c in MAIN)
+    columns = {"y": values.numpy(), "first": first, "second": second}
+    found = anova_lm(ols("y ~ first * second", columns).fit(), typ=3)
+    rows = {names[0]: "first", names[1]: "second", "interaction": "first:second"}
+    return {name: {"F": float(found.loc[row, "F"]), "p": float(found.loc[row, "PR(>F)"])} for name, row in rows.items()}
+
+
+def detectable(cells: Tensor, tests: int, power: float = 0.8) -> float:
+    """The interaction, in standard deviations within cells, that is found with this power when so many features are
+    tested (at LEVEL / tests, as the first of Benjamini and Hochberg's steps)."""
+    try:
+        from scipy import optimize, stats
+    except ImportError as error:
+        raise ImportError(_MISSING) from error
+
+    _, spread, df = _design(cells)
+    critical = stats.t.ppf(1 - LEVEL / max(1, tests) / 2, df)
+
+    def missing(d: float) -> float:
+        return float(stats.nct.sf(critical, df, d / spread**0.5)) - power
+
+    return float(optimize.brentq(missing, 0.0, 100.0))  # type: ignore[arg-type]  # it returns a float
+
+
+_MISSING = "factorial experiments need statsmodels: `pip install fastsae[lab]`"
+
+
+def statsmodels(module: str) -> Any:
+    try:
+        return importlib.import_module(f"statsmodels.{module}")
+    except ImportError as error:
+        raise ImportError(_MISSING) from error

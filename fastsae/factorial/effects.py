@@ -1,0 +1,230 @@
+"""What clamping a feature does to the words of the four cells, beside controls that change activations as much.
+
+Of each prompt and word the readout is how much its log-probability changes; of each prompt the contrast between the
+four groups of words, in which whatever is common to all words cancels. Prompts are the units: what one prompt's words
+share is no independent evidence. Several amounts are one test: the effect per unit of dose.
+"""
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsae.evaluate.intervals import DocumentSums, Interval, student_t
+from fastsae.factorial import anova
+from fastsae.factorial.clamp import Carrier, Clamp, Target
+from fastsae.factorial.readout import WordReadout
+from fastsae.factorial.stimuli import Stimuli
+
+CONTRASTS: dict[str, tuple[float, ...]] = {
+    "first": anova.MAIN[0],
+    "second": anova.MAIN[1],
+    "interaction": anova.INTERACTION,
+}
+"""Over the groups of words, in the order of LEVELS."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One amount."""
+
+    amount: float
+    change: float
+    """Length of the change over that of the activation, mean over tokens."""
+    contrasts: dict[str, Interval]
+    """Of the first factor, the second, and the interaction: nats of log-probability, for words of one token logits."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """Another change of the same length at every token."""
+
+    name: str
+    interaction: float
+    """Per unit of dose."""
+    matched: float
+    """Its length over the target's, summed over tokens: below 1 where it has no direction at some of them."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A linear mixed model of the effect per unit of dose: prompts and words are random, prompts also in how far the
+    interaction goes."""
+
+    interaction: Interval
+    p: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What clamping one target does."""
+
+    target: str
+    operation: str
+    active: float
+    """Share of the prompts' tokens at which the clamp changes anything."""
+    levels: tuple[Level, ...]
+    contrasts: dict[str, Interval]
+    """Per unit of dose, all amounts together; intervals over prompts."""
+    mixed: Mixed | None
+    """None where nothing changes."""
+    random: tuple[Control, ...]
+    """Random directions."""
+    other: tuple[Control, ...]
+    """Other features of the same kind, not selected."""
+    linear: Control | None
+    """The same features in the linear pathway."""
+    p_random: float
+    """Share of random directions whose interaction is at least as large, the target among them."""
+    verdict: str
+
+
+def effect(
+    carriers: Sequence[Carrier],
+    readout: WordReadout,
+    stimuli: Stimuli,
+    target: Target,
+    amounts: Sequence[float],
+    operation: Any,
+    splice: bool,
+    primaries: Sequence[int],
+    others: Sequence[Target],
+    directions: Tensor,
+) -> Effect:
+    """Clamp `target` to each amount in front of every prompt, and the controls as far.
+
+    carriers: one for each part of the readout. primaries: the features that the linear control takes. others: targets
+    of the same kind to compare with. directions (draws, d_in): the random ones.
+    """
+    clamps = [Clamp(target, amount, operation) for amount in amounts]
+    doses = torch.tensor([c.dose for c in clamps], dtype=torch.float64)
+    clean = readout.scores([c.replaced(None, splice) for c in carriers])
+    steps = [[carrier.step(clamp) for carrier in carriers] for clamp in clamps]
+    changes = [[c.output_change(s) for c, s in zip(carriers, row, strict=True)] for row in steps]
+
+    def scores(per_clamp: Sequence[Sequence[Tensor]]) -> Tensor:
+        """How much each word gains: (amounts, prompts, words)."""
+        spliced = [[c.replaced(d, splice) for c, d in zip(carriers, row, strict=True)] for row in per_clamp]
+        return torch.stack([readout.scores(row) - clean for row in spliced])
+
+    gains = scores(changes)
+    per_dose = torch.einsum("l,lpw->pw", doses, gains) / doses.square().sum()
+
+    def control(name: str, make: Any) -> Control:
+        made = [
+            [make(carrier, change, step, clamp) for carrier, change, step in zip(carriers, row, on, strict=True)]
+            for row, on, clamp in zip(changes, steps, clamps, strict=True)
+        ]
+        slope = torch.einsum("l,lpw->pw", doses, scores(made)) / doses.square().sum()
+        length, own = (sum(float(d.norm(dim=1).sum()) for row in what for d in row) for what in (made, changes))
+        return Control(name, float(_contrast(slope, stimuli, "interaction").mean()), length / own if own else 0.0)
+
+    moved = any(bool(d.any()) for row in changes for d in row)
+    random, other, linear = [], [], None
+    if moved:
+        for number, direction in enumerate(directions):
+            random.append(control(f"random {number}", lambda c, d, s, _, v=direction: c.random_control(d, s, v)))
+        for one in others:
+            other.append(control(str(one), lambda c, d, s, clamp, t=one: c.other_control(d, s, clamp, t)))
+        if target.kind != "linear":
+            linear = control("linear pathway", lambda c, d, s, _: c.linear_control(d, s, primaries))
+    contrasts = {name: _interval(_contrast(per_dose, stimuli, name)) for name in CONTRASTS}
+    own = abs(contrasts["interaction"].estimate)
+    p_random = (1 + sum(abs(c.interaction) >= own for c in random)) / (1 + len(random))
+    rows = sum(len(c.raw) for c in carriers)
+    first = changes[int(doses.abs().argmax())]
+    levels = tuple(
+        Level(
+            clamp.amount,
+            sum(
+                float((d.norm(dim=1) / c.raw.float().norm(dim=1).to(d)).sum())
+                for d, c in zip(row, carriers, strict=True)
+            )
+            / rows,
+            {name: _interval(_contrast(gain, stimuli, name)) for name in CONTRASTS},
+        )
+        for clamp, row, gain in zip(clamps, changes, gains, strict=True)
+    )
+    mixed = _mixed(per_dose, stimuli) if moved else None
+    return Effect(
+        target=str(target),
+        operation=operation,
+        active=sum(int((d != 0).any(dim=1).sum()) for d in first) / rows,
+        levels=levels,
+        contrasts=contrasts,
+        mixed=mixed,
+        random=tuple(random),
+        other=tuple(other),
+        linear=linear,
+        p_random=p_random,
+        verdict=_verdict(moved, contrasts["interaction"], mixed, p_random, random),
+    )
+
+
+def _contrast(gains: Tensor, stimuli: Stimuli, name: str) -> Tensor:
+    """Of the means of the four groups of words: (prompts,)."""
+    parts = gains.split([len(cell.words) for cell in stimuli.cells.values()], dim=-1)
+    means = torch.stack([part.mean(dim=-1) for part in parts], dim=-1)
+    return means @ torch.tensor(CONTRASTS[name], dtype=torch.float64)
+
+
+def _interval(values: Tensor) -> Interval:
+    """The mean over prompts, from a bootstrap over them."""
+    names = tuple(str(i) for i in range(len(values)))
+    return DocumentSums(names, {"value": values, "rows": torch.ones_like(values)}).ratio("value", "rows")
+
+
+def _mixed(gains: Tensor, stimuli: Stimuli) -> Mixed | None:
+    """gains (prompts, words) = interaction and main effects + prompt + word + prompt's own interaction + error."""
+    sizes = [len(cell.words) for cell in stimuli.cells.values()]
+    cell = np.repeat(np.arange(4), sizes)
+    prompts, words = gains.shape
+    first, second = (np.sign(np.array(signs))[cell] / 2 for signs in anova.MAIN)
+    scale = float(gains.std()) or 1.0
+    columns = {
+        "y": gains.numpy().ravel() / scale,
+        "first": np.tile(first, prompts),
+        "second": np.tile(second, prompts),
+        "both": np.tile(first * second, prompts),
+        "prompt": np.repeat(np.arange(prompts), words),
+        "word": np.tile(np.arange(words), prompts),
+        "one": np.zeros(prompts * words, dtype=int),
+    }
+    parts = {"prompt": "0 + C(prompt)", "word": "0 + C(word)", "prompt_both": "0 + C(prompt):both"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a variance at its bound of 0 is no failure; `converged` says the rest
+        frame = importlib.import_module("pandas").DataFrame(columns)  # it comes with statsmodels
+        mixedlm = anova.statsmodels("formula.api").mixedlm
+        formula = "y ~ first + second + both"
+        try:
+            found = mixedlm(formula, frame, groups="one", vc_formula=parts, re_formula="0").fit(reml=True)
+        except np.linalg.LinAlgError:
+            return Mixed(Interval(nan), nan, False)
+    estimate, error = float(found.fe_params["both"]) * scale, float(found.bse_fe["both"]) * scale
+    # As many degrees of freedom as prompts or words of a cell give, whichever are fewer: the normal law is too sure.
+    df = min(prompts, *sizes) - 1
+    half = student_t(df) * error
+    p = 2 * float(importlib.import_module("scipy.stats").t.sf(abs(estimate / error), df))
+    return Mixed(Interval(estimate, estimate - half, estimate + half), p, bool(found.converged))
+
+
+def _verdict(moved: bool, found: Interval, mixed: Mixed | None, p_random: float, random: Sequence[Control]) -> str:
+    if not moved:
+        return "Nothing changes: it is active at no token of the prompts."
+    size = max((abs(c.interaction) for c in random), default=0.0)
+    beside = f"the largest of {len(random)} random directions of the same length gives {size:.2g}"
+    said = f"Interaction {found:.2g} per unit of dose; {beside}."
+    if found.low <= 0 <= found.high:
+        return f"{said} Not told from none: the interval over prompts holds 0."
+    if p_random > anova.LEVEL:
+        return f"{said} Not told from a random direction."
+    if mixed is not None and mixed.converged and mixed.p > anova.LEVEL:
+        return f"{said} More than random directions, for these words: over words it is not told from none."
+    return f"{said} More than random directions do, over prompts and over words."

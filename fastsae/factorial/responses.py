@@ -1,0 +1,148 @@
+"""One number per text and feature: how active the feature is on the text, by family of features."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastsae.activations import Document, ModelActivations, TokenWindows, tokenize
+from fastsae.code import SparseCode
+from fastsae.evaluate.pairs import PER_ROW, embedded
+from fastsae.factorial.stimuli import Stimuli
+from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
+
+Pool = Literal["mean", "max"]
+MIN_SHARE = 0.05
+"""A feature that is active on fewer of the texts is not tested: it could show nothing, and would cost power."""
+MAX_PAIRS = 4096
+"""Of the pairs so many are tested, those that put most into z on these texts; cells play no part in the choice."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Pooled activations of one family of features."""
+
+    family: Literal["identity", "pair", "secondary"]
+    features: Tensor
+    """(features, 1), or (features, 2) for pairs: the indices."""
+    values: Tensor
+    """(texts, features) fp64"""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All texts of a set, in the order of their cells."""
+
+    windows: TokenWindows
+    """One window a text."""
+    cells: Tensor
+    """(texts,) int64: index into LEVELS"""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each text, BOS not counted."""
+        return self.windows.lengths - int(self.windows.has_bos)
+
+
+def tokenized(stimuli: Stimuli, model: Any) -> Texts:
+    """The texts as windows. Raises ValueError naming a text that is longer than the model reads."""
+    texts = [text for cell in stimuli.cells.values() for text in cell.texts]
+    documents = [Document(f"{number}", text) for number, text in enumerate(texts)]
+    windows = tokenize(documents, model.tokenizer, model.cfg.n_ctx, held_out=None)
+    if len(windows) != len(texts):
+        several = windows.documents.bincount(minlength=len(texts)) != 1
+        number = int(several.nonzero()[0])
+        raise ValueError(
+            f"stimuli {stimuli.name!r}: {texts[number]!r} does not fit into the {model.cfg.n_ctx} tokens the model "
+            "reads, or has none; use other texts"
+        )
+    longest = int(windows.lengths.max())
+    windows = TokenWindows(
+        windows.tokens[:, :longest].clone(), windows.lengths, windows.documents, windows.names, windows.has_bos
+    )
+    cells = torch.repeat_interleave(torch.tensor([len(cell.texts) for cell in stimuli.cells.values()]))
+    return Texts(windows, cells)
+
+
+def responses(
+    sae: SparseAutoencoder,
+    secondary: SecondarySAE | None,
+    model: Any,
+    hook_name: str,
+    texts: Texts,
+    pool: Pool = "mean",
+) -> list[Responses]:
+    """Of every family this SAE has: identity, pair, and secondary if there is a secondary SAE.
+
+    A feature's response to a text is the mean, or the largest, of its activations over the text's tokens, BOS left out;
+    a pair's that of a_i a_j, among the PER_ROW strongest features of a token.
+    """
+    source = ModelActivations(model, hook_name, texts.windows)
+    pools = {"identity": _Pool(pool, sae.d_sae)}
+    paired = isinstance(sae, JointSAE) and sae.V is not None
+    if paired:
+        pools["pair"] = _Pool(pool, sae.d_sae**2)
+    if secondary is not None:
+        pools["secondary"] = _Pool(pool, secondary.d_sae)
+    with evaluating(sae), evaluating(secondary or sae):
+        for i in range(len(source.block_rows)):
+            rows = source.rows(i)
+            at = rows.documents.long().to(sae.W_enc.device)
+            code = sae.encode(sae.normalizer(rows.activations.to(sae.W_enc.device)))
+            pools["identity"].add(at, code.values, code.indices)
+            if isinstance(sae, JointSAE) and paired:
+                pools["pair"].add(at, *_pairs(sae.strongest(code)))
+                if secondary is not None:
+                    integration = secondary.encode(secondary.normalizer(sae.hidden(code)))
+                    pools["secondary"].add(at, integration.values, integration.indices)
+    found = [_responses(family, one, texts) for family, one in pools.items()]
+    return [_strongest_pairs(sae, one) if one.family == "pair" else one for one in found]
+
+
+def _pairs(seen: SparseCode) -> tuple[Tensor, Tensor]:
+    """Products and keys i d_sae + j, i < j, of the pairs of each row."""
+    values, indices = seen.values[:, :PER_ROW], seen.indices[:, :PER_ROW]
+    one, other = torch.triu_indices(values.shape[1], values.shape[1], 1, device=values.device)
+    low, high = torch.minimum(indices[:, one], indices[:, other]), torch.maximum(indices[:, one], indices[:, other])
+    return values[:, one] * values[:, other], low * seen.d_sae + high
+
+
+class _Pool:
+    """Sums, or maxima, of activations by text and feature, of those that are active at all."""
+
+    def __init__(self, kind: Pool, width: int) -> None:
+        self.kind, self.width = kind, width
+        self.keys = torch.empty(0, dtype=torch.int64)
+        self.values = torch.empty(0, dtype=torch.float64)
+
+    def add(self, texts: Tensor, values: Tensor, features: Tensor) -> None:
+        active = values > 0
+        keys = (texts.unsqueeze(1) * self.width + features)[active].cpu()
+        values = values[active].double().cpu()
+        self.keys, place = torch.cat([self.keys, keys]).unique(return_inverse=True)
+        pooled = torch.zeros(len(self.keys), dtype=torch.float64)
+        how = "sum" if self.kind == "mean" else "amax"
+        self.values = pooled.scatter_reduce_(0, place, torch.cat([self.values, values]), how)
+
+
+def _responses(family: Any, pool: _Pool, texts: Texts) -> Responses:
+    text, feature = pool.keys // pool.width, pool.keys % pool.width
+    features, column, texts_active = feature.unique(return_inverse=True, return_counts=True)
+    kept = texts_active >= max(2, MIN_SHARE * len(texts.cells))
+    place = torch.full((len(features),), -1)
+    place[kept] = torch.arange(int(kept.sum()))
+    column, features = place[column], features[kept]
+    values = torch.zeros(len(texts.cells), len(features), dtype=torch.float64)
+    values[text[column >= 0], column[column >= 0]] = pool.values[column >= 0]
+    if pool.kind == "mean":
+        values /= texts.tokens.double().unsqueeze(1)
+    d_sae = round(pool.width**0.5)
+    indices = torch.stack([features // d_sae, features % d_sae], dim=1) if family == "pair" else features.unsqueeze(1)
+    return Responses(family, indices, values)
+
+
+def _strongest_pairs(sae: Any, found: Responses) -> Responses:
+    sizes = embedded(sae.V.detach(), found.features.to(sae.V.device)).double().norm(dim=1).cpu()
+    order = (found.values.mean(dim=0) * sizes).sort(descending=True, stable=True).indices[:MAX_PAIRS].sort().values
+    return Responses(found.family, found.features[order], found.values[:, order])

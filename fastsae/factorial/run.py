@@ -1,0 +1,180 @@
+"""A whole 2x2 experiment on a finished run: discovery, clamping, text under clamps."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae.config import FactorialConfig
+from fastsae.evaluate import drivers
+from fastsae.experiment import Trained
+from fastsae.factorial.clamp import Carrier, Clamp, Target
+from fastsae.factorial.discover import Discovery, discover
+from fastsae.factorial.effects import Effect, effect
+from fastsae.factorial.generate import Edit, generate
+from fastsae.factorial.readout import WordReadout
+from fastsae.factorial.responses import tokenized
+from fastsae.factorial.stimuli import LEVELS, Stimuli
+from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
+
+_GENERATED_PROMPTS = 5
+_DRIVING_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Factorial:
+    """What `fastsae factorial` writes."""
+
+    stimuli: dict[str, Any]
+    """Name, description, factors, and the label of each cell."""
+    discovery: Discovery
+    effects: tuple[Effect, ...]
+    """Of what was clamped; none where the set has no prompts."""
+    prompts: tuple[str, ...]
+    """That text was written after."""
+    texts: dict[str, dict[str, list[str]]]
+    """Target -> what was done to it -> what came after each prompt."""
+
+
+def run_factorial(
+    run: Trained, model: Any, stimuli: Stimuli, config: FactorialConfig, say: Callable[[str], object] = print
+) -> Factorial:
+    """Discover, clamp and generate. `run` is of a joint, sequential or TopK SAE, or of a secondary one on its base.
+
+    Features are chosen on the stimuli's texts and clamped in front of its prompts, which no choice has seen.
+    """
+    secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
+    sae = run.sae if run.base is None else run.base
+    named = [Target.parse(text) for text in config.clamp]
+    for target in named:
+        target.check(sae, secondary)
+        for amount in config.amounts:
+            Clamp(target, amount, config.operation)
+    with evaluating(sae), evaluating(secondary or sae):
+        discovery = discover(
+            sae, secondary, model, run.data.hook, stimuli, config.pool, config.permutations, config.seed
+        )
+        for family, found in discovery.families.items():
+            say(
+                f"{family}: {found.discoveries} discoveries among {found.tested} features (q at most 0.05; "
+                f"{found.small_p:.1%} have p of at most 0.05)"
+            )
+        effects: list[Effect] = []
+        written: dict[str, dict[str, list[str]]] = {}
+        prompts = stimuli.prompts[:_GENERATED_PROMPTS] if config.new_tokens else ()
+        targets = _targets(sae, discovery, config) + named if stimuli.clampable else []
+        if targets:
+            experiment = _Clamping(run, model, stimuli, config, discovery)
+            for target in tqdm(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
+                effects.append(experiment.effect(target))
+                if prompts:
+                    written[str(target)] = experiment.text(target, prompts)
+    described = {
+        "name": stimuli.name,
+        "description": stimuli.description,
+        "factors": [asdict(factor) for factor in stimuli.factors],
+        "cells": {level: stimuli.label(level) for level in LEVELS},
+    }
+    return Factorial(described, discovery, tuple(effects), tuple(prompts), written)
+
+
+def _targets(sae: SparseAutoencoder, discovery: Discovery, config: FactorialConfig) -> list[Target]:
+    """The chosen features of the integration, and the whole of it; of an SAE without, those of its code."""
+    integrated = isinstance(sae, JointSAE) and sae.V is not None
+    families = [f for f in discovery.families if (f != "identity") == integrated]
+    chosen = [Target(f, e.features) for f in families for e in discovery.families[f].features[: config.clamped]]
+    whole = integrated and config.operation == "multiply" and config.clamped > 0
+    return [*chosen, Target("interaction")] if whole else chosen
+
+
+class _Clamping:
+    """Everything that is the same for all targets: carriers of the prompts, readout, random directions."""
+
+    def __init__(
+        self,
+        run: Trained,
+        model: Any,
+        stimuli: Stimuli,
+        config: FactorialConfig,
+        discovery: Discovery,
+    ) -> None:
+        self.run, self.model, self.stimuli, self.config, self.discovery = run, model, stimuli, config, discovery
+        self.secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
+        self.sae = run.sae if run.base is None else run.base
+        words = [word for cell in stimuli.cells.values() for word in cell.words]
+        self.readout = WordReadout(model, run.data.hook, stimuli.prompts, words)
+        self.carriers = [self._carrier(self.readout.spliced.raw(part)) for part in self.readout.spliced.parts]
+        generator = torch.Generator().manual_seed(config.seed)
+        directions = torch.randn(config.directions, self.sae.d_in, generator=generator)
+        self.directions = torch.nn.functional.normalize(directions, dim=1)
+        self.generator = generator
+
+    def effect(self, target: Target) -> Effect:
+        return effect(
+            self.carriers,
+            self.readout,
+            self.stimuli,
+            target,
+            self.config.amounts,
+            self.config.operation,
+            self.config.splice,
+            self._primaries(target),
+            self._others(target),
+            self.directions,
+        )
+
+    def text(self, target: Target, prompts: tuple[str, ...]) -> dict[str, list[str]]:
+        edits: dict[str, Edit | None] = {"untouched": None}
+        if self.config.splice:
+            edits["reconstruction"] = lambda raw: self._carrier(raw).replaced(None, True)
+        clamps = {f"{self.config.operation} {amount:g}": amount for amount in self.config.amounts}
+        for name, amount in clamps.items():
+            edits[name] = self._edit(Clamp(target, amount, self.config.operation), None)
+        if len(self.directions):
+            largest = max(clamps, key=lambda name: abs(Clamp(target, clamps[name], self.config.operation).dose))
+            clamp = Clamp(target, clamps[largest], self.config.operation)
+            edits[f"random, as {largest}"] = self._edit(clamp, self.directions[0])
+        return generate(self.model, self.run.data.hook, prompts, edits, self.config.new_tokens)
+
+    def _edit(self, clamp: Clamp, direction: Tensor | None) -> Edit:
+        def edit(raw: Tensor) -> Tensor:
+            carrier = self._carrier(raw)
+            step = carrier.step(clamp)
+            change = carrier.output_change(step)
+            if direction is not None:
+                change = carrier.random_control(change, step, direction)
+            return carrier.replaced(change, self.config.splice)
+
+        return edit
+
+    def _carrier(self, raw: Tensor) -> Carrier:
+        return Carrier(self.sae, self.secondary, raw)
+
+    def _primaries(self, target: Target) -> tuple[int, ...]:
+        """Of the code, what the target is made of: a secondary feature, of the pairs that drive it on the texts."""
+        if target.kind != "secondary":
+            return target.features
+        assert self.secondary is not None
+        assert self.run.base is not None
+        found = drivers(
+            self.secondary,
+            self.run.base,
+            self.model,
+            self.run.data.hook,
+            tokenized(self.stimuli, self.model).windows,
+            target.features,
+            _DRIVING_PAIRS,
+        )
+        return tuple(sorted({feature for driver in found[0].pairs for feature in driver.features}))
+
+    def _others(self, target: Target) -> list[Target]:
+        """Features of the kind at random, among those that show no interaction of the factors."""
+        family = {"pair": "pair", "secondary": "secondary", "identity": "identity", "linear": "identity"}
+        if target.kind not in family or not target.features:
+            return []
+        features = [f for f in self.discovery.families[family[target.kind]].unlike if f != target.features]
+        order = torch.randperm(len(features), generator=self.generator)[: self.config.others].tolist()
+        return [Target(target.kind, features[i]) for i in order]

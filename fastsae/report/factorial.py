@@ -1,0 +1,130 @@
+"""A 2x2 experiment: what responds to both factors together, and what clamping it does beside controls."""
+
+import html
+
+from fastsae.report import elements, figures
+from fastsae.report.elements import Json
+from fastsae.report.text import interval
+
+_PLOTTED = 4
+
+
+def section(found: Json) -> str:
+    """Of factorial-NAME.json."""
+    told, discovery = found["stimuli"], found["discovery"]
+    pool = found["options"]["pool"]
+    head = (
+        f"<h2>2x2: {html.escape(told['name'])}</h2><p>{html.escape(told['description'])}</p>{_cells(told, discovery)}"
+    )
+    families = "".join(_family(name, family, told, pool) for name, family in discovery["families"].items())
+    return head + families + _clamps(found["effects"]) + _texts(found)
+
+
+def _cells(told: Json, discovery: Json) -> str:
+    rows = [
+        {"cell": label, "texts": str(discovery["texts"][level]), "tokens a text": f"{discovery['tokens'][level]:.1f}"}
+        for level, label in told["cells"].items()
+    ]
+    p = ", ".join(f"{name} {value:.2g}" for name, value in discovery["tokens_p"].items())
+    note = elements.note(f"Do texts differ in length? ANOVA p: {p}." if p else "All texts are equally long.")
+    return elements.rows(rows) + note
+
+
+def _family(name: str, family: Json, told: Json, pool: str) -> str:
+    said = (
+        f"{family['discoveries']:,} of {family['tested']:,} show an interaction (q at most 0.05); "
+        f"{family['small_p']:.1%} have a permutation p of at most 0.05, about 5 % would by luck. An interaction of "
+        f"{family['detectable_d']:.2f} standard deviations is found in 4 of 5 cases."
+    )
+    features = family["features"]
+    labels = [", ".join(map(str, f["features"])) for f in features]
+    drawn = [
+        (
+            figures.interaction_plot(f"{name} {label}", told["factors"], f["means"]),
+            f"{name} {label}: d {f['d']:.2f}, partial η² {f['partial_eta_squared']:.2f}, p {f['p']:.2g}, q {f['q']:.2g}"
+            + ("" if f["crossover"] else "; no crossover, so it may be one of scale"),
+        )
+        for label, f in list(zip(labels, features, strict=True))[:_PLOTTED]
+    ]
+    if features:
+        cells = list(told["cells"].values())
+        relative = [_relative([f["means"][level]["estimate"] for level in told["cells"]]) for f in features]
+        drawn.append(
+            (
+                figures.heat_map(f"{told['name']} {name} by cell", labels, cells, relative),
+                f"{pool.capitalize()} activation by cell, over the largest of the four.",
+            )
+        )
+    note = elements.note(f"{said} Bars are 95 % intervals over texts.")
+    return f"<h3>Family: {name}</h3>{note}{elements.cards(drawn)}"
+
+
+def _relative(values: list[float]) -> list[float]:
+    largest = max(map(abs, values))
+    return [value / largest if largest else 0.0 for value in values]
+
+
+def _clamps(effects: list[Json]) -> str:
+    if not effects:
+        return ""
+    rows = [
+        {
+            "clamped": effect["target"],
+            "active": f"{effect['active']:.0%}",
+            "change": ", ".join(f"{level['amount']:g}: {level['change']:.2%}" for level in effect["levels"]),
+            "first factor": _shown(effect["contrasts"]["first"]),
+            "second factor": _shown(effect["contrasts"]["second"]),
+            "interaction": _shown(effect["contrasts"]["interaction"]),
+            "mixed model p": "" if effect["mixed"] is None or effect["mixed"]["p"] is None else _p(effect["mixed"]),
+            "p, random directions": f"{effect['p_random']:.3f}",
+        }
+        for effect in effects
+    ]
+    drawn = [
+        (
+            figures.beside_controls(
+                f"clamp {effect['target']}",
+                effect["contrasts"]["interaction"],
+                {
+                    "random directions": [c["interaction"] for c in effect["random"]],
+                    "other features": [c["interaction"] for c in effect["other"]],
+                    "linear pathway": [effect["linear"]["interaction"]] if effect["linear"] else [],
+                },
+            ),
+            f"{effect['target']}. {effect['verdict']}",
+        )
+        for effect in effects
+        if effect["mixed"] is not None
+    ]
+    cells = ["first factor", "second factor", "interaction"]
+    values = [[e["contrasts"][c]["estimate"] for c in ("first", "second", "interaction")] for e in effects]
+    largest = max((abs(v) for row in values for v in row), default=0.0) or 1.0
+    heat = figures.heat_map(
+        "clamps by contrast", [e["target"] for e in effects], cells, [[v / largest for v in row] for row in values]
+    )
+    drawn.append((heat, f"Effect per unit of dose on the contrasts between groups of words; 1 is {largest:.2g} nats."))
+    note = elements.note(
+        "Clamped at every token of the prompts, activations change by the shown share of their length. Contrasts "
+        "between the four groups of words are per unit of dose, in nats of log-probability (for words of one token: "
+        "logits), with 95 % intervals over prompts. Controls change activations as much, token by token."
+    )
+    return f"<h3>Clamping</h3>{note}{elements.rows(rows)}{elements.cards(drawn)}"
+
+
+def _p(mixed: Json) -> str:
+    return f"{mixed['p']:.3f}" + ("" if mixed["converged"] else " (did not converge)")
+
+
+def _shown(value: Json) -> str:
+    return interval(value) if value["low"] is None else "{estimate:.2g} [{low:.2g}, {high:.2g}]".format(**value)
+
+
+def _texts(found: Json) -> str:
+    blocks = []
+    for target, by_edit in found["texts"].items():
+        for p, prompt in enumerate(found["prompts"]):
+            rows = [{"": name, html.escape(prompt): texts[p]} for name, texts in by_edit.items()]
+            blocks.append(f"<h4>{html.escape(target)}</h4>{elements.rows(rows)}")
+    if not blocks:
+        return ""
+    return f"<details><summary>text written under clamps</summary>{''.join(blocks)}</details>"
