@@ -244,6 +244,10 @@ def test_nothing_is_unpickled(tmp_path):
         ("sparsify", "cfg.json", {"activation": "groupmax"}, "has activation = 'groupmax'"),
         ("sparsify", "cfg.json", {"transcode": True}, "has transcode = True"),
         ("sparsify", "cfg.json", {"k": 5000}, "TopKSAEConfig.k: expected between 1 and d_sae = 200; got 5000"),
+        ("sparsify", "cfg.json", {"signed": True}, "has signed = True"),
+        ("sparsify", "cfg.json", {"k": 6.5}, r"cfg\.json: expected a whole number for k; got 6\.5"),
+        ("sae_lens", "cfg.json", {"k": [6]}, r"cfg\.json: expected a whole number for k; got \[6\]"),
+        ("sae_lens", "cfg.json", {"metadata": "gpt2"}, r"cfg\.json, metadata: expected values by name; got str"),
         ("dictionary_learning", "config.json", {"trainer": {"dict_class": "BatchTopKSAE"}}, "is of a BatchTopKSAE"),
     ],
 )
@@ -279,14 +283,40 @@ def test_weights_of_another_shape_are_named(tmp_path):
         convert.read(tmp_path / "b.pt")
 
 
+@pytest.mark.parametrize(
+    ("form", "file"), [("sae_lens", "cfg.json"), ("sparsify", "cfg.json"), ("dictionary_learning", "config.json")]
+)
+@pytest.mark.parametrize("text", ["null", "[]", "3"])
+def test_a_config_that_is_no_object_is_named(form, file, text, tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "out", form)
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: expected values by name; got "):
+        convert.read(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3), torch.zeros(M, D, dtype=torch.int64), torch.zeros(M, D).to(torch.float8_e4m3fn), None]
+)
+def test_weights_that_are_none_are_named(value, tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "a.pt", "openai")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(state | {"encoder.weight": value}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"b\.pt: expected encoder\.weight to be a float tensor of 2 dimensions; got"):
+        convert.read(tmp_path / "b.pt")
+
+
 def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     made(tmp_path / "source")
     (tmp_path / "empty").mkdir()
     with pytest.raises(IsADirectoryError, match="openai's form is one file, such as"):
         convert.convert(tmp_path / "source", tmp_path / "empty", "openai")
     convert.convert(tmp_path / "source", tmp_path / "dl", "dictionary_learning")
-    with pytest.raises(ValueError, match="is a file of dictionary_learning; give the folder"):
-        convert.read(tmp_path / "dl" / "ae.pt")
+    torch.save({"sae.W_enc": torch.zeros(M, D)}, tmp_path / "ae_10.pt")  # of JointTrainer
+    for file in (tmp_path / "dl" / "ae.pt", tmp_path / "ae_10.pt"):
+        with pytest.raises(ValueError, match=r"is a file of dictionary_learning; give a folder in which it is named ae\.pt"):
+            convert.read(file)
 
 
 @pytest.mark.parametrize("package", ["sae_lens", "dictionary_learning", "sparsify"])
@@ -303,6 +333,9 @@ def test_what_is_no_sae_is_said(tmp_path):
         convert.read(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no SAE in a known form\. Expected one of fastsae: config\.json"):
         convert.read(tmp_path)
+    made(tmp_path / "source")
+    with pytest.raises(ValueError, match="there is no form 'saelens'; expected one of fastsae, sae_lens"):
+        convert.convert(tmp_path / "source", tmp_path / "out", "saelens")
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

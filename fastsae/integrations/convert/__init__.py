@@ -55,6 +55,8 @@ def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
     Raises FileExistsError if there is something in `target`, ValueError if a form cannot hold the SAE.
     """
     source, target = Path(source), Path(target)
+    if to not in FORMATS:
+        raise ValueError(f"convert: there is no form {to!r}; expected one of {', '.join(FORMATS)}")
     found = _read(source)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(f"convert: {target} holds something already; choose another target")

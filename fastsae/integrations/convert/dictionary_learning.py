@@ -7,7 +7,18 @@ import torch
 
 from fastsae import files
 from fastsae.config import JointSAEConfig, from_dict, to_dict
-from fastsae.integrations.convert.form import Converted, expect, loaded, read_pickled, topk, topk_only, write_pickled
+from fastsae.integrations.convert.form import (
+    Converted,
+    by_name,
+    expect,
+    expect_k,
+    expect_weights,
+    loaded,
+    read_pickled,
+    topk,
+    topk_only,
+    write_pickled,
+)
 from fastsae.modules import JointSAE
 
 FILES = "ae.pt, with config.json beside it"
@@ -21,7 +32,8 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     path, config = source / "ae.pt", source / "config.json"
-    trainer = files.read_json(config).get("trainer", {}) if config.is_file() else {}
+    recorded = by_name(config, files.read_json(config)) if config.is_file() else {}
+    trainer = by_name(f"{config}, trainer", recorded.get("trainer", {}))
     weights, kind = read_pickled(path), trainer.get("dict_class", "AutoEncoderTopK")
     names = {"lm_name": "model_name", "submodule_name": "hook_name"}
     metadata = {theirs: trainer[ours] for ours, theirs in names.items() if trainer.get(ours)}
@@ -33,15 +45,14 @@ def read(source: Path) -> Converted:
         return Converted(loaded(sae, parameters), metadata)
     if kind != "AutoEncoderTopK":
         raise ValueError(f"{config} is of a {kind}; expected AutoEncoderTopK (or {JOINT}, of our JointTrainer)")
-    W_enc, b_enc, W_dec, b_dec, k = expect(
-        path, weights, ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k")
-    )
+    names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
+    W_enc, b_enc, W_dec, b_dec = expect_weights(path, weights, names)
     notes = []
     if weights.get("threshold", -1) >= 0:
         notes.append(f"The threshold of {float(weights['threshold']):.4g} is left behind: a TopK SAE has none.")
     if not config.is_file():
         notes.append(f"{config} is missing: {path} is taken for an AutoEncoderTopK.")
-    return Converted(topk(int(k), W_enc, b_enc, W_dec.T, b_dec), metadata, notes)
+    return Converted(topk(expect_k(path, weights), W_enc, b_enc, W_dec.T, b_dec), metadata, notes)
 
 
 def write(found: Converted, target: Path) -> list[str]:

@@ -11,6 +11,8 @@ from fastsae import files
 from fastsae.config import to_dict
 from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -99,9 +101,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is not run"
         ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected weights by name; got {type(found).__name__}")
-    return found
+    return by_name(path, found)
 
 
 def write_pickled(path: Path, values: dict[str, Any]) -> None:
@@ -115,3 +115,28 @@ def expect(where: Path, values: dict[str, Any], names: tuple[str, ...]) -> list[
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(map(str, values))}")
     return [values[name] for name in names]
+
+
+def expect_k(where: Path, values: dict[str, Any]) -> int:
+    (k,) = expect(where, values, ("k",))
+    k = k.tolist() if isinstance(k, Tensor) else k
+    if type(k) is not int:
+        raise ValueError(f"{where}: expected a whole number for k; got {k!r}")
+    return k
+
+
+def expect_weights(where: Path, values: dict[str, Any], names: tuple[str, str, str, str]) -> list[Tensor]:
+    """W_enc, b_enc, W_dec and b_dec, which have these names here, each a float tensor of two or one dimensions."""
+    found = expect(where, values, names)
+    for name, t, dimensions in zip(names, found, (2, 1, 2, 1), strict=True):
+        if not (isinstance(t, Tensor) and t.dtype in _FLOATS and t.ndim == dimensions):
+            got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+            raise ValueError(f"{where}: expected {name} to be a float tensor of {dimensions} dimensions; got {got}")
+    return found
+
+
+def by_name(where: object, found: Any) -> dict[str, Any]:
+    """`found`, which must be a dict, as files of options and of weights are."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected values by name; got {type(found).__name__}")
+    return found

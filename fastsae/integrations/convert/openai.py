@@ -4,7 +4,17 @@ from pathlib import Path
 
 import torch
 
-from fastsae.integrations.convert.form import Converted, expect, read_pickled, topk, topk_only, write_pickled
+from fastsae.integrations.convert.form import (
+    Converted,
+    by_name,
+    expect,
+    expect_k,
+    expect_weights,
+    read_pickled,
+    topk,
+    topk_only,
+    write_pickled,
+)
 
 FILES = "a .pt file with encoder.weight, decoder.weight, pre_bias and latent_bias"
 
@@ -15,21 +25,24 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     state = read_pickled(source)
-    if "decoder.weight" in state and "threshold" in state:
-        raise ValueError(f"{source} is a file of dictionary_learning; give the folder it lies in")
-    W_enc, W_dec, pre_bias, latent_bias, activation = expect(
-        source, state, ("encoder.weight", "decoder.weight", "pre_bias", "latent_bias", "activation")
-    )
-    options = state.get("activation_state_dict", {})
+    if ("decoder.weight" in state and "threshold" in state) or "sae.W_enc" in state:
+        raise ValueError(
+            f"{source} is a file of dictionary_learning; give a folder in which it is named ae.pt, with the trainer's "
+            "config.json beside it"
+        )
+    names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
+    expect(source, state, (*names, "activation"))
+    W_enc, latent_bias, W_dec, pre_bias = expect_weights(source, state, names)
+    activation = state["activation"]
+    options = by_name(f"{source}, activation_state_dict", state.get("activation_state_dict", {}))
     if activation != "TopK" or options.get("postact_fn", "ReLU") != "ReLU":
         given = f"{activation} followed by {options['postact_fn']}" if "postact_fn" in options else activation
         raise ValueError(f"{source} has the activation {given}; expected TopK followed by ReLU")
-    (k,) = expect(source, options, ("k",))
     note = (
         "OpenAI's TopK SAEs see each token less its mean, over its standard deviation; so does this one, and whoever "
         "uses it must do that before, and undo it afterwards."
     )
-    sae = topk(int(k), W_enc, latent_bias, W_dec.T, pre_bias)
+    sae = topk(expect_k(source, options), W_enc, latent_bias, W_dec.T, pre_bias)
     return Converted(sae, notes=[note], sees_normalised_tokens=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import files
 from fastsae.config import IntegrationConfig
-from fastsae.integrations.convert.form import Converted, expect, loaded, topk
+from fastsae.integrations.convert.form import Converted, by_name, expect_k, expect_weights, loaded, topk
 from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE
 
 FILES = "cfg.json and sae_weights.safetensors"
@@ -24,7 +24,7 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     path = source / "cfg.json"
-    cfg, weights = files.read_json(path), files.read_tensors(source / "sae_weights.safetensors")
+    cfg, weights = by_name(path, files.read_json(path)), files.read_tensors(source / "sae_weights.safetensors")
     architecture = cfg.get("architecture")
     if architecture not in ("topk", "fastsae_topk", "fastsae_joint"):
         raise ValueError(f"{path} is of architecture {architecture!r}; expected topk, fastsae_topk or fastsae_joint")
@@ -34,8 +34,8 @@ def read(source: Path) -> Converted:
                 f"{path} has {option} = {cfg[option]!r}, which happens outside of the weights and would be lost. "
                 "Export the SAE with save_inference_model after training, which folds what can be folded."
             )
-    (k,) = expect(path, cfg, ("k",))
-    expect(source / "sae_weights.safetensors", weights, ("W_enc", "b_enc", "W_dec", "b_dec"))
+    k = expect_k(path, cfg)
+    expect_weights(source / "sae_weights.safetensors", weights, ("W_enc", "b_enc", "W_dec", "b_dec"))
     dtype = weights["W_enc"].dtype
     weights = {name: t.double() for name, t in weights.items()}  # folded in fp64, and rounded once
     weights["W_enc"] = weights["W_enc"].T
@@ -45,9 +45,9 @@ def read(source: Path) -> Converted:
         norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms.unsqueeze(1), weights["b_enc"] * norms
         weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
-    known = cfg.get("metadata") or {}
+    known = by_name(f"{path}, metadata", cfg.get("metadata") or {})
     metadata = {key: value for key, value in known.items() if not key.startswith("sae_lens_")}
-    return Converted(_sae(architecture, int(k), cfg, weights, dtype), metadata)
+    return Converted(_sae(architecture, k, cfg, weights, dtype), metadata)
 
 
 def _sae(

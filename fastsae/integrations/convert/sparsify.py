@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastsae import files
-from fastsae.integrations.convert.form import Converted, expect, topk, topk_only
+from fastsae.integrations.convert.form import Converted, by_name, expect_k, expect_weights, topk, topk_only
 
 FILES = "cfg.json and sae.safetensors"
 
@@ -14,15 +14,14 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     path = source / "cfg.json"
-    cfg, weights = files.read_json(path), files.read_tensors(source / "sae.safetensors")
-    for option, only in (("transcode", False), ("skip_connection", False), ("activation", "topk")):
+    cfg, weights = by_name(path, files.read_json(path)), files.read_tensors(source / "sae.safetensors")
+    for option, only in (("transcode", False), ("skip_connection", False), ("activation", "topk"), ("signed", False)):
         if cfg.get(option, only) != only:
             raise ValueError(
                 f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted"
             )
-    (k,) = expect(path, cfg, ("k",))
-    found = expect(source / "sae.safetensors", weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
-    return Converted(topk(int(k), *found))
+    names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+    return Converted(topk(expect_k(path, cfg), *expect_weights(source / "sae.safetensors", weights, names)))
 
 
 def write(found: Converted, target: Path) -> list[str]:
