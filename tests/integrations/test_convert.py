@@ -315,7 +315,9 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(tmp_path):
     convert.convert(tmp_path / "source", tmp_path / "dl", "dictionary_learning")
     torch.save({"sae.W_enc": torch.zeros(M, D)}, tmp_path / "ae_10.pt")  # of JointTrainer
     for file in (tmp_path / "dl" / "ae.pt", tmp_path / "ae_10.pt"):
-        with pytest.raises(ValueError, match=r"is a file of dictionary_learning; give a folder in which it is named ae\.pt"):
+        with pytest.raises(
+            ValueError, match=r"is a file of dictionary_learning; give a folder in which it is named ae\.pt"
+        ):
             convert.read(file)
 
 

@@ -21,7 +21,8 @@ def read(source: Path) -> Converted:
                 f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted"
             )
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
-    return Converted(topk(expect_k(path, cfg), *expect_weights(source / "sae.safetensors", weights, names)))
+    W_enc, b_enc, W_dec, b_dec = expect_weights(source / "sae.safetensors", weights, names)
+    return Converted(topk(expect_k(path, cfg), W_enc, b_enc, W_dec, b_dec))
 
 
 def write(found: Converted, target: Path) -> list[str]:
