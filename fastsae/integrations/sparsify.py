@@ -10,6 +10,7 @@ Nothing stays patched after the block; checkpoints are sparsify's own.
 # These classes take the place of others, whose types are narrower than their use.
 # pyright: basic
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,12 +107,27 @@ class _SparseCoder(metaclass=_InItsPlace):
     pass
 
 
+class _Open:
+    """How many blocks are open, and what the first found; blocks may end in any order, as those of threads do."""
+
+    lock, blocks, stock = threading.Lock(), 0, SparseCoder
+
+
 @contextmanager
 def accelerate() -> Iterator[None]:
-    """Have sparsify's Trainers that are made in the block make FastSparseCoders, which go on to be fast after it."""
-    stock = trainer.SparseCoder
-    trainer.SparseCoder = _SparseCoder  # type: ignore[misc]  # what Trainer calls
+    """Have sparsify's Trainers that are made in the block make FastSparseCoders, which go on to be fast after it.
+
+    While a block is open, other threads' Trainers make them too.
+    """
+    with _Open.lock:
+        if _Open.blocks == 0:
+            _Open.stock = trainer.SparseCoder
+            trainer.SparseCoder = _SparseCoder  # type: ignore[misc]  # what Trainer calls
+        _Open.blocks += 1
     try:
         yield
     finally:
-        trainer.SparseCoder = stock  # type: ignore[misc]
+        with _Open.lock:
+            _Open.blocks -= 1
+            if _Open.blocks == 0:
+                trainer.SparseCoder = _Open.stock  # type: ignore[misc]
