@@ -161,11 +161,28 @@ def test_pre_activations_of_dead_features_are_ranked_in_chunks(monkeypatch):
     assert trained(fast.FastTopKTrainingSAEConfig(**TOPK), dead_feature_window=1)[1] == whole
 
 
-def test_a_hook_on_activations_gets_them():
-    sae, seen = fast.FastTopKTrainingSAE(fast.FastTopKTrainingSAEConfig(**TOPK)), []
-    sae.hook_sae_acts_post.add_hook(lambda acts, hook: seen.append(acts.shape))
-    trainer_of(sae, batches()).step(batches(1)[0])
-    assert seen == [(B, M)]
+@pytest.mark.parametrize("kind", [fast.FastTopKTrainingSAEConfig, fast.FastJointTrainingSAEConfig])
+def test_a_hook_on_activations_gets_them(kind):
+    """They are dense then, and what is trained is the same."""
+    options = {} if kind is fast.FastTopKTrainingSAEConfig else {"dropout": 0.0}
+    torch.manual_seed(0)
+    sae, seen = TrainingSAE.from_dict(kind(**TOPK, **options).to_dict()), []
+    hooked = copy.deepcopy(sae)
+    for hook in (hooked.hook_sae_acts_pre, hooked.hook_sae_acts_post):
+        hook.add_hook(lambda acts, hook: seen.append(acts.shape))
+    outputs = [trainer_of(each, batches()).step(batches(1)[0]) for each in (hooked, sae)]
+    assert seen == [(B, M), (B, M)]
+    torch.testing.assert_close(*(output.sae_out for output in outputs))
+    for (name, a), b in zip(hooked.named_parameters(), sae.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", [fast.FastTopKTrainingSAEConfig, fast.FastJointTrainingSAEConfig])
+def test_a_hook_can_change_activations(kind):
+    sae = TrainingSAE.from_dict(kind(**TOPK).to_dict())
+    sae.hook_sae_acts_post.add_hook(lambda acts, hook: torch.zeros_like(acts))
+    output = trainer_of(sae, batches()).step(batches(1)[0])
+    assert not output.feature_acts.bool().any()
 
 
 # ---- nothing dense ----

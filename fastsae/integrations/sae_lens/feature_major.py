@@ -44,6 +44,12 @@ def subtracted(sae: SAE[Any]) -> Tensor | None:
     return sae.b_dec if sae.cfg.apply_b_dec_to_input else None
 
 
+def hooked(sae: SAE[Any]) -> bool:
+    """Whether someone wants to see, or to change, activations, which must be dense for that."""
+    hooks = (sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
+    return any(hook._forward_hooks or hook._backward_hooks for hook in hooks)
+
+
 def as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     """A code (B, k) as the sparse (B, d_sae) tensor in which SAELens' trainer counts what fired."""
     rows = torch.arange(len(values), device=values.device).repeat_interleave(values.shape[1])

@@ -19,7 +19,14 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from fastsae import ops
-from fastsae.integrations.sae_lens.feature_major import FeatureMajorEncoder, as_coo, finished, prepared, subtracted
+from fastsae.integrations.sae_lens.feature_major import (
+    FeatureMajorEncoder,
+    as_coo,
+    finished,
+    hooked,
+    prepared,
+    subtracted,
+)
 from fastsae.modules import JointSAE
 
 
@@ -158,14 +165,19 @@ class FastJointSAE(_Joint, SAE[FastJointSAEConfig]):
 
 
 class FastJointTrainingSAE(_Joint, TrainingSAE[FastJointTrainingSAEConfig]):
-    """JointSAE in SAELens' trainers; its training step never holds a (B, d_sae) tensor, and calls no hooks on codes.
+    """JointSAE in SAELens' trainers, whose training step never holds a (B, d_sae) tensor unless a hook wants one.
 
     The loss is the squared error summed over d_in, as SAELens has it: d_in times the paper's.
     """
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        x, target = prepared(self, step_input.sae_in), step_input.sae_in
-        values, indices = ops.topk_encode(x, self.W_enc_rows, self.b_enc, self.cfg.k, b_dec=subtracted(self))
+        target, k = step_input.sae_in, self.cfg.k
+        if hooked(self):
+            values, indices = self.encode_with_hidden_pre(target)[0].topk(k)
+        else:
+            values, indices = ops.topk_encode(
+                prepared(self, target), self.W_enc_rows, self.b_enc, k, b_dec=subtracted(self)
+            )
         sae_out = finished(self, self.reconstruct(values, indices, self.cfg.dropout if self.training else 0.0))
         loss = self.mse_loss_fn(sae_out, target).sum(dim=-1).mean()
         return TrainStepOutput(

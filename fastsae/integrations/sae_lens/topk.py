@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.backends import choose
-from fastsae.integrations.sae_lens.feature_major import FeatureMajorEncoder, as_coo, finished, prepared, subtracted
+from fastsae.integrations.sae_lens.feature_major import (
+    FeatureMajorEncoder,
+    as_coo,
+    finished,
+    hooked,
+    prepared,
+    subtracted,
+)
 
 # Pre-activations of dead features are ranked for so many numbers at a time.
 _DEAD_AT_ONCE = 2**24
@@ -58,9 +65,7 @@ class FastTopKTrainingSAE(FeatureMajorEncoder, TopKTrainingSAE):
         self.W_enc_rows = nn.Parameter(stock.W_enc.data.T.contiguous())
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        if any(
-            hook._forward_hooks or hook._backward_hooks for hook in (self.hook_sae_acts_pre, self.hook_sae_acts_post)
-        ):
+        if hooked(self):
             return super().training_forward_pass(step_input)
         x, target = prepared(self, step_input.sae_in), step_input.sae_in
         # The norms only rank: what they multiply before the selection is divided by them in the decoder.
