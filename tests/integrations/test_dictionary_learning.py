@@ -143,6 +143,8 @@ def test_what_cannot_be_is_said(tmp_path):
         fast.TopKTrainer(**options(TopKTrainer), dict_class=AutoEncoderTopK)
     with pytest.raises(FileNotFoundError, match=r"no config\.json beside it"):
         fast.JointDictionary.from_pretrained(tmp_path / "ae.pt")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dtype'"):
+        fast.JointDictionary.from_pretrained(tmp_path / "ae.pt", dtype=torch.bfloat16)
     trained(TopKTrainer, tmp_path)
     with pytest.raises(ValueError, match=r"is of a AutoEncoderTopK, not of a fastsae\.JointSAE"):
         fast.JointDictionary.from_pretrained(tmp_path / "trainer_0" / "ae.pt")

@@ -51,7 +51,7 @@ class JointDictionary(Dictionary):
             sae.V.div_(scale)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | None = None, **_: Any) -> "JointDictionary":
+    def from_pretrained(cls, path: str | Path, device: str | None = None) -> "JointDictionary":
         """Load an ae.pt that trainSAE saved, with the config.json beside it (of a checkpoint: in the folder above)."""
         path = Path(path)
         beside = [folder / "config.json" for folder in (path.parent, path.parent.parent)]
