@@ -45,7 +45,7 @@ def test_sae_lens():
         "d_in=768, d_sae=32768, k=32": "d_in=256, d_sae=512, k=8",
         "blocks.6.": "blocks.2.",
         "training_tokens=2_000_000": "training_tokens=2048, context_size=64, train_batch_size_tokens=256",
-        'dataset_path="monology/pile-uncopyrighted"': 'dataset_path="", streaming=False, n_batches_in_buffer=8',
+        'dataset_path="NeelNanda/pile-10k"': 'dataset_path="", streaming=False, n_batches_in_buffer=8',
         "Runner(config)": "Runner(config, override_model=model, override_dataset=dataset)",
     }
     run("sae_lens.md", instead, model=lm.load(), dataset=Dataset.from_list(TEXT))
@@ -68,7 +68,7 @@ def test_sparsify():
 
     instead = {
         '"gpt2"': repr(str(lm.weights_folder())),
-        'load_dataset("monology/pile-uncopyrighted", split="train[:10000]")': "Dataset.from_list(TEXT[:20])",
+        'load_dataset("NeelNanda/pile-10k", split="train")': "Dataset.from_list(TEXT[:20])",
         "layers=[6], batch_size=16": "layers=[2], batch_size=4",
         "k=32": "k=8, expansion_factor=2",
         "))\nconfig": "), max_seq_len=64, num_proc=1)\nconfig",
