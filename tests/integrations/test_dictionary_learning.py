@@ -133,6 +133,14 @@ def test_a_joint_dictionary_trains_and_is_loaded(tmp_path):
     assert (found.sae.k_integration, found.sae.V.shape) == (4, (M, 7))
     (x,) = batches(1)
     torch.testing.assert_close(found.decode(found.encode(x)), found(x))
+    changed = found.encode(x)
+    changed[:, 3] = -0.5
+    expected = (changed - found.encode(x)) @ found.sae.W_dec
+    few = changed.count_nonzero(1) > K  # of the k features none was the one that is set
+    n_strongest = changed.abs().topk(4).indices
+    outside = few & (n_strongest != 3).all(1)
+    assert outside.any()
+    torch.testing.assert_close((found.decode(changed) - found(x))[outside], expected[outside])
     features = found(x, output_features=True)[1]
     assert features.shape == (B, M)
     assert ((features != 0).sum(1) <= K).all()

@@ -296,6 +296,19 @@ def test_a_joint_sae_trains_and_is_loaded(tmp_path):
         assert torch.equal(loaded(x.view(8, -1, D)).view(B, D), sae(x)), "leading dimensions"
 
 
+def test_a_joint_sae_decodes_codes_that_somebody_changed():
+    """More than k features, and negative ones: none is dropped, and those outside of the n strongest go to identity."""
+    sae = fast.FastJointSAE(fast.FastJointSAEConfig(**TOPK, dtype="float64"))
+    code = sae.encode(batches(1)[0])
+    small, changed = code[code > 0].min() / 2, code.clone()
+    changed[:, : M // 2] += torch.where(code[:, : M // 2] == 0, -small, 0)
+    changed[:, M // 2 :] += torch.where(code[:, M // 2 :] == 0, small, 0)
+    torch.testing.assert_close(
+        sae.decode(changed) - sae.decode(code), (changed - code) @ sae.W_dec, rtol=1e-9, atol=1e-12
+    )
+    assert sae.decode(code[:0]).shape == (0, D)
+
+
 @pytest.mark.parametrize("missing", ["linear", "interaction"])
 def test_joint_saes_without_a_pathway(missing, tmp_path):
     sae, _ = trained(fast.FastJointTrainingSAEConfig(**TOPK, **{missing: False}))

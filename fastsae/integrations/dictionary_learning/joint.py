@@ -16,6 +16,7 @@ from fastsae import files
 from fastsae.code import SparseCode
 from fastsae.config import JointSAEConfig, from_dict, to_dict
 from fastsae.integrations.convert.dictionary_learning import JOINT
+from fastsae.integrations.dense import strongest_first
 from fastsae.integrations.dictionary_learning.steps import Step
 from fastsae.modules import JointSAE
 
@@ -32,7 +33,7 @@ class JointDictionary(Dictionary):
         return self.sae.encode(x).to_dense()
 
     def decode(self, f: Tensor) -> Tensor:
-        return self.sae.decode(SparseCode(*f.topk(self.sae.k, dim=-1), self.dict_size))
+        return self.sae.decode(SparseCode(*strongest_first(f, self.sae.k), self.dict_size))
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
         code = self.sae.encode(x)

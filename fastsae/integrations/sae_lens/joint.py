@@ -19,6 +19,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from fastsae import ops
+from fastsae.integrations.dense import strongest_first
 from fastsae.integrations.sae_lens.feature_major import (
     FeatureMajorEncoder,
     as_coo,
@@ -107,11 +108,11 @@ class _Joint(FeatureMajorEncoder):
         return sae.hook_sae_acts_post(sae.activation_fn(pre)), pre
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """The reconstruction (..., d_in) of a dense code (..., d_sae): its k largest entries, all pathways."""
+        """The reconstruction (..., d_in) of a dense code (..., d_sae): all pathways, of whatever is active."""
         dense = feature_acts.reshape(-1, feature_acts.shape[-1])
-        values, indices = dense.topk(cast(Any, self).cfg.k, dim=-1)
+        values, indices = strongest_first(dense, cast(Any, self).cfg.k)
         out = self.reconstruct(values, indices, dropout=0.0)
-        return finished(cast(Any, self), out.view(*feature_acts.shape[:-1], -1))
+        return finished(cast(Any, self), out.view(*feature_acts.shape[:-1], out.shape[-1]))
 
     def reconstruct(self, values: Tensor, indices: Tensor, dropout: float) -> Tensor:
         """The reconstruction (B, d_in) of a code (B, k), strongest first."""
@@ -173,7 +174,7 @@ class FastJointTrainingSAE(_Joint, TrainingSAE[FastJointTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         target, k = step_input.sae_in, self.cfg.k
         if hooked(self):
-            values, indices = self.encode_with_hidden_pre(target)[0].topk(k)
+            values, indices = strongest_first(self.encode_with_hidden_pre(target)[0], k)
         else:
             values, indices = ops.topk_encode(
                 prepared(self, target), self.W_enc_rows, self.b_enc, k, b_dec=subtracted(self)
