@@ -14,6 +14,7 @@ from torch import Tensor
 import fastsae
 from fastsae import cli
 from fastsae.integrations import convert
+from fastsae.integrations.convert.form import read_pickled
 
 D, M, K = 24, 200, 6
 
@@ -328,6 +329,19 @@ def test_a_package_that_is_not_installed_is_named(package):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: fastsae.integrations.{package} needs ")
     assert "pip install " in last
+
+
+def test_what_cannot_be_opened_is_not_called_damaged(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_pickled(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="root may write anywhere but there")
+def test_a_target_that_cannot_be_written_is_named(tmp_path):
+    made(tmp_path / "source")
+    for form in OTHERS:
+        with pytest.raises(OSError, match="/proc"):
+            convert.convert(tmp_path / "source", target(Path("/proc"), form), form)
 
 
 def test_what_is_no_sae_is_said(tmp_path):

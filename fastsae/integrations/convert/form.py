@@ -95,18 +95,25 @@ def topk_only(sae: SparseAutoencoder, form: str) -> tuple[int, dict[str, Tensor]
 
 def read_pickled(path: Path) -> dict[str, Any]:
     """A torch.save file of tensors and plain values. Nothing else in it is executed: it is refused."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises as many kinds as there are ways to be damaged
-        raise ValueError(
-            f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is not run"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises as many kinds as there are ways to be damaged
+            raise ValueError(
+                f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is "
+                "not run"
+            ) from error
     return by_name(path, found)
 
 
 def write_pickled(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, lambda p: torch.save(values, p))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # torch's own error, when it opens a file, does not name it
+            torch.save(values, file)
+
+    files.write_atomically(path, write)
 
 
 def expect(where: Path, values: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
