@@ -42,7 +42,7 @@ def _drivers(found: list[Json]) -> str:
     ]
     note = elements.note(
         "What drives secondary features: the hidden layer is a sum over pairs of primary features, so each pair's "
-        "share of a feature's pre-activation (constants left out) is exact, and all shares add up to 1. Negative shares "
+        "share of a feature's pre-activation (constants left out) is exact, and all shares add up to 1. Negative ones "
         "hold it down."
     )
     return f"<h2>Drivers</h2>{note}{elements.rows(rows)}"
