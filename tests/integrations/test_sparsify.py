@@ -199,6 +199,8 @@ def test_what_cannot_be_equal_trains_as_well(options, tmp_path, monkeypatch):
         monkeypatch.undo()
     assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-5)
     assert losses[True][-1] < 1.02 * losses[False][-1]
+    if "sae" not in options:  # under Multi-TopK ours has a gradient that stock drops, and may end lower
+        assert losses[True][-1] > 0.98 * losses[False][-1]
     assert losses[True][-1] < losses[True][5]
 
 
