@@ -85,8 +85,8 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     """Freedman and Lane's permutations: what the two factors explain one by one stays, its residuals change places.
 
     So main effects are no evidence of an interaction, whatever the features' distributions. All features share the
-    permutations. Those whose p is still small get more, until 10 permutations exceed or p is small enough to be a
-    discovery among all (Besag and Clifford 1991).
+    permutations. Those whose p is still small get more, until 10 permutations exceed (Besag and Clifford 1991) or p is
+    small enough for all that are left to be discoveries: q comes down to 0.0125, and no further.
     """
     average, spread, df = _design(cells)
     observed = fit(values, cells).F
@@ -110,9 +110,8 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     exceed_any = torch.zeros(n_features, dtype=torch.int64)
     least = (1 - 1e-9) * observed  # a permutation that is the data itself counts, rounding or not
     left, rounds = torch.arange(n_features), 0
-    most = max(permutations, int(np.ceil(4 * n_features / LEVEL)))
-    while len(left) and rounds < most:
-        block = min(_BLOCK, (permutations if rounds < permutations else most) - rounds)
+    while len(left) and (rounds < permutations or rounds < 4 * n_features / (LEVEL * len(left))):
+        block = min(_BLOCK, permutations - rounds) if rounds < permutations else _BLOCK
         F = ratios(block, left)
         exceed[left] += (least[left] <= F).sum(dim=0)
         done[left] += block
@@ -121,8 +120,8 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
         rounds += block
         if rounds >= permutations:
             left = left[exceed[left] < _ENOUGH]
-    p_family = (exceed_any + 1) / (min(rounds, permutations) + 1)
-    return Permuted((exceed + 1).double() / (done + 1), p_family.double())
+    p_family = (exceed_any + 1).double() / (min(rounds, permutations) + 1)
+    return Permuted((exceed + 1).double() / (done + 1), p_family)
 
 
 def discovery_rates(p: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def table(values: Tensor, cells: Tensor, names: tuple[str, str]) -> dict[str, di
     """statsmodels' two-way ANOVA of one feature (texts,), type III: F and p of both factors and of the interaction."""
     anova_lm, ols = statsmodels("stats.anova").anova_lm, statsmodels("formula.api").ols
     first, second = (np.sign(np.array(c))[cells.numpy()] for c in MAIN)
-    columns = {"y": values.numpy(), "first": first, "second": second}
+    columns = frame({"y": values.numpy(), "first": first, "second": second})
     found = anova_lm(ols("y ~ first * second", columns).fit(), typ=3)
     rows = {names[0]: "first", names[1]: "second", "interaction": "first:second"}
     return {name: {"F": float(found.loc[row, "F"]), "p": float(found.loc[row, "PR(>F)"])} for name, row in rows.items()}
@@ -162,7 +161,13 @@ def detectable(cells: Tensor, tests: int, power: float = 0.8) -> float:
 _MISSING = "factorial experiments need statsmodels: `pip install fastsae[lab]`"
 
 
+def frame(columns: dict[str, Any]) -> Any:
+    """Columns as statsmodels wants them."""
+    return importlib.import_module("pandas").DataFrame(columns)  # which comes with statsmodels
+
+
 def statsmodels(module: str) -> Any:
+    """A module of statsmodels. Raises ImportError saying how to get it."""
     try:
         return importlib.import_module(f"statsmodels.{module}")
     except ImportError as error:

@@ -200,8 +200,7 @@ def _mixed(gains: Tensor, stimuli: Stimuli) -> Mixed | None:
     parts = {"prompt": "0 + C(prompt)", "word": "0 + C(word)", "prompt_both": "0 + C(prompt):both"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a variance at its bound of 0 is no failure; `converged` says the rest
-        frame = importlib.import_module("pandas").DataFrame(columns)  # it comes with statsmodels
-        mixedlm = anova.statsmodels("formula.api").mixedlm
+        mixedlm, frame = anova.statsmodels("formula.api").mixedlm, anova.frame(columns)
         formula = "y ~ first + second + both"
         try:
             found = mixedlm(formula, frame, groups="one", vc_formula=parts, re_formula="0").fit(reml=True)

@@ -22,9 +22,7 @@ def generate(
     begun = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     room = model.cfg.n_ctx - max(map(len, begun)) - 1
     if room < n_tokens:
-        raise ValueError(
-            f"generate: {n_tokens} tokens after these prompts are more than the model reads; ask for {room}"
-        )
+        raise ValueError(f"generate: {n_tokens} tokens after these prompts are more than the model reads; {room} fit")
     found: dict[str, list[str]] = {}
     for name, edit in edits.items():
         texts = [list(tokens) for tokens in begun]

@@ -1,0 +1,268 @@
+"""2x2 stimuli and discovery: against statsmodels, in planted networks, and where there is nothing to find."""
+
+import itertools
+import json
+
+import planted
+import pytest
+import torch
+
+import fastsae
+from fastsae.factorial import SHIPPED, Stimuli, anova, discover
+from fastsae.factorial.responses import responses, tokenized
+from fastsae.factorial.stimuli import LEVELS
+from fastsae.modules import SecondarySAE
+
+SIZES = (7, 9, 5, 8)
+CELLS = torch.repeat_interleave(torch.arange(4), torch.tensor(SIZES))
+FIRST, SECOND = (CELLS < 2).double(), (CELLS % 2 == 0).double()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def values(features: int, seed: int = 0, interaction: float = 0.0, main: float = 0.0) -> torch.Tensor:
+    noise = torch.randn(len(CELLS), features, dtype=torch.float64, generator=generator(seed))
+    return noise + (main * (FIRST + 2 * SECOND) + interaction * FIRST * SECOND).unsqueeze(1)
+
+
+# ---- the statistics ----
+
+
+def test_F_and_contrast_are_those_of_statsmodels():
+    y = values(4, interaction=1.0, main=2.0)
+    fit = anova.fit(y, CELLS)
+    for f in range(4):
+        found = anova.table(y[:, f], CELLS, ("a", "b"))
+        assert float(fit.F[f]) == pytest.approx(found["interaction"]["F"], rel=1e-9)
+        m = [y[c == CELLS, f].mean().item() for c in range(4)]
+        assert float(fit.contrast[f]) == pytest.approx(m[0] - m[1] - m[2] + m[3])
+        assert float(fit.error[f]) == pytest.approx(abs(float(fit.contrast[f])) / found["interaction"]["F"] ** 0.5)
+        assert {name: row["p"] for name, row in found.items()}.keys() == {"a", "b", "interaction"}
+    assert float(anova.fit(3 + 0 * y, CELLS).F.abs().max()) == 0  # constant features show nothing
+
+
+def test_main_effects_of_statsmodels_go_by_their_names():
+    y = values(1) + 5 * SECOND.unsqueeze(1)
+    found = anova.table(y[:, 0], CELLS, ("a", "b"))
+    assert found["b"]["p"] < 1e-6 < 0.01 < found["a"]["p"]
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "mostly zero"])
+def test_permutation_p_is_uniform_where_effects_are_additive(kind):
+    """With main effects ten times the noise, which free permutations of the texts would count as noise."""
+    noise = values(600, seed=1)
+    if kind == "skewed":
+        noise = noise.exp()
+    if kind == "mostly zero":
+        noise = noise.clamp(min=0.8)
+    p = anova.permute(noise + 10 * FIRST.unsqueeze(1) + 10 * SECOND.unsqueeze(1), CELLS, 199, generator()).p
+    assert 0.03 < float((p <= 0.05).double().mean()) < 0.075
+    assert 0.42 < float((p <= 0.5).double().mean()) < 0.58
+
+
+def test_permutation_p_of_an_interaction_is_as_small_as_it_must_be_to_be_discovered():
+    y = torch.cat([values(1, interaction=6.0), values(300, seed=2)], dim=1)
+    found = anova.permute(y, CELLS, 199, generator())
+    assert float(found.p[0]) < 0.05 / 301 / 2
+    assert float(found.p_family[0]) == 1 / 200
+    q = anova.discovery_rates(found.p)
+    assert float(q[0]) < 0.03
+    order = found.p.sort().values
+    steps = order * len(order) / torch.arange(1, len(order) + 1)
+    expected = steps.flip(0).cummin(0).values.flip(0).clamp(max=1)
+    torch.testing.assert_close(q.sort().values, expected)
+
+
+def test_p_of_the_family_holds_for_the_largest_of_all():
+    """Of 200 families of 20 features without interaction, about one in twenty has a p_family of at most 0.05."""
+    least = [
+        float(anova.permute(values(20, seed=100 + s, main=3.0), CELLS, 99, generator(s)).p_family.min())
+        for s in range(200)
+    ]
+    assert 2 <= sum(p <= 0.05 for p in least) <= 20
+
+
+def test_detectable_effects_are_detected_in_four_of_five_cases():
+    d = anova.detectable(CELLS, tests=1)
+    y = values(4000, interaction=d)
+    fit = anova.fit(y, CELLS)
+    t = fastsae.evaluate.intervals.student_t(fit.df)
+    assert float((t**2 < fit.F).double().mean()) == pytest.approx(0.8, abs=0.02)
+    assert anova.detectable(CELLS, tests=100) > d
+
+
+def test_cells_too_small():
+    with pytest.raises(ValueError, match=r"at least 2 texts in each of 4 cells; got \[2, 2, 2, 1\]"):
+        anova.fit(torch.randn(7, 1), torch.tensor([0, 0, 1, 1, 2, 2, 3]))
+
+
+# ---- stimuli ----
+
+
+def written(tmp_path, change=None):
+    found = {
+        "format": 1,
+        "name": "mine",
+        "description": "",
+        "factors": [{"name": "a", "high": "x", "low": "y"}, {"name": "b", "high": "v", "low": "w"}],
+        "cells": {
+            level: {"texts": [f"{level} 1", f"{level} 2"], "words": [f"{level}1", f"{level}2"]} for level in LEVELS
+        },
+        "prompts": ["p", "q"],
+    }
+    if change:
+        change(found)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_stimuli_are_read(tmp_path):
+    found = Stimuli.load(written(tmp_path))
+    assert (found.name, found.clampable, found.label("low high")) == ("mine", True, "y, v")
+    assert list(found.cells) == list(LEVELS)
+
+    def bare(s):
+        del s["prompts"], s["description"]
+        for cell in s["cells"].values():
+            del cell["words"]
+
+    assert not Stimuli.load(written(tmp_path, bare)).clampable
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(format=2), "format is 2, this fastsae reads 1"),
+        (lambda s: s.update(promts=[]), "unknown key 'promts'. Did you mean 'prompts'"),
+        (lambda s: s.pop("cells"), r"\['cells'\] missing"),
+        (lambda s: s.update(factors=[1]), r"factors: expected a list of two; got \[1\]"),
+        (lambda s: s["factors"][1].pop("low"), r"factors\[1\]: \['low'\] missing"),
+        (lambda s: s["cells"].pop("low low"), r"cells: \['low low'\] missing"),
+        (lambda s: s["cells"]["low low"].update(texts="abc"), r"cells\['low low'\].texts: expected a list of texts"),
+        (lambda s: s["cells"]["low low"].update(texts=["a", " "]), "none of them empty"),
+        (lambda s: s["cells"]["low low"].update(texts=["a"]), "at least 2 texts; got 1"),
+        (lambda s: s["cells"]["low low"]["texts"].append("high high 1"), "texts: expected each in one cell and once"),
+        (lambda s: s["cells"]["low low"]["words"].append("high high1"), "words: expected each in one cell and once"),
+        (lambda s: s["cells"]["low low"].update(words=[]), "clamping needs prompts, and words in every cell"),
+        (lambda s: s["cells"]["low low"].update(words=["one"]), "words: expected at least 2 in every cell"),
+        (lambda s: s.update(prompts=[]), "clamping needs prompts, and words in every cell; there are 0 prompts"),
+        (lambda s: s.update(prompts=["p"]), "prompts: expected at least 2"),
+        (lambda s: s.update(name="../up"), "name: expected letters, digits"),
+        (lambda s: s.update(name=3), "name: expected text; got 3"),
+    ],
+)
+def test_stimuli_that_are_wrong_say_where(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as raised:
+        Stimuli.load(written(tmp_path, change))
+    assert "mine.json" in str(raised.value)
+
+
+def test_stimuli_that_are_not_there():
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a set of ours .*formality_emotion"):
+        Stimuli.load("nowhere.json")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_sets_of_ours_are_large_and_matched_in_length(name):
+    from fastsae import lm
+
+    found = Stimuli.load(name)
+    assert all(len(cell.texts) >= 40 for cell in found.cells.values())
+    assert len(found.prompts) >= 16
+    count = {"formality_emotion": lambda text: len(text.split())}
+    tokenizer = lm.load().tokenizer if name not in count else None
+    lengths = [
+        sorted(count[name](t) if tokenizer is None else len(tokenizer(t)["input_ids"]) for t in cell.texts)
+        for cell in found.cells.values()
+    ]
+    assert all(one == lengths[0] for one in lengths)
+
+
+# ---- discovery ----
+
+
+def secondary() -> SecondarySAE:
+    """Its feature 3 is the product of the markers, the others are what pairs of fillers make."""
+    sae = SecondarySAE(planted.PAIRED + 5, 6, 4)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.zero_()
+        sae.W_enc[3, 0], sae.b_enc[3] = 1.0, -planted.OFFSET
+        sae.W_enc[[0, 1, 2, 4, 5], [1, 2, 3, 4, 5]] = 1.0
+        sae.W_dec.copy_(sae.W_enc)
+    return sae
+
+
+def test_the_planted_pair_is_found_first():
+    found = discover(planted.joint(), secondary(), planted.Planted(), planted.HOOK, planted.stimuli())
+    assert list(found.families) == ["identity", "pair", "secondary"]
+    pair, second = found.families["pair"], found.families["secondary"]
+    assert pair.features[0].features == (0, 1)
+    assert second.features[0].features == (3,)
+    for family in (pair, second):
+        assert family.features[0].q < 0.02
+        assert family.features[0].contrast.low > 0
+        assert family.features[0].partial_eta_squared > 0.3
+        assert family.features[0].anova["interaction"]["p"] < 1e-4
+        assert family.discoveries >= 1
+    assert pair.unlike != ()
+    assert not {f.features for f in pair.features if f.p <= 0.5} & set(pair.unlike)
+    markers = {f.features: f for f in found.families["identity"].features}
+    for marker in ((0,), (1,)):  # they have main effects, and no interaction
+        assert marker not in markers or markers[marker].q > 0.05
+    assert found.families["identity"].discoveries == 0
+    assert found.tokens == dict.fromkeys(LEVELS, 10.0)
+    assert found.tokens_p == {}
+
+
+def test_nothing_is_found_where_effects_are_additive():
+    """Activations that are linear in the markers, k = d_sae and all of them positive: p is small as often as it should
+    be, and of 40 sets about two have a discovery at most."""
+    torch.manual_seed(0)
+    sae = fastsae.TopKSAE(planted.D, 20, 20, pre_bias=False)
+    with torch.no_grad():
+        torch.nn.init.normal_(sae.W_enc)
+        sae.b_enc += 20
+    model, shares, discoveries = planted.Planted(product=0.0), [], 0
+    for seed in range(40):
+        found = discover(sae, None, model, planted.HOOK, planted.stimuli(8, seed), permutations=199, seed=seed)
+        family = found.families["identity"]
+        assert family.tested == 20
+        shares.append(family.small_p)
+        discoveries += family.discoveries > 0
+    assert 0.02 < sum(shares) / len(shares) < 0.085
+    assert discoveries <= 6  # 5 % of 40 are 2; more than 6 come once in 300 times
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_responses_by_definition(pool):
+    sae, model, texts = planted.joint(), planted.Planted(), tokenized(planted.stimuli(3), planted.Planted())
+    second = secondary()
+    found = {r.family: r for r in responses(sae, second, model, planted.HOOK, texts, pool)}
+    tokens = texts.windows.tokens
+    with torch.no_grad():
+        code = sae.encode(model.activations(tokens)[:, 1:])
+        hidden = sae.hidden(code)
+        dense = {
+            "identity": code.to_dense(),
+            "secondary": second.encode(hidden).to_dense(),
+        }
+        seen = sae.strongest(code).to_dense()
+    pairs = list(itertools.combinations(range(sae.d_sae), 2))
+    dense["pair"] = torch.stack([seen[..., i] * seen[..., j] for i, j in pairs], dim=-1)
+    for family, activations in dense.items():
+        pooled = activations.double().mean(dim=1) if pool == "mean" else activations.double().amax(dim=1)
+        kept = ((activations > 0).any(dim=1).sum(dim=0) >= 2).nonzero().squeeze(1)
+        names = [list(pairs[i]) if family == "pair" else [i] for i in kept.tolist()]
+        assert found[family].features.tolist() == names
+        torch.testing.assert_close(found[family].values, pooled[:, kept], rtol=1e-6, atol=1e-9)
+
+
+def test_a_text_that_does_not_fit_is_named():
+    model = planted.Planted()
+    model.cfg.n_ctx = 6
+    with pytest.raises(ValueError, match="does not fit into the 6 tokens the model reads"):
+        tokenized(planted.stimuli(2), model)
