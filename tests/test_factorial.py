@@ -152,12 +152,30 @@ def test_stimuli_are_read(tmp_path):
         (lambda s: s.update(prompts=["p"]), "prompts: expected at least 2"),
         (lambda s: s.update(name="../up"), "name: expected letters, digits"),
         (lambda s: s.update(name=3), "name: expected text; got 3"),
+        (
+            lambda s: s.update(name="n" * 250),
+            "name: expected letters, digits.* 100 at most",
+        ),  # found out after hours, else
+        (lambda s: s["factors"][1].update(name="a"), r"two names, neither of them 'interaction'; got \['a', 'a'\]"),
+        (lambda s: s["factors"][1].update(name="interaction"), "two names, neither of them 'interaction'"),
+        (lambda s: s["factors"][1].update(high="w"), "factors: expected levels that differ"),
+        (lambda s: s.update(prompts=["p", "q", "p"]), r"prompts: expected each once, .*; got \['p'\]"),
+        (lambda s: s["cells"]["low low"]["texts"].append("high high 1 "), "texts: expected each in one cell and once"),
+        (lambda s: s["cells"]["low low"]["words"].append(" sad"), r"no blanks around a word, .*; got \[' sad'\]"),
+        (lambda s: s["cells"]["low low"]["texts"].append("a \ud800"), "texts: expected text of whole characters"),
     ],
 )
 def test_stimuli_that_are_wrong_say_where(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         Stimuli.load(written(tmp_path, change))
     assert "mine.json" in str(raised.value)
+
+
+def test_a_file_of_nested_lists_is_named(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"mine.json: expected the format of docs/factorial.md"):
+        Stimuli.load(path)
 
 
 def test_stimuli_that_are_not_there():

@@ -17,6 +17,7 @@ and words, which may both be left out.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastsae import files
 FORMAT = 1
 LEVELS = ("high high", "high low", "low high", "low low")
 _FOLDER = Path(__file__).with_name("sets")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can hold one, no tokenizer reads it
 SHIPPED = ("formality_emotion", "code_files", "code_failure")
 """Sets written for this project: English sentences, and two in the domain of the embedded language model."""
 
@@ -67,7 +69,10 @@ class Stimuli:
         path = _FOLDER / f"{source}.json" if str(source) in SHIPPED else Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"stimuli: {source} is neither a file nor a set of ours ({', '.join(SHIPPED)})")
-        return _checked(files.read_json(path), str(path))
+        try:
+            return _checked(files.read_json(path), str(path))
+        except RecursionError as error:
+            raise ValueError(f"{path}: expected the format of docs/factorial.md; got too many nested lists") from error
 
     def label(self, level: str) -> str:
         """A cell by the names of its levels: "formal, emotional"."""
@@ -91,9 +96,14 @@ def _checked(found: Any, where: str) -> Stimuli:
     texts = [text for factor in factors for text in factor.values()]
     for name, text in {"name": found["name"], "description": found.get("description", "")}.items():
         _require(isinstance(text, str), f"{where}: {name}", "text", text)
-    named = re.fullmatch(r"[A-Za-z0-9_.-]+", found["name"]) is not None
-    _require(named, f"{where}: name", "letters, digits, _ . and -, since it names a file", found["name"])
-    _require(all(isinstance(t, str) and t for t in texts), f"{where}: factors", "names and levels as text", factors)
+    named = re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", found["name"]) is not None
+    _require(named, f"{where}: name", "letters, digits, _ . and -, 100 at most, since it names a file", found["name"])
+    told = all(isinstance(t, str) and t.strip() and not _HALF.search(t) for t in texts)
+    _require(told, f"{where}: factors", "names and levels as text", factors)
+    names = [factor["name"] for factor in factors]
+    _require(len({*names, "interaction"}) == 3, f"{where}: factors", "two names, neither of them 'interaction'", names)
+    for factor in factors:
+        _require(factor["high"] != factor["low"], f"{where}: factors", "levels that differ", factor)
     _keys(found["cells"], f"{where}: cells", set(LEVELS))
     cells = {}
     for level in LEVELS:
@@ -102,10 +112,13 @@ def _checked(found: Any, where: str) -> Stimuli:
         cells[level] = Cell(_texts(cell["texts"], f"{at}.texts"), _texts(cell.get("words", []), f"{at}.words"))
         _require(len(cells[level].texts) >= 2, f"{at}.texts", "at least 2 texts", len(cells[level].texts))
     prompts = _texts(found.get("prompts", []), f"{where}: prompts")
-    for part in ("texts", "words"):
-        every = [text for cell in cells.values() for text in getattr(cell, part)]
-        twice = {text for text in every if every.count(text) > 1}
-        _require(not twice, f"{where}: {part}", "each in one cell and once", sorted(twice))
+    every = {part: [text for cell in cells.values() for text in getattr(cell, part)] for part in ("texts", "words")}
+    for part, found_there in {**every, "prompts": prompts}.items():  # each is a unit of a test: twice, it counts twice
+        twice = sorted(text for text, times in Counter(text.strip() for text in found_there).items() if times > 1)
+        once = "each once" if part == "prompts" else "each in one cell and once"
+        _require(not twice, f"{where}: {part}", f"{once}, blanks around not counted", twice)
+    blank = [word for word in every["words"] if word != word.strip()]
+    _require(not blank, f"{where}: words", "no blanks around a word, as one is put in front of it", blank)
     there = {level: bool(cell.words) for level, cell in cells.items()}
     if any(there.values()) != bool(prompts) or len(set(there.values())) > 1:
         raise ValueError(
@@ -134,6 +147,8 @@ def _keys(found: Any, where: str, known: set[str], optional: Collection[str] = (
 def _texts(found: Any, where: str) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(text, str) and text.strip() for text in found):
         raise ValueError(f"{where}: expected a list of texts, none of them empty; got {_short(found)}")
+    for text in found:
+        _require(not _HALF.search(text), where, "text of whole characters", text)
     return tuple(found)
 
 
