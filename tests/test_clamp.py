@@ -1,5 +1,7 @@
 """Clamping against recomputation from the changed step on; effects in a planted network; readout and generation."""
 
+import dataclasses
+
 import planted
 import pytest
 import torch
@@ -178,6 +180,11 @@ def test_targets_that_are_none(text, message):
         Target.parse(text).check(sae, second)
 
 
+def test_a_pair_has_one_name():
+    """Named the other way round it would be clamped twice, and be compared with itself."""
+    assert Target.parse("pair:45,3") == Target.parse("pair:3,45")
+
+
 def test_targets_need_their_pathway():
     sae = fastsae.TopKSAE(D, M, 4)
     Target.parse("identity:3").check(sae, None)
@@ -285,6 +292,58 @@ def test_clamping_what_is_additive_shows_no_interaction(found):
         assert main.low > 0
         assert abs(effect.contrasts["interaction"].estimate) < 1e-5 * main.estimate
     assert effects["linear:0"].other != ()
+
+
+def planted_run() -> Trained:
+    return Trained(secondary(), DataConfig(hook=planted.HOOK), planted.joint())
+
+
+def small(**options) -> FactorialConfig:
+    return FactorialConfig(
+        **({"clamped": 1, "directions": 2, "others": 1, "new_tokens": 0, "permutations": 99} | options)
+    )
+
+
+@pytest.mark.parametrize("amount", [1e20, 1e300])  # beyond what fp32 can square, beyond fp32
+def test_amounts_beyond_what_the_model_can_compute_show_nothing(amount):
+    config = small(amounts=(amount,), directions=20)
+    found = run_factorial(planted_run(), planted.Planted(), planted.stimuli(6), config, lambda *_: None)
+    for effect in found.effects:
+        assert "More than random directions" not in effect.verdict
+        assert effect.p_random > 0.05
+
+
+def test_weights_that_are_nan_show_nothing():
+    run = planted_run()
+    with torch.no_grad():
+        run.base.W2[2, 0] = torch.nan
+    found = run_factorial(run, planted.Planted(), planted.stimuli(6), small(), lambda *_: None)
+    assert all(e.verdict.startswith("Not measured: what the model says") and e.mixed is None for e in found.effects)
+
+
+@pytest.mark.parametrize("directions", [0, 2])
+def test_too_few_random_directions_say_so(directions):
+    config = small(directions=directions)
+    found = run_factorial(planted_run(), planted.Planted(), planted.stimuli(6), config, lambda *_: None)
+    assert f"as {directions} of them are too few for that: 19 are enough" in found.effects[0].verdict
+    assert ("the largest of 2 random directions" in found.effects[0].verdict) == (directions == 2)
+
+
+def test_prompts_that_do_not_fit_are_refused_before_discovery():
+    said = []
+    with pytest.raises(ValueError, match="1000 tokens after these prompts are more than the model reads; 17 fit"):
+        run_factorial(planted_run(), planted.Planted(), planted.stimuli(6), small(new_tokens=1000), said.append)
+    stimuli = planted.stimuli(6)
+    long = dataclasses.replace(stimuli, prompts=(" ".join(["first"] * 30), *stimuli.prompts))
+    with pytest.raises(ValueError, match="a prompt takes 31 tokens, the model reads 24"):
+        run_factorial(planted_run(), planted.Planted(), long, small(), said.append)
+    assert said == []
+
+
+def test_nothing_can_be_clamped_without_prompts():
+    stimuli = dataclasses.replace(planted.stimuli(6), prompts=())
+    with pytest.raises(ValueError, match="stimuli 'planted' have no prompts and words to read an effect from"):
+        run_factorial(planted_run(), planted.Planted(), stimuli, small(clamp=("identity:1",)), print)
 
 
 def test_a_feature_that_is_not_active_says_so(found):

@@ -42,7 +42,7 @@ class Target:
                 "clamp: expected secondary:12, pair:3,45, identity:12, linear:12, interaction:12, linear or "
                 f"interaction; got {text!r}"
             )
-        return cls(kind, tuple(int(p) for p in parts))
+        return cls(kind, tuple(sorted(int(p) for p in parts)))  # a pair has one name
 
     def __str__(self) -> str:
         return f"{self.kind}:{','.join(map(str, self.features))}" if self.features else self.kind
@@ -121,7 +121,7 @@ class Carrier:
         kind, features, sae = clamp.target.kind, clamp.target.features, self.sae
         if not features:
             whole = getattr(sae.summands(self.code), kind)
-            return Step("output", whole.new_full((len(whole),), clamp.amount - 1), whole)
+            return Step("output", clamp.change(whole.new_ones(len(whole))), whole)
         if kind == "secondary":
             assert self.secondary is not None
             old = self.integration.columns(self._at(features))[:, 0]

@@ -126,7 +126,8 @@ def effect(
         length, own = (sum(float(d.norm(dim=1).sum()) for row in what for d in row) for what in (made, changes))
         return Control(name, float(_contrast(slope, stimuli, "interaction").mean()), length / own if own else 0.0)
 
-    moved = any(bool(d.any()) for row in changes for d in row)
+    finite = bool(gains.isfinite().all())
+    moved = finite and any(bool(d.any()) for row in changes for d in row)
     random, other, linear = [], [], None
     if moved:
         for number, direction in enumerate(directions):
@@ -137,7 +138,7 @@ def effect(
             linear = control("linear pathway", lambda c, d, s, _: c.linear_control(d, s, primaries))
     contrasts = {name: _interval(_contrast(per_dose, stimuli, name)) for name in CONTRASTS}
     own = abs(contrasts["interaction"].estimate)
-    p_random = (1 + sum(abs(c.interaction) >= own for c in random)) / (1 + len(random))
+    p_random = (1 + sum(not abs(c.interaction) < own for c in random)) / (1 + len(random))  # NaN is no smaller
     rows = sum(len(c.raw) for c in carriers)
     first = changes[int(doses.abs().argmax())]
     levels = tuple(
@@ -164,7 +165,7 @@ def effect(
         other=tuple(other),
         linear=linear,
         p_random=p_random,
-        verdict=_verdict(moved, contrasts["interaction"], mixed, p_random, random),
+        verdict=_verdict(moved, contrasts["interaction"], mixed, p_random, random) if finite else _NOT_FINITE,
     )
 
 
@@ -214,14 +215,24 @@ def _mixed(gains: Tensor, stimuli: Stimuli) -> Mixed | None:
     return Mixed(Interval(estimate, estimate - half, estimate + half), p, bool(found.converged))
 
 
+_NOT_FINITE = (
+    "Not measured: what the model says under this clamp is no finite number. Use smaller amounts; if small ones do the "
+    "same, the SAE's weights are damaged."
+)
+
+
 def _verdict(moved: bool, found: Interval, mixed: Mixed | None, p_random: float, random: Sequence[Control]) -> str:
     if not moved:
         return "Nothing changes: it is active at no token of the prompts."
-    size = max((abs(c.interaction) for c in random), default=0.0)
-    beside = f"the largest of {len(random)} random directions of the same length gives {size:.2g}"
-    said = f"Interaction {found:.2g} per unit of dose; {beside}."
+    said = f"Interaction {found:.2g} per unit of dose"
+    if random:
+        size = max(abs(c.interaction) for c in random)
+        said += f"; the largest of {len(random)} random directions of the same length gives {size:.2g}"
+    said += "."
     if found.low <= 0 <= found.high:
         return f"{said} Not told from none: the interval over prompts holds 0."
+    if p_random > anova.LEVEL and p_random == 1 / (1 + len(random)):
+        return f"{said} Not told from a random direction, as {len(random)} of them are too few for that: 19 are enough."
     if p_random > anova.LEVEL:
         return f"{said} Not told from a random direction."
     if mixed is not None and mixed.converged and mixed.p > anova.LEVEL:

@@ -18,11 +18,7 @@ def generate(
 
     Every position of the text so far is edited anew at each token. None edits nothing.
     """
-    tokenizer = model.tokenizer
-    begun = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    room = model.cfg.n_ctx - max(map(len, begun)) - 1
-    if room < n_tokens:
-        raise ValueError(f"generate: {n_tokens} tokens after these prompts are more than the model reads; {room} fit")
+    begun = begin(model, prompts, n_tokens)
     found: dict[str, list[str]] = {}
     for name, edit in edits.items():
         texts = [list(tokens) for tokens in begun]
@@ -33,8 +29,17 @@ def generate(
                 logits = spliced.logits(part, replaced)
                 for row, text in zip(logits, texts[part], strict=True):
                     text.append(int(row[spliced.bos + len(text) - 1].argmax()))
-        found[name] = [tokenizer.decode(text[len(before) :]) for text, before in zip(texts, begun, strict=True)]
+        found[name] = [model.tokenizer.decode(text[len(before) :]) for text, before in zip(texts, begun, strict=True)]
     return found
+
+
+def begin(model: Any, prompts: Sequence[str], n_tokens: int) -> list[list[int]]:
+    """The tokens of every prompt. Raises ValueError unless so many more fit."""
+    begun = [model.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    room = model.cfg.n_ctx - max(map(len, begun)) - 1
+    if room < n_tokens:
+        raise ValueError(f"generate: {n_tokens} tokens after these prompts are more than the model reads; {room} fit")
+    return begun
 
 
 def side_by_side(prompts: Sequence[str], found: dict[str, list[str]]) -> str:

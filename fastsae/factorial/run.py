@@ -14,7 +14,7 @@ from fastsae.experiment import Trained
 from fastsae.factorial.clamp import Carrier, Clamp, Target
 from fastsae.factorial.discover import Discovery, discover
 from fastsae.factorial.effects import Effect, effect
-from fastsae.factorial.generate import Edit, generate
+from fastsae.factorial.generate import Edit, begin, generate
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.responses import tokenized
 from fastsae.factorial.stimuli import LEVELS, Stimuli
@@ -53,7 +53,17 @@ def run_factorial(
         target.check(sae, secondary)
         for amount in config.amounts:
             Clamp(target, amount, config.operation)
+    if named and not stimuli.clampable:
+        raise ValueError(
+            f"clamp: stimuli {stimuli.name!r} have no prompts and words to read an effect from; add them, or clamp "
+            "nothing"
+        )
+    prompts = stimuli.prompts[:_GENERATED_PROMPTS] if config.new_tokens else ()
     with evaluating(sae), evaluating(secondary or sae):
+        clamping = stimuli.clampable and (config.clamped > 0 or named != [])
+        if clamping and prompts:
+            begin(model, prompts, config.new_tokens)  # what does not fit is found out before all else is done
+        experiment = _Clamping(run, model, stimuli, config) if clamping else None
         discovery = discover(
             sae, secondary, model, run.data.hook, stimuli, config.pool, config.permutations, config.seed
         )
@@ -64,12 +74,10 @@ def run_factorial(
             )
         effects: list[Effect] = []
         written: dict[str, dict[str, list[str]]] = {}
-        prompts = stimuli.prompts[:_GENERATED_PROMPTS] if config.new_tokens else ()
-        targets = _targets(sae, discovery, config) + named if stimuli.clampable else []
-        if targets:
-            experiment = _Clamping(run, model, stimuli, config, discovery)
+        if experiment is not None:
+            targets = _targets(sae, discovery, config) + named
             for target in tqdm(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
-                effects.append(experiment.effect(target))
+                effects.append(experiment.effect(target, discovery))
                 if prompts:
                     written[str(target)] = experiment.text(target, prompts)
     described = {
@@ -93,15 +101,8 @@ def _targets(sae: SparseAutoencoder, discovery: Discovery, config: FactorialConf
 class _Clamping:
     """Everything that is the same for all targets: carriers of the prompts, readout, random directions."""
 
-    def __init__(
-        self,
-        run: Trained,
-        model: Any,
-        stimuli: Stimuli,
-        config: FactorialConfig,
-        discovery: Discovery,
-    ) -> None:
-        self.run, self.model, self.stimuli, self.config, self.discovery = run, model, stimuli, config, discovery
+    def __init__(self, run: Trained, model: Any, stimuli: Stimuli, config: FactorialConfig) -> None:
+        self.run, self.model, self.stimuli, self.config = run, model, stimuli, config
         self.secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
         self.sae = run.sae if run.base is None else run.base
         words = [word for cell in stimuli.cells.values() for word in cell.words]
@@ -112,7 +113,7 @@ class _Clamping:
         self.directions = torch.nn.functional.normalize(directions, dim=1)
         self.generator = generator
 
-    def effect(self, target: Target) -> Effect:
+    def effect(self, target: Target, discovery: Discovery) -> Effect:
         return effect(
             self.carriers,
             self.readout,
@@ -122,7 +123,7 @@ class _Clamping:
             self.config.operation,
             self.config.splice,
             self._primaries(target),
-            self._others(target),
+            self._others(target, discovery),
             self.directions,
         )
 
@@ -170,11 +171,11 @@ class _Clamping:
         )
         return tuple(sorted({feature for driver in found[0].pairs for feature in driver.features}))
 
-    def _others(self, target: Target) -> list[Target]:
+    def _others(self, target: Target, discovery: Discovery) -> list[Target]:
         """Features of the kind at random, among those that show no interaction of the factors."""
         family = {"pair": "pair", "secondary": "secondary", "identity": "identity", "linear": "identity"}
         if target.kind not in family or not target.features:
             return []
-        features = [f for f in self.discovery.families[family[target.kind]].unlike if f != target.features]
+        features = [f for f in discovery.families[family[target.kind]].unlike if f != target.features]
         order = torch.randperm(len(features), generator=self.generator)[: self.config.others].tolist()
         return [Target(target.kind, features[i]) for i in order]
