@@ -96,13 +96,10 @@ def _clamps(effects: list[Json]) -> str:
         for effect in effects
         if effect["mixed"] is not None
     ]
-    cells = ["first factor", "second factor", "interaction"]
     values = [[e["contrasts"][c]["estimate"] for c in ("first", "second", "interaction")] for e in effects]
-    largest = max((abs(v) for row in values for v in row), default=0.0) or 1.0
-    heat = figures.heat_map(
-        "clamps by contrast", [e["target"] for e in effects], cells, [[v / largest for v in row] for row in values]
-    )
-    drawn.append((heat, f"Effect per unit of dose on the contrasts between groups of words; 1 is {largest:.2g} nats."))
+    columns = ["first factor", "second factor", "interaction"]
+    heat = figures.heat_map("clamps", [e["target"] for e in effects], columns, [_relative(row) for row in values])
+    drawn.append((heat, "Effect on the contrasts between groups of words, over the largest of the three."))
     note = elements.note(
         "Clamped at every token of the prompts, activations change by the shown share of their length. Contrasts "
         "between the four groups of words are per unit of dose, in nats of log-probability (for words of one token: "
