@@ -305,13 +305,10 @@ class FactorialConfig:
             _require(value >= least, f"FactorialConfig.{name}", f"at least {least}", value)
         finite = all(map(math.isfinite, self.amounts)) and len(set(self.amounts)) == len(self.amounts)
         _require(finite and self.amounts != (), "FactorialConfig.amounts", "different finite numbers", self.amounts)
-        untouched = 1.0 if self.operation == "multiply" else 0.0
-        _require(
-            any(a != untouched for a in self.amounts),
-            "FactorialConfig.amounts",
-            f"one that is not {untouched}",
-            self.amounts,
-        )
+        if self.operation == "multiply":
+            _require(any(a != 1 for a in self.amounts), "FactorialConfig.amounts", "one that is not 1", self.amounts)
+        else:  # what an amount takes the place of differs by token: only differences between amounts are an effect
+            _require(len(self.amounts) >= 2, "FactorialConfig.amounts", "at least 2 to set", self.amounts)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Clamping against recomputation from the changed step on; effects in a planted network; readout and generation."""
 
-import dataclasses
+from dataclasses import replace
 
 import planted
 import pytest
@@ -11,9 +11,10 @@ from tiny_lm import hooked, tokenizer
 import fastsae
 from fastsae.code import SparseCode
 from fastsae.config import DataConfig, FactorialConfig
-from fastsae.evaluate import drivers
+from fastsae.evaluate import Interval, drivers
 from fastsae.experiment import Trained
-from fastsae.factorial import Carrier, Clamp, Target, generate, run_factorial
+from fastsae.factorial import Carrier, Clamp, Target, effects, generate, run_factorial
+from fastsae.factorial.effects import Control, Mixed
 from fastsae.factorial.generate import side_by_side
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.responses import tokenized
@@ -334,36 +335,126 @@ def test_prompts_that_do_not_fit_are_refused_before_discovery():
     with pytest.raises(ValueError, match="1000 tokens after these prompts are more than the model reads; 17 fit"):
         run_factorial(planted_run(), planted.Planted(), planted.stimuli(6), small(new_tokens=1000), said.append)
     stimuli = planted.stimuli(6)
-    long = dataclasses.replace(stimuli, prompts=(" ".join(["first"] * 30), *stimuli.prompts))
+    long = replace(stimuli, prompts=(" ".join(["first"] * 30), *stimuli.prompts))
     with pytest.raises(ValueError, match="a prompt takes 31 tokens, the model reads 24"):
         run_factorial(planted_run(), planted.Planted(), long, small(), said.append)
     assert said == []
 
 
 def test_nothing_can_be_clamped_without_prompts():
-    stimuli = dataclasses.replace(planted.stimuli(6), prompts=())
+    stimuli = replace(planted.stimuli(6), prompts=())
     with pytest.raises(ValueError, match="stimuli 'planted' have no prompts and words to read an effect from"):
         run_factorial(planted_run(), planted.Planted(), stimuli, small(clamp=("identity:1",)), print)
 
 
-def test_a_feature_that_is_not_active_says_so(found):
-    effect = next(e for e in found.effects if e.target == "secondary:0")
-    if effect.active == 0:
-        assert effect.verdict.startswith("Nothing changes")
-        assert effect.mixed is None
+def test_setting_gives_the_same_effect_per_unit_of_the_product():
+    """Whatever the amounts: what they take the place of differs by token, and falls out."""
+    run = Trained(secondary(), DataConfig(hook=planted.HOOK), planted.joint())
+    for amounts in ((0.5, 1.0), (4.0, 5.0, 9.0), (0.0, 0.5)):
+        config = FactorialConfig(
+            clamped=0, clamp=("pair:0,1",), amounts=amounts, operation="set", directions=0, others=0, new_tokens=0
+        )
+        (effect,) = run_factorial(run, planted.Planted(), planted.stimuli(), config, lambda *_: None).effects
+        # Every text position with an amount of product more: u_2 gains it, high high reads it at 3 (1 + word / 10).
+        assert effect.contrasts["interaction"].estimate == pytest.approx(3 * 1.15, rel=1e-3)
+
+
+def test_what_is_additive_is_active_together_and_does_nothing():
+    """Without the product in the network the pair is still there to be discovered; clamping it changes nothing."""
+    run = Trained(secondary(), DataConfig(hook=planted.HOOK), planted.joint(product=0.0))
+    config = FactorialConfig(clamped=1, directions=19, others=0, new_tokens=0)
+    found = run_factorial(run, planted.Planted(product=0.0), planted.stimuli(), config, lambda *_: None)
+    pair = found.discovery.families["pair"]
+    assert (pair.features[0].features, pair.crossing) == ((0, 1), 0)
+    effects = {e.target: e for e in found.effects}
+    assert effects["pair:0,1"].verdict.startswith("Nothing changes")
+    assert effects["pair:0,1"].mixed is None
+    assert effects["pair:0,1"].active == 0
+    assert not any(e.verdict.endswith("over prompts and over words.") for e in found.effects)
+
+
+def test_words_are_random_in_the_mixed_model():
+    """An effect that is there for all prompts, and carried by few words, is not told from none over words."""
+    generator = torch.Generator().manual_seed(0)
+    stimuli = planted.stimuli()
+    told, p = 0, []
+    for _ in range(20):
+        by_word = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+        gains = by_word + 0.05 * torch.randn(8, 16, generator=generator, dtype=torch.float64)
+        over_prompts = effects._interval(effects._contrast(gains, stimuli, "interaction"))
+        told += not over_prompts.low <= 0 <= over_prompts.high
+        mixed = effects._mixed(gains, stimuli)
+        assert mixed is not None
+        p.append(mixed.p)
+    assert told > 15
+    assert sum(value <= 0.05 for value in p) <= 4
+
+
+INTERVAL = Interval(1.0, 0.5, 1.5)
+SURE, UNSURE = Mixed(INTERVAL, 0.001, True), Mixed(INTERVAL, 0.4, True)
+FAILED = Mixed(Interval(float("nan")), float("nan"), False)
+RANDOM = tuple(Control(f"random {i}", 0.1, 1.0) for i in range(40))
+LINEAR = Control("linear pathway", 0.01, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "found", "mixed", "random", "linear", "p_random", "expected"),
+    [
+        ("pair:0,1", INTERVAL, SURE, RANDOM, LINEAR, 1 / 41, "do, over prompts and over words."),
+        ("pair:0,1", Interval(1.0, -0.1, 2.1), SURE, RANDOM, LINEAR, 1 / 41, "the interval over prompts holds 0."),
+        ("pair:0,1", Interval(1.0, float("nan"), 2), SURE, RANDOM, LINEAR, 1 / 41, "over prompts holds 0."),
+        ("pair:0,1", INTERVAL, SURE, RANDOM, LINEAR, 0.2, "Not told from a random direction."),
+        ("pair:0,1", INTERVAL, SURE, RANDOM[:10], LINEAR, 1 / 11, "too few for that: 19 are enough."),
+        ("pair:0,1", INTERVAL, SURE, (), LINEAR, 1.0, "too few for that: 19 are enough."),
+        ("pair:0,1", INTERVAL, UNSURE, RANDOM, LINEAR, 1 / 41, "over words it is not told from none."),
+        ("pair:0,1", INTERVAL, FAILED, RANDOM, LINEAR, 1 / 41, "over words it is not told from none."),
+        ("pair:0,1", INTERVAL, replace(SURE, converged=False), RANDOM, None, 1 / 41, "it is not told from none."),
+        ("pair:0,1", INTERVAL, None, RANDOM, LINEAR, 1 / 41, "over words it is not told from none."),
+        ("pair:0,1", INTERVAL, SURE, RANDOM, replace(LINEAR, interaction=-1.2), 1 / 41, "without being combined."),
+        ("pair:0,1", INTERVAL, SURE, RANDOM, Control("", 1.2, 0.5), 1 / 41, "over prompts and over words."),
+        ("identity:1", INTERVAL, SURE, RANDOM, LINEAR, 1 / 41, "one feature's direction combines nothing."),
+    ],
+)
+def test_verdicts(target, found, mixed, random, linear, p_random, expected):
+    assert effects.verdict(Target.parse(target), found, mixed, random, linear, p_random).endswith(expected)
+
+
+def test_the_linear_control_has_the_sign_of_the_step():
+    sae, second, raw = saes()
+    with torch.no_grad():
+        carrier = Carrier(sae, second, raw)
+        pair = tuple(carrier.seen.indices[0, :2].tolist())
+        up, down = (carrier.step(Clamp(Target("pair", pair), amount)) for amount in (3.0, -1.0))
+        controls = [carrier.linear_control(carrier.output_change(s), s, pair) for s in (up, down)]
+        both = (controls[0].norm(dim=1) > 0) & (controls[1].norm(dim=1) > 0)
+        cosine = torch.nn.functional.cosine_similarity(*controls)[both]
+        assert both.any()
+        torch.testing.assert_close(cosine, -torch.ones_like(cosine))
+
+
+def test_a_secondary_feature_that_nothing_drives_has_no_linear_control():
+    run = Trained(secondary(), DataConfig(hook=planted.HOOK), planted.joint())
+    config = FactorialConfig(clamped=0, clamp=("secondary:5",), amounts=(0.0, 3.0), operation="set", directions=2)
+    with torch.no_grad():
+        run.sae.b_enc[5] = -1000.0
+    (effect,) = run_factorial(
+        run, planted.Planted(), planted.stimuli(), replace(config, new_tokens=0), lambda *_: None
+    ).effects
+    assert effect.active > 0
+    assert effect.linear is None
 
 
 def test_text_under_clamps(found):
     assert set(found.texts) == {e.target for e in found.effects}
     assert len(found.prompts) == 5
     for by_edit in found.texts.values():
-        assert list(by_edit) == ["untouched", "multiply -1", "multiply 3", "random, as multiply -1"]
+        assert list(by_edit) == ["untouched", "multiply -1", "multiply 3", "random, as multiply 3"]
     written = found.texts["pair:0,1"]
     # The product makes words of high high, and its opposite makes them never come.
     assert all(text.split()[0].startswith("a") for text in written["multiply 3"])
     assert not any(word.startswith("a") for text in written["multiply -1"] for word in text.split())
     shown = side_by_side(found.prompts, written)
-    assert shown.count("multiply 3") == 5
+    assert shown.count("\nmultiply 3 ") == 5
 
 
 def test_generation_is_the_models_own_greedy_text():
@@ -402,8 +493,8 @@ def test_a_topk_sae_has_its_own_features_clamped():
     ("options", "message"),
     [
         ({"amounts": ()}, "amounts: expected different finite numbers"),
-        ({"amounts": (1.0,)}, "amounts: expected one that is not 1.0"),
-        ({"amounts": (0.0,), "operation": "set"}, "amounts: expected one that is not 0.0"),
+        ({"amounts": (1.0,)}, "amounts: expected one that is not 1;"),
+        ({"amounts": (0.5,), "operation": "set"}, "amounts: expected at least 2 to set"),
         ({"permutations": 5}, "permutations: expected at least 99; got 5"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import planted
 import pytest
 import torch
+from scipy import stats
 
 import fastsae
 from fastsae.factorial import SHIPPED, Stimuli, anova, discover
@@ -91,6 +93,62 @@ def test_detectable_effects_are_detected_in_four_of_five_cases():
     t = fastsae.evaluate.intervals.student_t(fit.df)
     assert float((t**2 < fit.F).double().mean()) == pytest.approx(0.8, abs=0.02)
     assert anova.detectable(CELLS, tests=100) > d
+
+
+def test_p_is_never_0_and_what_ties_with_the_data_counts():
+    y = torch.zeros(len(CELLS), 2, dtype=torch.float64)
+    y[CELLS == 0, 1] = 1.0  # as large as an F can be
+    found = anova.permute(y, CELLS, 99, generator())
+    assert float(found.p[0]) == 1
+    assert 0 < float(found.p[1]) < 0.02
+    two = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])  # of so few texts many permutations are the data itself
+    tied = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64).unsqueeze(1)
+    assert float(anova.permute(tied, two, 999, generator()).p[0]) > 0.02
+
+
+def test_a_small_p_is_known_as_well_as_a_large_one():
+    """Those left after the first permutations get more until ten exceed: the p of one feature, drawn again and again,
+    varies by a third of itself."""
+    y = torch.cat([values(1, seed=5, interaction=2.6), values(100, seed=6)], dim=1)
+    p = torch.tensor([float(anova.permute(y, CELLS, 99, generator(s)).p[0]) for s in range(20)])
+    assert 1e-4 < float(p.mean()) < 0.02
+    assert float(p.std() / p.mean()) < 0.5
+
+
+def test_effects_without_spread_are_none():
+    fit = anova.fit(torch.ones(len(CELLS), 1, dtype=torch.float64), CELLS)
+    assert (float(fit.d), float(fit.F), float(fit.partial_eta_squared)) == (0, 0, 0)
+
+
+def test_more_tests_than_texts_can_serve_detect_nothing():
+    assert anova.detectable(torch.arange(8) // 2, tests=10**6) == float("inf")
+
+
+def test_cells_of_different_size_are_warned_of():
+    stimuli = planted.stimuli(6)
+    stimuli.cells["low low"] = replace(stimuli.cells["low low"], texts=stimuli.cells["low low"].texts[:3])
+    with pytest.warns(UserWarning, match=r"cells hold \[6, 6, 6, 3\] texts"):
+        discover(planted.joint(), None, planted.Planted(), planted.HOOK, stimuli, permutations=99)
+
+
+def test_intervals_of_cell_means_are_those_of_the_anova():
+    found = discover(planted.joint(), None, planted.Planted(), planted.HOOK, planted.stimuli())
+    feature = found.families["pair"].features[0]
+    texts = tokenized(planted.stimuli(), planted.Planted())
+    (pair,) = [
+        r for r in responses(planted.joint(), None, planted.Planted(), planted.HOOK, texts) if r.family == "pair"
+    ]
+    y = pair.values[:, pair.features.tolist().index([0, 1])]
+    within = torch.cat([y[texts.cells == c] - y[texts.cells == c].mean() for c in range(4)])
+    half = stats.t.ppf(0.975, 44) * float((within.square().sum() / 44).sqrt()) / 12**0.5
+    for c, level in enumerate(LEVELS):
+        mean = float(y[texts.cells == c].mean())
+        assert feature.means[level].low == pytest.approx(mean - half)
+        assert feature.means[level].high == pytest.approx(mean + half)
+    ps = [f.p for f in found.families["pair"].features]
+    assert ps == sorted(ps)
+    first = [f.anova["interaction"]["F"] for f in found.families["pair"].features if f.p == ps[0]]
+    assert first == sorted(first, reverse=True)
 
 
 def test_cells_too_small():

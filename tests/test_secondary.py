@@ -33,6 +33,7 @@ def base() -> fastsae.JointSAE:
     sae = fastsae.JointSAE(16, 24, 5, k_integration=4, d_embedding=6, dropout=0.5)
     for name, p in sae.named_parameters():
         torch.nn.init.normal_(p, std=1.0 if name != "b_enc" else 0.1)
+    sae.normalizer.measure(3 * torch.randn(100, 16) + 2, "zscore")
     return sae.eval()
 
 
@@ -112,6 +113,9 @@ def test_hidden_activations_from_a_store_are_those_on_the_fly(base, windows, tmp
             assert not rows.activations.requires_grad
             assert rows.documents.tolist() == raw.documents.tolist()
             assert rows.positions.tolist() == raw.positions.tolist()
+    base.normalizer.mean[0] += 1
+    assert HiddenActivations(source, base).identity != fly.identity
+    base.normalizer.mean[0] -= 1
     with torch.no_grad():
         base.W1[0, 0] += 1
     assert HiddenActivations(source, base).identity != fly.identity
@@ -170,10 +174,26 @@ def test_sums_drop_the_smallest_pairs():
     sums = pairs.PairSums(10, "cpu", capacity=2)
     sums.add(fastsae.SparseCode(a, torch.tensor([[7, 2, 5]]), 10))
     assert sums.pairs.tolist() == [[2, 7], [5, 7]]
-    assert sums.sums.tolist() == [[1, 6, 36], [1, 3, 9]]
+    assert sums.sums.tolist() == [[6, 36], [3, 9]]
     sums.add(fastsae.SparseCode(a, torch.tensor([[2, 7, 1]]), 10))
     assert sums.pairs.tolist() == [[2, 7], [5, 7]]
-    assert sums.sums.tolist() == [[2, 12, 72], [1, 3, 9]]
+    assert sums.sums.tolist() == [[12, 72], [3, 9]]
+
+
+@torch.no_grad()
+def test_pairs_are_measured_among_all_that_integration_sees(base, secondary, windows, monkeypatch):
+    """Nominated among the strongest two of a row, they count wherever both are seen."""
+    monkeypatch.setattr(pairs, "PER_ROW", 2)
+    a, hidden = dense(base, windows)
+    for pair in top_pairs(base, hooked(), HOOK, windows, n_pairs=3):
+        products = a[:, pair.features[0]] * a[:, pair.features[1]]
+        assert pair.together == pytest.approx(float((products > 0).double().mean()))
+    active = secondary.encode(secondary.normalizer(hidden)).to_dense() > 0
+    feature = int(active.sum(dim=0).argmax())
+    (found,) = drivers(secondary, base, hooked(), HOOK, windows, [feature], n_pairs=3)
+    for driver in found.pairs:
+        i, j = driver.features
+        assert driver.together == pytest.approx(float((a[:, i] * a[:, j] > 0)[active[:, feature]].double().mean()))
 
 
 @torch.no_grad()

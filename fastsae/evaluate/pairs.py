@@ -4,7 +4,7 @@ A pair (i, j) enters z with a_i a_j (V_i * V_j), entry by entry. V_i . V_j alone
 active together have one too. So pairs are ranked by what they put into z on real text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,17 @@ from fastsae.evaluate.examples import Example, strongest
 from fastsae.modules import JointSAE, SecondarySAE, evaluating
 
 PER_ROW = 32
-"""Pairs are looked for among so many of a row's strongest features: 496 pairs a row."""
+"""Candidates are looked for among so many of a row's strongest features: 496 pairs a row."""
 CAPACITY = 2**18
 """Pairs whose sums are held at a time; beyond, those with the smallest are dropped."""
+CANDIDATES = 16
+"""Times as many as asked for; these are then measured among all features that the integration sees."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two features of the integration pathway, over rows of held-out text."""
+    """Two features of the integration pathway, over rows of held-out text, exactly; which pairs are measured at all is
+    found among the PER_ROW strongest features of each row."""
 
     features: tuple[int, int]
     contribution: float
@@ -45,7 +48,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Driver:
-    """A pair's part in a secondary feature. The hidden layer is linear in z, so parts of all pairs add up to 1."""
+    """A pair's part in a secondary feature. The hidden layer is linear in z, so the shares of all pairs, of which the
+    largest are shown, add up to 1."""
 
     features: tuple[int, int]
     share: float
@@ -66,30 +70,26 @@ class Drivers:
 
 
 class PairSums:
-    """Sums over rows by pair of features that are active together: rows, products a_i a_j, squared products."""
+    """Sums over rows of products a_i a_j and of their squares, by pair of features active together: for nominating.
+
+    Of each row the PER_ROW strongest features are looked at, and the smallest sums are dropped on the way.
+    """
 
     def __init__(self, d_sae: int, device: torch.device | str, capacity: int = CAPACITY) -> None:
         self.d_sae, self.capacity = d_sae, capacity
         self.keys = torch.empty(0, dtype=torch.int64, device=device)
-        self.sums = torch.empty(0, 3, dtype=torch.float64, device=device)
+        self.sums = torch.empty(0, 2, dtype=torch.float64, device=device)
 
     def add(self, code: SparseCode) -> None:
-        """The rows of a flat code (rows, n); pairs among each row's PER_ROW strongest features."""
-        values, indices = code.values[:, :PER_ROW], code.indices[:, :PER_ROW]
-        one, other = torch.triu_indices(values.shape[1], values.shape[1], 1, device=values.device)
-        products = (values[:, one] * values[:, other]).double()
-        low = torch.minimum(indices[:, one], indices[:, other])
-        keys = low * self.d_sae + torch.maximum(indices[:, one], indices[:, other])
+        """The rows of a flat code (rows, n)."""
+        products, keys = row_pairs(code)
         both = products > 0
-        new = products[both]
-        self._merge(keys[both], torch.stack([torch.ones_like(new), new, new.square()], dim=1))
-
-    def _merge(self, keys: Tensor, sums: Tensor) -> None:
-        self.keys, place = torch.cat([self.keys, keys]).unique(return_inverse=True)
-        merged = sums.new_zeros(len(self.keys), 3)
-        self.sums = merged.index_add_(0, place, torch.cat([self.sums, sums]))
+        new = products[both].double()
+        self.keys, place = torch.cat([self.keys, keys[both]]).unique(return_inverse=True)
+        sums = torch.cat([self.sums, torch.stack([new, new.square()], dim=1)])
+        self.sums = sums.new_zeros(len(self.keys), 2).index_add_(0, place, sums)
         if len(self.keys) > self.capacity:
-            kept = self.sums[:, 2].topk(self.capacity).indices.sort().values
+            kept = self.sums[:, 1].topk(self.capacity).indices.sort().values
             self.keys, self.sums = self.keys[kept], self.sums[kept]
 
     @property
@@ -97,10 +97,27 @@ class PairSums:
         """(pairs, 2) features, the lower first."""
         return torch.stack([self.keys // self.d_sae, self.keys % self.d_sae], dim=1)
 
+    def largest(self, sizes: Tensor, n: int) -> Tensor:
+        """The n pairs with the largest sizes (pairs,): (n, 2)."""
+        return self.pairs[sizes.sort(descending=True, stable=True).indices[:n]]
+
+
+def row_pairs(code: SparseCode) -> tuple[Tensor, Tensor]:
+    """Of each row of a flat code the products a_i a_j of its PER_ROW strongest features, and i d_sae + j with i < j."""
+    values, indices = code.values[:, :PER_ROW], code.indices[:, :PER_ROW]
+    one, other = torch.triu_indices(values.shape[1], values.shape[1], 1, device=values.device)
+    low, high = torch.minimum(indices[:, one], indices[:, other]), torch.maximum(indices[:, one], indices[:, other])
+    return values[:, one] * values[:, other], low * code.d_sae + high
+
 
 def embedded(V: Tensor, pairs: Tensor) -> Tensor:
     """V_i * V_j entry by entry, for pairs (n, 2): (n, d_embedding)."""
     return V[pairs[:, 0]] * V[pairs[:, 1]]
+
+
+def in_parts(pairs: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`of` so many pairs at a time, since it makes (pairs, d_embedding)."""
+    return torch.cat([of(part) for part in pairs.split(2**14)])
 
 
 def pair_products(code: SparseCode, pairs: Tensor) -> Tensor:
@@ -119,7 +136,7 @@ def top_pairs(
     n_examples: int = 4,
     context: int = 12,
 ) -> list[Pair]:
-    """The pairs that put most into z, largest first. The model reads the windows twice.
+    """The pairs that put most into z, largest first. The model reads the windows three times.
 
     Raises ValueError for an SAE without a pairwise pathway.
     """
@@ -129,23 +146,30 @@ def top_pairs(
     if model.tokenizer is None:
         raise ValueError("top_pairs: the model has no tokenizer to show text with; attach one (model.tokenizer)")
     source = ModelActivations(model, hook_name, windows)
+    blocks, device = range(len(source.block_rows)), sae.W_enc.device
     with evaluating(sae):
-        sums = PairSums(sae.d_sae, sae.W_enc.device)
-        seen = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+        sums = PairSums(sae.d_sae, device)
+        seen = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         spread = _Spread(sae.d_in)
-        for i in range(len(source.block_rows)):
+        for i in blocks:
             code = _code(sae, source, i)
             sums.add(sae.strongest(code))
             seen += sae.strongest(code).firing_counts()
             spread.add(sae.interaction_from(sae.hidden(code)))
-        sizes = torch.cat([embedded(V, part).double().square().sum(dim=1) for part in sums.pairs.split(2**14)])
-        contributions = sums.sums[:, 2] * sizes
+        sizes = in_parts(sums.pairs, lambda part: embedded(V, part).double().square().sum(dim=1))
+        pairs = sums.largest(sums.sums[:, 1] * sizes, CANDIDATES * n_pairs)
+        measured = torch.zeros(3, len(pairs), dtype=torch.float64, device=device)  # rows, products, squared products
+        for i in blocks:
+            products = pair_products(sae.strongest(_code(sae, source, i)), pairs).double()
+            measured += torch.stack([(products > 0).double(), products, products.square()]).sum(dim=1)
+        contributions = measured[2] * embedded(V, pairs).double().square().sum(dim=1)
         order = contributions.sort(descending=True, stable=True).indices[:n_pairs]
-        pairs, vectors = sums.pairs[order], embedded(V, sums.pairs[order])
+        pairs, measured, contributions = pairs[order], measured[:, order], contributions[order]
+        vectors = embedded(V, pairs)
         dots = vectors.sum(dim=1).tolist()
-        changes = torch.zeros(len(pairs), dtype=torch.float64, device=vectors.device)
+        changes = torch.zeros(len(pairs), dtype=torch.float64, device=device)
 
-        def products(i: int) -> Tensor:
+        def shown(i: int) -> Tensor:
             code = _code(sae, source, i)
             hidden, found = sae.hidden(code), pair_products(sae.strongest(code), pairs)
             for p in range(len(pairs)):
@@ -155,15 +179,15 @@ def top_pairs(
                 changes[p] += change.double().square().sum()
             return found
 
-        examples = strongest(source, products, len(pairs), n_examples, context)
+        examples = strongest(source, shown, len(pairs), n_examples, context)
     n, rate = source.n_rows, seen.double() / source.n_rows
     found = []
     for p, (i, j) in enumerate(pairs.tolist()):
-        count, total, _ = sums.sums[order[p]].tolist()
+        count, total, _ = measured[:, p].tolist()
         found.append(
             Pair(
                 features=(i, j),
-                contribution=float(contributions[order[p]]) / n,
+                contribution=float(contributions[p]) / n,
                 dot=dots[p],
                 together=count / n,
                 together_if_independent=float(rate[i] * rate[j]),
@@ -189,37 +213,50 @@ def drivers(
     pre = w . (W1 z + b1 - mean) / scale + b is linear in z, and z is a sum over pairs: pair (i, j) adds
     a_i a_j (W1^T (w / scale)) . (V_i * V_j).
     """
-    V, W1, b1 = base.V, base.W1, base.b1
-    if V is None or W1 is None or b1 is None:
+    W1, b1 = base.W1, base.b1
+    if base.V is None or W1 is None or b1 is None:
         raise ValueError("drivers: the base has interaction=False, so it has no pairs")
-    chosen = torch.tensor(list(features), dtype=torch.int64, device=base.W_enc.device)
+    V, device = base.V.detach(), base.W_enc.device
+    chosen = torch.tensor(list(features), dtype=torch.int64, device=device)
     source = ModelActivations(model, hook_name, windows)
     with evaluating(base), evaluating(secondary):
         weights = (secondary.W_enc[chosen] / secondary.normalizer.scale).to(W1)
         gradients = weights @ W1  # of pre with respect to z: (features, d_embedding)
-        sums = [PairSums(base.d_sae, base.W_enc.device, CAPACITY // 4) for _ in features]
-        rows = [0] * len(sums)
-        totals = torch.zeros(len(sums), dtype=torch.float64)
-        for i in range(len(source.block_rows)):
-            code = _code(base, source, i)
-            hidden = base.hidden(code)
-            active = secondary.encode(secondary.normalizer(hidden)).columns(chosen) > 0
-            seen = base.strongest(code)
-            pushed = (hidden - b1) @ weights.T
-            for f, one in enumerate(sums):
-                at = active[:, f]
-                one.add(SparseCode(seen.values[at], seen.indices[at], base.d_sae))
-                rows[f] += int(at.sum())
-                totals[f] += pushed[at, f].double().sum().cpu()
+
+        def active() -> Iterator[tuple[int, SparseCode, Tensor]]:
+            """Of each feature and block: what the base sees on the rows the feature is active on, and pre there."""
+            for i in range(len(source.block_rows)):
+                code = _code(base, source, i)
+                hidden, seen = base.hidden(code), base.strongest(code)
+                at = secondary.encode(secondary.normalizer(hidden)).columns(chosen) > 0
+                pre = (hidden - b1) @ weights.T
+                for f in range(len(chosen)):
+                    rows = at[:, f]
+                    yield f, SparseCode(seen.values[rows], seen.indices[rows], base.d_sae), pre[rows, f]
+
+        sums = [PairSums(base.d_sae, device, CAPACITY // 4) for _ in features]
+        totals = torch.zeros(len(features), dtype=torch.float64)
+        for f, seen, pre in active():
+            sums[f].add(seen)
+            totals[f] += pre.double().sum().cpu()
+        parts = [in_parts(s.pairs, lambda p, g=g: embedded(V, p) @ g) for s, g in zip(sums, gradients, strict=True)]
+        pairs = [
+            one.largest((one.sums[:, 0] * part).abs(), CANDIDATES * n_pairs)
+            for one, part in zip(sums, parts, strict=True)
+        ]
+        measured = [torch.zeros(2, len(p), dtype=torch.float64, device=device) for p in pairs]  # rows, products
+        rows = [0] * len(pairs)
+        for f, seen, _ in active():
+            products = pair_products(seen, pairs[f]).double()
+            measured[f] += torch.stack([(products > 0).double(), products]).sum(dim=1)
+            rows[f] += len(products)
         found = []
-        for f, (feature, one) in enumerate(zip(features, sums, strict=True)):
-            parts = [embedded(V, pairs) @ gradients[f] for pairs in one.pairs.split(2**14)]
-            shares = torch.cat(parts).double() * one.sums[:, 1] / totals[f] if parts else torch.empty(0)
+        for f, feature in enumerate(features):
+            shares = measured[f][1] * (embedded(V, pairs[f]) @ gradients[f]).double() / totals[f].to(device)
             order = shares.abs().sort(descending=True, stable=True).indices[:n_pairs].tolist()
-            pairs = one.pairs[order].tolist()
             kept = (
-                Driver((i, j), float(shares[p]), float(one.sums[p, 0]) / rows[f])
-                for p, (i, j) in zip(order, pairs, strict=True)
+                Driver((int(pairs[f][p, 0]), int(pairs[f][p, 1])), float(shares[p]), float(measured[f][0, p]) / rows[f])
+                for p in order
             )
             found.append(Drivers(int(feature), rows[f], tuple(kept)))
     return found

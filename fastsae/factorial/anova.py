@@ -4,6 +4,7 @@ Everything is in terms of cell means m and the spread within cells: contrast = m
 """
 
 import importlib
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 LEVEL = 0.05
 """Of significance, and of false discoveries among all."""
-_BLOCK = 500
+_BLOCK, _AT_ONCE = 500, 1024
 _ENOUGH = 10
 """Exceedances after which a feature's p is known well enough."""
 
@@ -39,7 +40,7 @@ class Fit(NamedTuple):
     @property
     def d(self) -> Tensor:
         """The contrast in standard deviations within cells."""
-        return self.contrast / self.sigma
+        return torch.where(self.F > 0, self.contrast / self.sigma, 0.0)
 
     @property
     def partial_eta_squared(self) -> Tensor:
@@ -85,38 +86,44 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     """Freedman and Lane's permutations: what the two factors explain one by one stays, its residuals change places.
 
     So main effects are no evidence of an interaction, whatever the features' distributions. All features share the
-    permutations. Those whose p is still small get more, until 10 permutations exceed (Besag and Clifford 1991) or p is
-    small enough for all that are left to be discoveries: q comes down to 0.0125, and no further.
+    permutations. Those whose p is still small get more, until 10 permutations exceed (Besag and Clifford 1991), or so
+    many have been drawn that all that are left could be discoveries: q comes down to about 0.0125, and no further.
+    Residuals change places between cells, so their spread should not differ much where the cells' sizes do.
     """
-    average, spread, df = _design(cells)
-    observed = fit(values, cells).F
+    average, spread, _ = _design(cells)
     first, second = (torch.tensor(c, dtype=torch.float64)[cells].sign() for c in MAIN)
     additive = torch.stack([torch.ones_like(first), first, second], dim=1)
     residuals = values - additive @ torch.linalg.lstsq(additive, values).solution
     sizes = cells.bincount(minlength=4).double()
     contrast = torch.tensor(INTERACTION, dtype=torch.float64)
+    squares = residuals.square().sum(dim=0)
 
-    def ratios(block: int, columns: Tensor) -> Tensor:
-        """F of so many permutations: (block, columns)."""
-        of = residuals[:, columns]
-        order = torch.stack([torch.randperm(len(cells), generator=generator) for _ in range(block)])
-        moved = average[:, order].permute(1, 0, 2).reshape(4 * block, -1)  # the design is moved, not the data
-        means = (moved @ of).view(block, 4, -1)
-        within = of.square().sum(dim=0) - (sizes.view(1, 4, 1) * means.square()).sum(dim=1)
-        return (torch.einsum("c,bcf->bf", contrast, means).square() / (within.clamp_min(0) / df * spread)).nan_to_num(0)
+    def shares(order: Tensor, features: Tensor) -> Tensor:
+        """The interaction's share of the squares it leaves and takes, which grows with F and is finite: order
+        (permutations, texts) to (permutations, features)."""
+        moved = average[:, order].permute(1, 0, 2).reshape(4 * len(order), -1)  # the design is moved, not the data
+        found = []
+        for part in features.split(_AT_ONCE):
+            means = (moved @ residuals[:, part]).view(len(order), 4, -1)
+            within = (squares[part] - (sizes.view(1, 4, 1) * means.square()).sum(dim=1)).clamp_min(0)
+            explained = torch.einsum("c,bcf->bf", contrast, means).square() / spread
+            found.append((explained / (explained + within)).nan_to_num(0))
+        return torch.cat(found, dim=1)
 
     n_features = values.shape[1]
     exceed, done = torch.zeros(n_features, dtype=torch.int64), torch.zeros(n_features, dtype=torch.int64)
     exceed_any = torch.zeros(n_features, dtype=torch.int64)
+    observed = shares(torch.arange(len(cells)).unsqueeze(0), torch.arange(n_features))[0]
     least = (1 - 1e-9) * observed  # a permutation that is the data itself counts, rounding or not
     left, rounds = torch.arange(n_features), 0
     while len(left) and (rounds < permutations or rounds < 4 * n_features / (LEVEL * len(left))):
         block = min(_BLOCK, permutations - rounds) if rounds < permutations else _BLOCK
-        F = ratios(block, left)
-        exceed[left] += (least[left] <= F).sum(dim=0)
+        order = torch.stack([torch.randperm(len(cells), generator=generator) for _ in range(block)])
+        found = shares(order, left)
+        exceed[left] += (least[left] <= found).sum(dim=0)
         done[left] += block
         if rounds < permutations:
-            exceed_any += (least <= F.amax(dim=1, keepdim=True)).sum(dim=0)
+            exceed_any += (least <= found.amax(dim=1, keepdim=True)).sum(dim=0)
         rounds += block
         if rounds >= permutations:
             left = left[exceed[left] < _ENOUGH]
@@ -155,7 +162,8 @@ def detectable(cells: Tensor, tests: int, power: float = 0.8) -> float:
     def missing(d: float) -> float:
         return float(stats.nct.sf(critical, df, d / spread**0.5)) - power
 
-    return float(optimize.brentq(missing, 0.0, 100.0))  # type: ignore[arg-type]  # it returns a float
+    most = 100.0
+    return float(optimize.brentq(missing, 0.0, most)) if missing(most) > 0 else inf  # type: ignore[arg-type]
 
 
 _MISSING = "factorial experiments need statsmodels: `pip install fastsae[lab]`"

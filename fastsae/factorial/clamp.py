@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae import ops
 from fastsae.code import SparseCode
 from fastsae.evaluate.pairs import embedded, pair_products
 from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder
@@ -81,11 +82,6 @@ class Clamp:
     def change(self, old: Tensor) -> Tensor:
         return (self.amount - 1) * old if self.operation == "multiply" else self.amount - old
 
-    @property
-    def dose(self) -> float:
-        """How far from untouched: 0 is untouched where it multiplies."""
-        return self.amount - 1 if self.operation == "multiply" else self.amount
-
 
 class Step(NamedTuple):
     """Where a clamp moves a row: coefficient times direction, in the hidden layer or in the output."""
@@ -136,7 +132,7 @@ class Carrier:
         if kind != "interaction":
             return Step("output", clamp.change(old), (sae.W_dec if kind == "identity" else sae.W_lin)[features[0]])  # type: ignore[index]
         v = self._V[features[0]]
-        s = (self.seen.values.unsqueeze(2) * self._V[self.seen.indices]).sum(dim=1)
+        s = ops.sparse_decode(self.seen.values, self.seen.indices, self._V, sae.backend)
         partners = (s - old.unsqueeze(1) * v) * v  # what each unit of a_j puts into z
         return Step("hidden", clamp.change(old), partners @ self._joint.W1.T)  # type: ignore[union-attr]
 
@@ -175,7 +171,7 @@ class Carrier:
         if len(chosen):
             added = code.columns(chosen) @ W[chosen]
         else:
-            added = torch.einsum("rk,rkd->rd", code.values, W[code.indices])
+            added = ops.sparse_decode(code.values, code.indices, W, self.sae.backend)
         return _as_long_as(change, step.coefficient.sign().unsqueeze(1) * added * self.sae.normalizer.scale)
 
     def _at(self, features: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Which features respond to the combination of two factors, beyond what each factor does alone."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,10 @@ class Family:
     tested: int
     """Those active on at least 5 % of the texts, whatever their cell."""
     discoveries: int
-    """With q of at most 0.05."""
+    """With q of at most 0.05. Of pairs, whose response is a product, these are features active together: a_i a_j of two
+    features that answer to one factor each has an interaction, whatever is done with it."""
+    crossing: int
+    """Of the discoveries those that cross."""
     small_p: float
     """Share of the tested with p of at most 0.05: about 0.05 where there is nothing."""
     detectable_d: float
@@ -93,6 +97,13 @@ def discover(
     (see anova.permute), the same permutations for all features; false discoveries are controlled within a family.
     """
     texts = tokenized(stimuli, model)
+    sizes = texts.cells.bincount(minlength=4)
+    if int(sizes.max()) > 1.1 * int(sizes.min()):
+        warnings.warn(
+            f"stimuli {stimuli.name!r}: cells hold {sizes.tolist()} texts; where spreads differ between cells too, p "
+            "is too small or too large. Cells of one size are safe.",
+            stacklevel=2,
+        )
     generator = torch.Generator().manual_seed(seed)
     names = (stimuli.factors[0].name, stimuli.factors[1].name)
     found = {r.family: r for r in responses(sae, secondary, model, hook_name, texts, pool)}
@@ -112,7 +123,7 @@ def _family(
 ) -> Family:
     tested = found.values.shape[1]
     if tested == 0:
-        return Family(0, 0, 0.0, anova.detectable(cells, 1), (), ())
+        return Family(0, 0, 0, 0.0, anova.detectable(cells, 1), (), ())
     fit = anova.fit(found.values, cells)
     permuted = anova.permute(found.values, cells, permutations, generator)
     q = anova.discovery_rates(permuted.p)
@@ -131,7 +142,7 @@ def _family(
             features=tuple(found.features[f].tolist()),
             means=means,
             contrast=Interval(contrast, contrast - error, contrast + error),
-            crossover=_crosses(fit.means[:, f]),
+            crossover=bool(_crosses(fit.means)[f]),
             d=float(fit.d[f]),
             partial_eta_squared=float(fit.partial_eta_squared[f]),
             anova=anova.table(found.values[:, f], cells, names),
@@ -144,6 +155,7 @@ def _family(
     return Family(
         tested=tested,
         discoveries=int((q <= anova.LEVEL).sum()),
+        crossing=int(((q <= anova.LEVEL) & _crosses(fit.means)).sum()),
         small_p=float((permuted.p <= anova.LEVEL).double().mean()),
         detectable_d=anova.detectable(cells, tested),
         features=tuple(described(f) for f in order),
@@ -151,6 +163,8 @@ def _family(
     )
 
 
-def _crosses(means: Tensor) -> bool:
-    high, low = means[:2], means[2:]
-    return bool((high - low).prod() < 0) or bool((high[0] - high[1]) * (low[0] - low[1]) < 0)
+def _crosses(means: Tensor) -> Tensor:
+    """means (4, features): whether a factor's effect has another sign at the other's other level."""
+    high_high, high_low, low_high, low_low = means
+    first = (high_high - low_high) * (high_low - low_low)
+    return (first < 0) | ((high_high - high_low) * (low_high - low_low) < 0)

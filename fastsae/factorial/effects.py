@@ -2,7 +2,7 @@
 
 Of each prompt and word the readout is how much its log-probability changes; of each prompt the contrast between the
 four groups of words, in which whatever is common to all words cancels. Prompts are the units: what one prompt's words
-share is no independent evidence. Several amounts are one test: the effect per unit of dose.
+share is no independent evidence. Several amounts are one test: the effect per unit of amount.
 """
 
 import importlib
@@ -22,6 +22,8 @@ from fastsae.factorial.clamp import Carrier, Clamp, Target
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.stimuli import Stimuli
 
+_MATCHED = 0.9
+"""A control that moves less than this share of what it is compared with says nothing."""
 CONTRASTS: dict[str, tuple[float, ...]] = {
     "first": anova.MAIN[0],
     "second": anova.MAIN[1],
@@ -36,7 +38,7 @@ class Level:
 
     amount: float
     change: float
-    """Length of the change over that of the activation, mean over tokens."""
+    """Length of the change over that of the activation, mean over the tokens read."""
     contrasts: dict[str, Interval]
     """Of the first factor, the second, and the interaction: nats of log-probability, for words of one token logits."""
 
@@ -47,14 +49,14 @@ class Control:
 
     name: str
     interaction: float
-    """Per unit of dose."""
+    """Per unit of amount."""
     matched: float
     """Its length over the target's, summed over tokens: below 1 where it has no direction at some of them."""
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A linear mixed model of the effect per unit of dose: prompts and words are random, prompts also in how far the
+    """A linear mixed model of the effect per unit of amount: prompts and words are random, prompts also in how far the
     interaction goes."""
 
     interaction: Interval
@@ -69,10 +71,11 @@ class Effect:
     target: str
     operation: str
     active: float
-    """Share of the prompts' tokens at which the clamp changes anything."""
+    """Share of the tokens read at which the clamp changes anything: of prompts, and of what comes before the last token
+    of words of several."""
     levels: tuple[Level, ...]
     contrasts: dict[str, Interval]
-    """Per unit of dose, all amounts together; intervals over prompts."""
+    """Per unit of amount, all amounts together; intervals over prompts."""
     mixed: Mixed | None
     """None where nothing changes."""
     random: tuple[Control, ...]
@@ -80,7 +83,7 @@ class Effect:
     other: tuple[Control, ...]
     """Other features of the same kind, not selected."""
     linear: Control | None
-    """The same features in the linear pathway."""
+    """The same features in the linear pathway; None for that pathway itself, and where nobody knows which they are."""
     p_random: float
     """Share of random directions whose interaction is at least as large, the target among them."""
     verdict: str
@@ -94,17 +97,17 @@ def effect(
     amounts: Sequence[float],
     operation: Any,
     splice: bool,
-    primaries: Sequence[int],
+    primaries: Sequence[int] | None,
     others: Sequence[Target],
     directions: Tensor,
 ) -> Effect:
     """Clamp `target` to each amount in front of every prompt, and the controls as far.
 
-    carriers: one for each part of the readout. primaries: the features that the linear control takes. others: targets
-    of the same kind to compare with. directions (draws, d_in): the random ones.
+    carriers: one for each part of the readout. primaries: the features that the linear control takes, () for all, None
+    for no such control. others: targets of the same kind to compare with. directions (draws, d_in): the random ones.
     """
     clamps = [Clamp(target, amount, operation) for amount in amounts]
-    doses = torch.tensor([c.dose for c in clamps], dtype=torch.float64)
+    weights = _per_unit(amounts, operation)
     clean = readout.scores([c.replaced(None, splice) for c in carriers])
     steps = [[carrier.step(clamp) for carrier in carriers] for clamp in clamps]
     changes = [[c.output_change(s) for c, s in zip(carriers, row, strict=True)] for row in steps]
@@ -115,14 +118,14 @@ def effect(
         return torch.stack([readout.scores(row) - clean for row in spliced])
 
     gains = scores(changes)
-    per_dose = torch.einsum("l,lpw->pw", doses, gains) / doses.square().sum()
+    per_unit = torch.einsum("l,lpw->pw", weights, gains)
 
     def control(name: str, make: Any) -> Control:
         made = [
             [make(carrier, change, step, clamp) for carrier, change, step in zip(carriers, row, on, strict=True)]
             for row, on, clamp in zip(changes, steps, clamps, strict=True)
         ]
-        slope = torch.einsum("l,lpw->pw", doses, scores(made)) / doses.square().sum()
+        slope = torch.einsum("l,lpw->pw", weights, scores(made))
         length, own = (sum(float(d.norm(dim=1).sum()) for row in what for d in row) for what in (made, changes))
         return Control(name, float(_contrast(slope, stimuli, "interaction").mean()), length / own if own else 0.0)
 
@@ -134,13 +137,13 @@ def effect(
             random.append(control(f"random {number}", lambda c, d, s, _, v=direction: c.random_control(d, s, v)))
         for one in others:
             other.append(control(str(one), lambda c, d, s, clamp, t=one: c.other_control(d, s, clamp, t)))
-        if target.kind != "linear":
+        if target.kind != "linear" and primaries is not None:
             linear = control("linear pathway", lambda c, d, s, _: c.linear_control(d, s, primaries))
-    contrasts = {name: _interval(_contrast(per_dose, stimuli, name)) for name in CONTRASTS}
+    contrasts = {name: _interval(_contrast(per_unit, stimuli, name)) for name in CONTRASTS}
     own = abs(contrasts["interaction"].estimate)
     p_random = (1 + sum(not abs(c.interaction) < own for c in random)) / (1 + len(random))  # NaN is no smaller
     rows = sum(len(c.raw) for c in carriers)
-    first = changes[int(doses.abs().argmax())]
+    changed = [torch.stack([d.any(dim=1) for d in by_amount]).any(dim=0) for by_amount in zip(*changes, strict=True)]
     levels = tuple(
         Level(
             clamp.amount,
@@ -153,11 +156,11 @@ def effect(
         )
         for clamp, row, gain in zip(clamps, changes, gains, strict=True)
     )
-    mixed = _mixed(per_dose, stimuli) if moved else None
+    mixed = _mixed(per_unit, stimuli) if moved else None
     return Effect(
         target=str(target),
         operation=operation,
-        active=sum(int((d != 0).any(dim=1).sum()) for d in first) / rows,
+        active=sum(int(c.sum()) for c in changed) / rows,
         levels=levels,
         contrasts=contrasts,
         mixed=mixed,
@@ -165,8 +168,18 @@ def effect(
         other=tuple(other),
         linear=linear,
         p_random=p_random,
-        verdict=_verdict(moved, contrasts["interaction"], mixed, p_random, random) if finite else _NOT_FINITE,
+        verdict=verdict(target, contrasts["interaction"], mixed, random, linear, p_random, moved)
+        if finite
+        else _NOT_FINITE,
     )
+
+
+def _per_unit(amounts: Sequence[float], operation: str) -> Tensor:
+    """Weights that make what happens at the amounts an effect per unit of amount, by least squares. Multiplied by 1
+    nothing happens; what a set amount takes the place of differs by token, so there the line has an intercept."""
+    doses = torch.tensor(amounts, dtype=torch.float64)
+    doses = doses - (1 if operation == "multiply" else doses.mean())
+    return doses / doses.square().sum()
 
 
 def _contrast(gains: Tensor, stimuli: Stimuli, name: str) -> Tensor:
@@ -221,20 +234,35 @@ _NOT_FINITE = (
 )
 
 
-def _verdict(moved: bool, found: Interval, mixed: Mixed | None, p_random: float, random: Sequence[Control]) -> str:
+def verdict(
+    target: Target,
+    found: Interval,
+    mixed: Mixed | None,
+    random: Sequence[Control],
+    linear: Control | None,
+    p_random: float,
+    moved: bool = True,
+) -> str:
+    """What may be said of an effect in words: more than nothing only if prompts, words and all controls agree."""
     if not moved:
         return "Nothing changes: it is active at no token of the prompts."
-    said = f"Interaction {found:.2g} per unit of dose"
+    said = f"Interaction {found:.2g} per unit of amount"
     if random:
         size = max(abs(c.interaction) for c in random)
         said += f"; the largest of {len(random)} random directions of the same length gives {size:.2g}"
+    if linear is not None and linear.matched >= _MATCHED:
+        said += f", the same features in the linear pathway {linear.interaction:.2g}"
     said += "."
-    if found.low <= 0 <= found.high:
+    if not (found.low > 0 or found.high < 0):
         return f"{said} Not told from none: the interval over prompts holds 0."
-    if p_random > anova.LEVEL and p_random == 1 / (1 + len(random)):
+    if p_random > anova.LEVEL and 1 / (1 + len(random)) > anova.LEVEL:
         return f"{said} Not told from a random direction, as {len(random)} of them are too few for that: 19 are enough."
     if p_random > anova.LEVEL:
         return f"{said} Not told from a random direction."
-    if mixed is not None and mixed.converged and mixed.p > anova.LEVEL:
+    if linear is not None and linear.matched >= _MATCHED and abs(linear.interaction) >= abs(found.estimate):
+        return f"{said} No more than the same features do without being combined."
+    if mixed is None or not mixed.converged or not mixed.p <= anova.LEVEL:
         return f"{said} More than random directions, for these words: over words it is not told from none."
+    if target.kind in ("identity", "linear"):
+        return f"{said} More than random directions do; but one feature's direction combines nothing."
     return f"{said} More than random directions do, over prompts and over words."

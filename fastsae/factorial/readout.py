@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastsae.activations import check_hook
 
-_TOKENS = 2048
-"""Read at a time: more would be hundreds of megabytes of logits."""
+_LOGITS = 2**26
+"""Held at a time, in numbers: 256 MB in fp32."""
 
 
 class Spliced:
@@ -35,7 +35,7 @@ class Spliced:
     @property
     def parts(self) -> list[slice]:
         """The sequences, as many at a time as are read at once."""
-        at_once = max(1, _TOKENS // self.tokens.shape[1])
+        at_once = max(1, _LOGITS // (self.tokens.shape[1] * self.model.cfg.d_vocab))
         return [slice(lo, lo + at_once) for lo in range(0, len(self.tokens), at_once)]
 
     @torch.no_grad()

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.activations import Document, ModelActivations, TokenWindows, tokenize
-from fastsae.code import SparseCode
-from fastsae.evaluate.pairs import PER_ROW, embedded
+from fastsae.evaluate.pairs import embedded, in_parts, row_pairs
 from fastsae.factorial.stimuli import Stimuli
 from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
 
@@ -76,7 +75,7 @@ def responses(
     """Of every family this SAE has: identity, pair, and secondary if there is a secondary SAE.
 
     A feature's response to a text is the mean, or the largest, of its activations over the text's tokens, BOS left out;
-    a pair's that of a_i a_j, among the PER_ROW strongest features of a token.
+    a pair's that of a_i a_j, among the strongest features of a token (evaluate.pairs.PER_ROW).
     """
     source = ModelActivations(model, hook_name, texts.windows)
     pools = {"identity": _Pool(pool, sae.d_sae)}
@@ -92,20 +91,11 @@ def responses(
             code = sae.encode(sae.normalizer(rows.activations.to(sae.W_enc.device)))
             pools["identity"].add(at, code.values, code.indices)
             if isinstance(sae, JointSAE) and paired:
-                pools["pair"].add(at, *_pairs(sae.strongest(code)))
+                pools["pair"].add(at, *row_pairs(sae.strongest(code)))
                 if secondary is not None:
                     integration = secondary.encode(secondary.normalizer(sae.hidden(code)))
                     pools["secondary"].add(at, integration.values, integration.indices)
-    found = [_responses(family, one, texts) for family, one in pools.items()]
-    return [_strongest_pairs(sae, one) if one.family == "pair" else one for one in found]
-
-
-def _pairs(seen: SparseCode) -> tuple[Tensor, Tensor]:
-    """Products and keys i d_sae + j, i < j, of the pairs of each row."""
-    values, indices = seen.values[:, :PER_ROW], seen.indices[:, :PER_ROW]
-    one, other = torch.triu_indices(values.shape[1], values.shape[1], 1, device=values.device)
-    low, high = torch.minimum(indices[:, one], indices[:, other]), torch.maximum(indices[:, one], indices[:, other])
-    return values[:, one] * values[:, other], low * seen.d_sae + high
+    return [_responses(family, one, texts, sae) for family, one in pools.items()]
 
 
 class _Pool:
@@ -126,23 +116,22 @@ class _Pool:
         self.values = pooled.scatter_reduce_(0, place, torch.cat([self.values, values]), how)
 
 
-def _responses(family: Any, pool: _Pool, texts: Texts) -> Responses:
+def _responses(family: Any, pool: _Pool, texts: Texts, sae: Any) -> Responses:
     text, feature = pool.keys // pool.width, pool.keys % pool.width
     features, column, texts_active = feature.unique(return_inverse=True, return_counts=True)
+    values = pool.values
+    if pool.kind == "mean":
+        values = values / texts.tokens[text].double()
     kept = texts_active >= max(2, MIN_SHARE * len(texts.cells))
+    pairs = torch.stack([features // sae.d_sae, features % sae.d_sae], dim=1)
+    if family == "pair" and len(features):
+        V = sae.V.detach()
+        sizes = in_parts(pairs.to(V.device), lambda part: embedded(V, part).double().norm(dim=1)).cpu()
+        sizes = torch.where(kept, sizes * torch.zeros_like(sizes).index_add_(0, column, values), -1.0)
+        kept = kept & torch.zeros_like(kept).index_fill_(0, sizes.topk(min(MAX_PAIRS, len(sizes))).indices, True)
     place = torch.full((len(features),), -1)
     place[kept] = torch.arange(int(kept.sum()))
-    column, features = place[column], features[kept]
-    values = torch.zeros(len(texts.cells), len(features), dtype=torch.float64)
-    values[text[column >= 0], column[column >= 0]] = pool.values[column >= 0]
-    if pool.kind == "mean":
-        values /= texts.tokens.double().unsqueeze(1)
-    d_sae = round(pool.width**0.5)
-    indices = torch.stack([features // d_sae, features % d_sae], dim=1) if family == "pair" else features.unsqueeze(1)
-    return Responses(family, indices, values)
-
-
-def _strongest_pairs(sae: Any, found: Responses) -> Responses:
-    sizes = embedded(sae.V.detach(), found.features.to(sae.V.device)).double().norm(dim=1).cpu()
-    order = (found.values.mean(dim=0) * sizes).sort(descending=True, stable=True).indices[:MAX_PAIRS].sort().values
-    return Responses(found.family, found.features[order], found.values[:, order])
+    column = place[column]
+    dense = torch.zeros(len(texts.cells), int(kept.sum()), dtype=torch.float64)
+    dense[text[column >= 0], column[column >= 0]] = values[column >= 0]
+    return Responses(family, (pairs if family == "pair" else features.unsqueeze(1))[kept], dense)

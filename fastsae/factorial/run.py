@@ -135,7 +135,7 @@ class _Clamping:
         for name, amount in clamps.items():
             edits[name] = self._edit(Clamp(target, amount, self.config.operation), None)
         if len(self.directions):
-            largest = max(clamps, key=lambda name: abs(Clamp(target, clamps[name], self.config.operation).dose))
+            largest = max(clamps, key=lambda name: abs(clamps[name]))
             clamp = Clamp(target, clamps[largest], self.config.operation)
             edits[f"random, as {largest}"] = self._edit(clamp, self.directions[0])
         return generate(self.model, self.run.data.hook, prompts, edits, self.config.new_tokens)
@@ -154,8 +154,9 @@ class _Clamping:
     def _carrier(self, raw: Tensor) -> Carrier:
         return Carrier(self.sae, self.secondary, raw)
 
-    def _primaries(self, target: Target) -> tuple[int, ...]:
-        """Of the code, what the target is made of: a secondary feature, of the pairs that drive it on the texts."""
+    def _primaries(self, target: Target) -> tuple[int, ...] | None:
+        """Of the code, what the target is made of: a secondary feature, of the pairs that drive it on the texts, None
+        where it is active on none."""
         if target.kind != "secondary":
             return target.features
         assert self.secondary is not None
@@ -169,7 +170,7 @@ class _Clamping:
             target.features,
             _DRIVING_PAIRS,
         )
-        return tuple(sorted({feature for driver in found[0].pairs for feature in driver.features}))
+        return tuple(sorted({feature for driver in found[0].pairs for feature in driver.features})) or None
 
     def _others(self, target: Target, discovery: Discovery) -> list[Target]:
         """Features of the kind at random, among those that show no interaction of the factors."""

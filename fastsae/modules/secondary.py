@@ -60,11 +60,11 @@ class HiddenActivations:
     """
 
     def __init__(self, source: _Rows, base: JointSAE) -> None:
-        self.source, self.base = source, base.eval()
+        self.source, self.base = source, base
         self.block_rows, self.d_in = source.block_rows, base.config.d_embedding
-        fingerprint = 0
-        for p in base.parameters():
-            fingerprint = zlib.crc32(p.detach().flatten()[:64].double().cpu().numpy().tobytes(), fingerprint)
+        fingerprint = zlib.crc32(repr(base.config).encode())
+        for t in base.state_dict().values():  # the normalisation is among them
+            fingerprint = zlib.crc32(t.flatten()[:64].double().cpu().numpy().tobytes(), fingerprint)
         self.identity: dict[str, Any] = getattr(source, "identity", {}) | {"base": fingerprint}
 
     def block(self, i: int) -> Tensor:
@@ -76,7 +76,7 @@ class HiddenActivations:
         rows = self.source.rows(i)
         return rows._replace(activations=self._hidden(rows.activations))
 
-    @torch.no_grad()
     def _hidden(self, raw: Tensor) -> Tensor:
         base = self.base
-        return base.hidden(base.encode(base.normalizer(raw.to(base.W_enc.device))))
+        with torch.no_grad():
+            return base.hidden(base.encode(base.normalizer(raw.to(base.W_enc.device))))

@@ -32,7 +32,8 @@ def _cells(told: Json, discovery: Json) -> str:
 
 def _family(name: str, family: Json, told: Json, pool: str) -> str:
     said = (
-        f"{family['discoveries']:,} of {family['tested']:,} show an interaction (q at most 0.05); "
+        f"{family['discoveries']:,} of {family['tested']:,} show an interaction (q at most 0.05), "
+        f"{family['crossing']:,} of them crossing; "
         f"{family['small_p']:.1%} have a permutation p of at most 0.05, about 5 % would by luck. An interaction of "
         f"{family['detectable_d']:.2f} standard deviations is found in 4 of 5 cases."
     )
@@ -55,6 +56,10 @@ def _family(name: str, family: Json, told: Json, pool: str) -> str:
                 f"{pool.capitalize()} activation by cell, over the largest of the four.",
             )
         )
+    if name == "pair":
+        said += (
+            " A pair's response is a product: it shows that two features are active together, not what is made of it."
+        )
     note = elements.note(f"{said} Bars are 95 % intervals over texts.")
     return f"<h3>Family: {name}</h3>{note}{elements.cards(drawn)}"
 
@@ -75,6 +80,7 @@ def _clamps(effects: list[Json]) -> str:
             "first factor": _shown(effect["contrasts"]["first"]),
             "second factor": _shown(effect["contrasts"]["second"]),
             "interaction": _shown(effect["contrasts"]["interaction"]),
+            "linear pathway": "" if effect["linear"] is None else _linear(effect["linear"]),
             "mixed model p": "" if effect["mixed"] is None or effect["mixed"]["p"] is None else _p(effect["mixed"]),
             "p, random directions": f"{effect['p_random']:.3f}",
         }
@@ -102,10 +108,15 @@ def _clamps(effects: list[Json]) -> str:
     drawn.append((heat, "Effect on the contrasts between groups of words, over the largest of the three."))
     note = elements.note(
         "Clamped at every token of the prompts, activations change by the shown share of their length. Contrasts "
-        "between the four groups of words are per unit of dose, in nats of log-probability (for words of one token: "
+        "between the four groups of words are per unit of amount, in nats of log-probability (for words of one token: "
         "logits), with 95 % intervals over prompts. Controls change activations as much, token by token."
     )
     return f"<h3>Clamping</h3>{note}{elements.rows(rows)}{elements.cards(drawn)}"
+
+
+def _linear(control: Json) -> str:
+    short = f" (of {control['matched']:.0%} of the length)" if control["matched"] < 0.995 else ""
+    return f"{control['interaction']:.2g}{short}"
 
 
 def _p(mixed: Json) -> str:

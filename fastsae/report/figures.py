@@ -144,7 +144,7 @@ def beside_controls(title: str, found: Interval, controls: Mapping[str, Sequence
             axes.plot(values, [place] * len(values), "o", color=COLORS[1], markersize=4, alpha=0.6)
         axes.axvline(0, color=GRID, linewidth=1)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="interaction, nats per unit of dose", ylim=(len(names) - 0.5, -0.5))
+        axes.set(xlabel="interaction, nats per unit of amount", ylim=(len(names) - 0.5, -0.5))
         axes.locator_params(axis="x", nbins=5)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
 
