@@ -27,6 +27,7 @@ from fastsae.evaluate import Behavior, Pair, Reconstruction, behavior, drivers, 
 from fastsae.factorial import Stimuli, run_factorial
 from fastsae.factorial.discover import Family
 from fastsae.factorial.generate import side_by_side
+from fastsae.factorial.run import Factorial
 from fastsae.integrations import convert as forms
 from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder
 from fastsae.study import page, run_study
@@ -258,18 +259,26 @@ def factorial(
     there = experiment.trained(run)
     loaded = Stimuli.load(stimuli)
     name = f"factorial-{loaded.name}"
+    with files.locked(run, "factorial"):
+        pass  # hours later is too late to find out that nothing can be written there
     found = run_factorial(there, experiment.language_model(there.data), loaded, options, _say)
-    record.write(run, name, found, **to_dict(options))
-    for family, tested in found.discovery.families.items():
-        if tested.features:
-            _say("", f"{family}: the features with the least p of an interaction", report.table(_effects(tested)))
-    for effect in found.effects:
-        _say("", f"{effect.target}: {effect.verdict}")
+    try:
+        record.write(run, name, found, **to_dict(options))
+    finally:  # on a full disk there is still the terminal
+        _tell(found)
     if found.texts:
         text = "\n".join(f"== {target} ==\n\n{side_by_side(found.prompts, t)}" for target, t in found.texts.items())
         files.write_atomically(run / f"{name}.txt", lambda p: p.write_text(text, encoding="utf-8"))
         _say("", f"Text under clamps: {run}/{name}.txt")
     _say("", f"Open {_page(run).resolve()}")
+
+
+def _tell(found: Factorial) -> None:
+    for family, tested in found.discovery.families.items():
+        if tested.features:
+            _say("", f"{family}: the features with the least p of an interaction", report.table(_effects(tested)))
+    for effect in found.effects:
+        _say("", f"{effect.target}: {effect.verdict}")
 
 
 def _effects(family: Family) -> list[dict[str, str]]:

@@ -68,11 +68,11 @@ def recorded_base(run_dir: Path) -> Path:
     """The run that the run in run_dir stands on. Raises FileNotFoundError or ValueError if it is gone or changed."""
     path = run_dir / "data.json"
     there = _options(path)
-    if _BASE not in there:
+    if not isinstance(there.get(_BASE), str):
         raise ValueError(f"{path} is damaged: it names no base; train the run again")
     base = Path(there[_BASE])
     if not (base / "sae" / "config.json").is_file():
-        raise FileNotFoundError(f"{run_dir} stands on the SAE of {base}, which is not there any more")
+        raise FileNotFoundError(f"{run_dir} stands on the SAE of {base}, which is not there any more: bring it back")
     if read_description(base / "sae")["weights_crc32"] != there.get(_BASE_CHECKSUM):
         raise ValueError(f"{base} was trained again since {run_dir} was trained on its SAE; train that one again too")
     return base

@@ -1,5 +1,6 @@
 """2x2 stimuli and discovery: against statsmodels, in planted networks, and where there is nothing to find."""
 
+import dataclasses
 import itertools
 import json
 from dataclasses import replace
@@ -10,10 +11,14 @@ import torch
 from scipy import stats
 
 import fastsae
-from fastsae.factorial import SHIPPED, Stimuli, anova, discover
+from fastsae.config import DataConfig, FactorialConfig
+from fastsae.evaluate import record
+from fastsae.experiment import Trained
+from fastsae.factorial import SHIPPED, Stimuli, anova, discover, run_factorial
 from fastsae.factorial.responses import responses, tokenized
-from fastsae.factorial.stimuli import LEVELS
+from fastsae.factorial.stimuli import LEVELS, Cell, Factor
 from fastsae.modules import SecondarySAE
+from fastsae.report.factorial import section
 
 SIZES = (7, 9, 5, 8)
 CELLS = torch.repeat_interleave(torch.arange(4), torch.tensor(SIZES))
@@ -75,6 +80,20 @@ def test_permutation_p_of_an_interaction_is_as_small_as_it_must_be_to_be_discove
     steps = order * len(order) / torch.arange(1, len(order) + 1)
     expected = steps.flip(0).cummin(0).values.flip(0).clamp(max=1)
     torch.testing.assert_close(q.sort().values, expected)
+
+
+def test_features_without_spread_within_cells():
+    """Such as one of a token that all texts of a cell share. Its residuals are 6 times r and 6 times -r, and 2 of the
+    924 ways to place them give the cells no spread again, and an interaction."""
+    cells = torch.arange(4).repeat_interleave(3)
+    y = torch.stack([(cells == 0).double() * 0.1 + 0.3, torch.full((12,), 0.1, dtype=torch.float64)], dim=1)
+    fit = anova.fit(y, cells)
+    assert float(fit.F[0]) > 1e20
+    assert fit.d[1].tolist() == fit.F[1].tolist() == 0
+    assert fit.partial_eta_squared.tolist() == [1, 0]
+    p = anova.permute(y, cells, 50_000, generator()).p
+    assert float(p[0]) == pytest.approx(2 / 924, rel=0.3)
+    assert float(p[1]) == 1
 
 
 def test_p_of_the_family_holds_for_the_largest_of_all():
@@ -335,6 +354,32 @@ def test_responses_by_definition(pool):
         names = [list(pairs[i]) if family == "pair" else [i] for i in kept.tolist()]
         assert found[family].features.tolist() == names
         torch.testing.assert_close(found[family].values, pooled[:, kept], rtol=1e-6, atol=1e-9)
+
+
+def hostile() -> Stimuli:
+    """Texts that all begin alike, so that features of their first token have no spread; names made to be markup."""
+    stimuli, markers = planted.stimuli(3), ("first second", "first filler1", "filler1 second", "filler1 filler2")
+    cells = {
+        level: Cell(tuple(f"{marker} filler{i} filler3" for i in range(4)), cell.words)
+        for (level, cell), marker in zip(stimuli.cells.items(), markers, strict=True)
+    }
+    cells["low low"] = Cell((*cells["low low"].texts, "filler1 filler2"), cells["low low"].words)  # lengths differ
+    factors = (Factor("<b>one</b>", "$a_{$ <i>", "none"), Factor("$\\frac$", "x", "y"))
+    prompts = ("first second <u>", *stimuli.prompts[:2])
+    return dataclasses.replace(stimuli, description="<p>", factors=factors, cells=cells, prompts=prompts)
+
+
+def test_a_page_of_what_has_no_spread_and_of_names_that_are_markup():
+    run = Trained(secondary(), DataConfig(hook=planted.HOOK), planted.joint())
+    config = FactorialConfig(
+        pool="max", amounts=(1e300,), clamped=0, clamp=("pair:0,1",), permutations=99, directions=1, new_tokens=1
+    )
+    found = run_factorial(run, planted.Planted(), hostile(), config, lambda *_: None)
+    page = section(json.loads(json.dumps(record.plain(found) | {"options": {"pool": "max"}})))
+    assert "d ∞" in page
+    for markup in ("<b>one", "<i>", "<p>\n", "<u>"):
+        assert markup not in page
+    assert "first second &lt;u&gt;" in page
 
 
 def test_a_text_that_does_not_fit_is_named():

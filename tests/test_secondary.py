@@ -13,7 +13,7 @@ from tiny_lm import hooked, tokenizer
 
 import fastsae
 import fastsae.factorial
-from fastsae import cli
+from fastsae import cli, files, provenance
 from fastsae.activations import Document, ModelActivations, harvest, tokenize
 from fastsae.evaluate import drivers, pairs, top_features, top_pairs
 from fastsae.evaluate.pathways import through_secondary
@@ -293,6 +293,30 @@ def test_another_base_is_refused(run, folder):
         run("train", "secondary", "--base", "joint", "--run-dir", "x", "--hook", "blocks.1.hook_resid_post", *SIZE)
     with pytest.raises(SystemExit, match="expected a JointSAE with its pairwise pathway as the base; got SecondarySAE"):
         run("train", "secondary", "--base", "second", "--run-dir", "y", *SIZE)
+
+
+@pytest.mark.parametrize("base", [None, 5, ["joint"]])
+def test_a_base_that_is_no_path_is_damage(base, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps({"base": base}))
+    with pytest.raises(ValueError, match=r"data.json is damaged: it names no base; train the run again"):
+        provenance.recorded_base(tmp_path)
+
+
+def test_results_that_cannot_be_written_are_told(run, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.record, "write", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        run("factorial", "second", "few.json", "--clamped", "0", "--permutations", "99")
+    assert "pair: the features with the least p of an interaction" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_computed(run, monkeypatch):
+    """Root can write everywhere, so the lock is held by another."""
+    monkeypatch.setattr(cli, "run_factorial", lambda *_: pytest.fail("it was begun"))
+    with files.locked(Path("second"), "test"), pytest.raises(SystemExit, match="factorial: another process is writing"):
+        run("factorial", "second", "few.json")
 
 
 def test_a_base_that_changed_is_noticed(run, folder):

@@ -39,12 +39,12 @@ class Fit(NamedTuple):
 
     @property
     def d(self) -> Tensor:
-        """The contrast in standard deviations within cells."""
+        """The contrast in standard deviations within cells: infinite where there is no spread in them."""
         return torch.where(self.F > 0, self.contrast / self.sigma, 0.0)
 
     @property
     def partial_eta_squared(self) -> Tensor:
-        return self.F / (self.F + self.df)
+        return 1 / (1 + self.df / self.F)
 
 
 def fit(values: Tensor, cells: Tensor) -> Fit:
@@ -54,9 +54,9 @@ def fit(values: Tensor, cells: Tensor) -> Fit:
     within = values - means[cells]
     sigma = (within.square().sum(dim=0) / df).sqrt()
     contrast = torch.tensor(INTERACTION, dtype=torch.float64) @ means
+    contrast = torch.where(contrast.abs() <= _noise(values), 0.0, contrast)
     error = sigma * spread**0.5
-    ratio = (contrast / error).square()
-    return Fit(means, contrast, error, sigma, torch.where(contrast.abs() <= _noise(values), 0.0, ratio), df)
+    return Fit(means, contrast, error, sigma, torch.where(contrast == 0, 0.0, (contrast / error).square()), df)
 
 
 def _noise(values: Tensor) -> Tensor:
@@ -94,6 +94,7 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     first, second = (torch.tensor(c, dtype=torch.float64)[cells].sign() for c in MAIN)
     additive = torch.stack([torch.ones_like(first), first, second], dim=1)
     residuals = values - additive @ torch.linalg.lstsq(additive, values).solution
+    residuals = torch.where(residuals.abs() <= _noise(values), 0.0, residuals)
     sizes = cells.bincount(minlength=4).double()
     contrast = torch.tensor(INTERACTION, dtype=torch.float64)
     squares = residuals.square().sum(dim=0)
@@ -107,6 +108,7 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
             means = (moved @ residuals[:, part]).view(len(order), 4, -1)
             within = (squares[part] - (sizes.view(1, 4, 1) * means.square()).sum(dim=1)).clamp_min(0)
             explained = torch.einsum("c,bcf->bf", contrast, means).square() / spread
+            explained = torch.where(explained > 1e-12 * squares[part], explained, 0.0)  # no rounding over no spread
             found.append((explained / (explained + within)).nan_to_num(0))
         return torch.cat(found, dim=1)
 

@@ -261,7 +261,9 @@ def verdict(
         return f"{said} Not told from a random direction."
     if linear is not None and linear.matched >= _MATCHED and abs(linear.interaction) >= abs(found.estimate):
         return f"{said} No more than the same features do without being combined."
-    if mixed is None or not mixed.converged or not mixed.p <= anova.LEVEL:
+    if mixed is None or not mixed.converged:
+        return f"{said} More than random directions, for these words: what words differ by, no model fits."
+    if not mixed.p <= anova.LEVEL:
         return f"{said} More than random directions, for these words: over words it is not told from none."
     if target.kind in ("identity", "linear"):
         return f"{said} More than random directions do; but one feature's direction combines nothing."

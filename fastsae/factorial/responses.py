@@ -99,27 +99,37 @@ def responses(
 
 
 class _Pool:
-    """Sums, or maxima, of activations by text and feature, of those that are active at all."""
+    """Sums, or maxima, of activations by text and feature, of those that are active at all. Each text comes at once, so
+    what was added is never looked at again."""
 
     def __init__(self, kind: Pool, width: int) -> None:
         self.kind, self.width = kind, width
-        self.keys = torch.empty(0, dtype=torch.int64)
-        self.values = torch.empty(0, dtype=torch.float64)
+        self._keys = [torch.empty(0, dtype=torch.int64)]
+        self._values = [torch.empty(0, dtype=torch.float64)]
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.cat(self._keys)
+
+    @property
+    def values(self) -> Tensor:
+        return torch.cat(self._values)
 
     def add(self, texts: Tensor, values: Tensor, features: Tensor) -> None:
         active = values > 0
         keys = (texts.unsqueeze(1) * self.width + features)[active].cpu()
         values = values[active].double().cpu()
-        self.keys, place = torch.cat([self.keys, keys]).unique(return_inverse=True)
-        pooled = torch.zeros(len(self.keys), dtype=torch.float64)
+        keys, place = keys.unique(return_inverse=True)
+        pooled = torch.zeros(len(keys), dtype=torch.float64)
         how = "sum" if self.kind == "mean" else "amax"
-        self.values = pooled.scatter_reduce_(0, place, torch.cat([self.values, values]), how)
+        self._keys.append(keys)
+        self._values.append(pooled.scatter_reduce_(0, place, values, how))
 
 
 def _responses(family: Any, pool: _Pool, texts: Texts, sae: Any) -> Responses:
-    text, feature = pool.keys // pool.width, pool.keys % pool.width
+    keys, values = pool.keys, pool.values
+    text, feature = keys // pool.width, keys % pool.width
     features, column, texts_active = feature.unique(return_inverse=True, return_counts=True)
-    values = pool.values
     if pool.kind == "mean":
         values = values / texts.tokens[text].double()
     kept = texts_active >= max(2, MIN_SHARE * len(texts.cells))

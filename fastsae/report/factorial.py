@@ -25,7 +25,7 @@ def _cells(told: Json, discovery: Json) -> str:
         {"cell": label, "texts": str(discovery["texts"][level]), "tokens a text": f"{discovery['tokens'][level]:.1f}"}
         for level, label in told["cells"].items()
     ]
-    p = ", ".join(f"{name} {value:.2g}" for name, value in discovery["tokens_p"].items())
+    p = ", ".join(f"{html.escape(name)} {_number(value, '.2g')}" for name, value in discovery["tokens_p"].items())
     note = elements.note(f"Do texts differ in length? ANOVA p: {p}." if p else "All texts are equally long.")
     return elements.rows(rows) + note
 
@@ -39,16 +39,17 @@ def _family(name: str, family: Json, told: Json, pool: str) -> str:
     )
     features = family["features"]
     labels = [", ".join(map(str, f["features"])) for f in features]
+    factors = [{key: _drawn(text) for key, text in factor.items()} for factor in told["factors"]]
     drawn = [
         (
-            figures.interaction_plot(f"{name} {label}", told["factors"], f["means"]),
-            f"{name} {label}: d {f['d']:.2f}, partial η² {f['partial_eta_squared']:.2f}, p {f['p']:.2g}, q {f['q']:.2g}"
-            + ("" if f["crossover"] else "; no crossover, so it may be one of scale"),
+            figures.interaction_plot(f"{name} {label}", factors, f["means"]),
+            f"{name} {label}: d {_number(f['d'], '.2f')}, partial η² {f['partial_eta_squared']:.2f}, "
+            f"p {f['p']:.2g}, q {f['q']:.2g}" + ("" if f["crossover"] else "; no crossover, so it may be one of scale"),
         )
         for label, f in list(zip(labels, features, strict=True))[:_PLOTTED]
     ]
     if features:
-        cells = list(told["cells"].values())
+        cells = [_drawn(label) for label in told["cells"].values()]
         relative = [_relative([f["means"][level]["estimate"] for level in told["cells"]]) for f in features]
         drawn.append(
             (
@@ -64,6 +65,16 @@ def _family(name: str, family: Json, told: Json, pool: str) -> str:
     return f"<h3>Family: {name}</h3>{note}{elements.cards(drawn)}"
 
 
+def _number(value: float | None, spec: str) -> str:
+    """JSON holds no infinity: null is what is larger than all, or no number."""
+    return "∞" if value is None else format(value, spec)
+
+
+def _drawn(text: str) -> str:
+    """As matplotlib is given it: what stands between two dollar signs it would read as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _relative(values: list[float]) -> list[float]:
     largest = max(map(abs, values))
     return [value / largest if largest else 0.0 for value in values]
@@ -76,7 +87,9 @@ def _clamps(effects: list[Json]) -> str:
         {
             "clamped": effect["target"],
             "active": f"{effect['active']:.0%}",
-            "change": ", ".join(f"{level['amount']:g}: {level['change']:.2%}" for level in effect["levels"]),
+            "change": ", ".join(
+                f"{level['amount']:g}: {_number(level['change'], '.2%')}" for level in effect["levels"]
+            ),
             "first factor": _shown(effect["contrasts"]["first"]),
             "second factor": _shown(effect["contrasts"]["second"]),
             "interaction": _shown(effect["contrasts"]["interaction"]),
@@ -92,9 +105,9 @@ def _clamps(effects: list[Json]) -> str:
                 f"clamp {effect['target']}",
                 effect["contrasts"]["interaction"],
                 {
-                    "random directions": [c["interaction"] for c in effect["random"]],
-                    "other features": [c["interaction"] for c in effect["other"]],
-                    "linear pathway": [effect["linear"]["interaction"]] if effect["linear"] else [],
+                    "random directions": _known(effect["random"]),
+                    "other features": _known(effect["other"]),
+                    "linear pathway": _known([effect["linear"]] if effect["linear"] else []),
                 },
             ),
             f"{effect['target']}. {effect['verdict']}",
@@ -102,7 +115,7 @@ def _clamps(effects: list[Json]) -> str:
         for effect in effects
         if effect["mixed"] is not None
     ]
-    values = [[e["contrasts"][c]["estimate"] for c in ("first", "second", "interaction")] for e in effects]
+    values = [[e["contrasts"][c]["estimate"] or 0.0 for c in ("first", "second", "interaction")] for e in effects]
     columns = ["first factor", "second factor", "interaction"]
     heat = figures.heat_map("clamps", [e["target"] for e in effects], columns, [_relative(row) for row in values])
     drawn.append((heat, "Effect on the contrasts between groups of words, over the largest of the three."))
@@ -119,6 +132,10 @@ def _linear(control: Json) -> str:
     return f"{control['interaction']:.2g}{short}"
 
 
+def _known(controls: list[Json]) -> list[float]:
+    return [c["interaction"] for c in controls if c["interaction"] is not None]
+
+
 def _p(mixed: Json) -> str:
     return f"{mixed['p']:.3f}" + ("" if mixed["converged"] else " (did not converge)")
 
@@ -131,7 +148,7 @@ def _texts(found: Json) -> str:
     blocks = []
     for target, by_edit in found["texts"].items():
         for p, prompt in enumerate(found["prompts"]):
-            rows = [{"": name, html.escape(prompt): texts[p]} for name, texts in by_edit.items()]
+            rows = [{"": name, prompt: texts[p]} for name, texts in by_edit.items()]
             blocks.append(f"<h4>{html.escape(target)}</h4>{elements.rows(rows)}")
     if not blocks:
         return ""
