@@ -5,6 +5,8 @@ run_dir/checkpoints/step_00001000/
     optimizer.safetensors               Adam's moments, dead-feature counters, random generator state
     state.json                          step, position in the data, trainer config
     checksums.json                      of all these files; written last
+Of several ranks each writes its part of all tensors, shard-...safetensors, in place of the first three. Either kind is
+read by any number of ranks.
 """
 
 import os
@@ -17,9 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from fastsae import files
+from fastsae.distributed import parts
 from fastsae.modules import SparseAutoencoder
+from fastsae.ranks import ALONE, Alone
 
 KEPT = 2
+# Tensors that are neither weights nor moments.
+_OF_TRAINING = ("rows_since_fired", "rng_cpu", "rng_cuda")
 
 
 @dataclass(frozen=True)
@@ -34,29 +40,45 @@ class Checkpoint:
 
 def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Write the checkpoint of `step`, then delete all but the last two. A failure leaves the earlier ones alone."""
-    parent = run_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
+    parent, ranks = run_dir / "checkpoints", sae.ranks
     final, temporary = parent / f"step_{step:08d}", parent / f".step_{step:08d}.tmp"
-    try:
+
+    def begin() -> None:
+        parent.mkdir(parents=True, exist_ok=True)
         for left_by_a_killed_run in parent.glob(".step_*.tmp"):
             shutil.rmtree(left_by_a_killed_run)
-        sae.save_pretrained(temporary)
-        files.write_tensors(temporary / "optimizer.safetensors", tensors)
-        files.write_json(temporary / "state.json", {**state, "step": step})
-        files.write_json(temporary / "checksums.json", {p.name: files.crc32(p) for p in sorted(temporary.iterdir())})
+        temporary.mkdir()
+
+    def put_in_place() -> None:
+        files.write_json(temporary / "checksums.json", sums)
         replaced = parent / f".step_{step:08d}.old.tmp"
         if final.exists():  # put out of the way whole, so that no kill leaves half of it in place
             os.rename(final, replaced)
         os.rename(temporary, final)
         shutil.rmtree(replaced, ignore_errors=True)
+
+    def tidy() -> None:
+        files.sync(parent)
+        for old in folders(run_dir)[KEPT:]:
+            shutil.rmtree(old)
+
+    try:
+        ranks.first_does(begin)
+        if ranks.count == 1:
+            sae.save_pretrained(temporary)
+            files.write_tensors(temporary / "optimizer.safetensors", tensors)
+        else:
+            parts.write(temporary, {**sae.state_dict(), **tensors}, ranks)
+        ranks.first_does(lambda: files.write_json(temporary / "state.json", {**state, "step": step}))
+        sums = ranks.on_files(temporary, sorted(p.name for p in temporary.iterdir()), files.crc32)
+        ranks.first_does(put_in_place)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
         last = next(iter(folders(run_dir)), None)
         standing = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise OSError(error.errno, f"could not write checkpoint {final}: {error.strerror}; {standing}") from error
-    files.sync(parent)
-    for old in folders(run_dir)[KEPT:]:
-        shutil.rmtree(old)
+    ranks.first_does(tidy)
     return final
 
 
@@ -67,8 +89,8 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step_\d{8}", p.name)), reverse=True)
 
 
-def load(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, verified; None if there is none.
+def load(run_dir: Path, ranks: Alone = ALONE) -> Checkpoint | None:
+    """The newest checkpoint of a run, verified; None if there is none. With ranks, this one's part of its tensors.
 
     Raises ValueError naming the damaged file, and the earlier checkpoint that can be used instead.
     """
@@ -77,13 +99,23 @@ def load(run_dir: Path) -> Checkpoint | None:
         return None
     newest, *older = found
     try:
-        for name, expected in files.read_json(newest / "checksums.json").items():
-            if files.crc32(newest / name) != expected:
-                raise ValueError(f"{newest / name} is damaged: its checksum is not the one that was stored")
-        state = files.read_json(newest / "state.json")
-        weights = files.read_tensors(newest / "weights.safetensors")
-        tensors = files.read_tensors(newest / "optimizer.safetensors")
+        return read(newest, ranks)
     except (OSError, ValueError) as error:
         offer = f"delete {newest} to go on from {older[0].name}" if older else "there is no earlier checkpoint"
         raise ValueError(f"checkpoint {newest} cannot be used: {error}. To resume, {offer}.") from error
-    return Checkpoint(newest, weights, tensors, state)
+
+
+def read(folder: Path, ranks: Alone = ALONE) -> Checkpoint:
+    """One checkpoint, verified. Raises OSError or ValueError naming what is missing or damaged."""
+    sums = files.read_json(folder / "checksums.json")
+    for name, found in ranks.on_files(folder, sorted(sums), files.crc32).items():
+        if found != sums[name]:
+            raise ValueError(f"{folder / name} is damaged: its checksum is not the one that was stored")
+    state = files.read_json(folder / "state.json")
+    if ranks.count == 1 and "weights.safetensors" in sums:
+        weights = files.read_tensors(folder / "weights.safetensors")
+        return Checkpoint(folder, weights, files.read_tensors(folder / "optimizer.safetensors"), state)
+    tensors = parts.read(folder, ranks)
+    training = {name for name in tensors if "/" in name or name in _OF_TRAINING}
+    weights = {name: t for name, t in tensors.items() if name not in training}
+    return Checkpoint(folder, weights, {name: tensors[name] for name in training}, state)

@@ -99,7 +99,7 @@ def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: st
     if name == "reference":
         return reference.pairwise_interaction(values, indices, V)
     _, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, None, None, V, None, None, values.shape[1], name)
-    return _pooled(s, q).to(V.dtype)
+    return pooled(s, q).to(V.dtype)
 
 
 def joint_decode(
@@ -123,7 +123,7 @@ def joint_decode(
     if name == "reference":
         return reference.joint_decode(values, indices, W_dec, W_lin, V, n)
     out, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
-    return out, _pooled(s, q).to(W_dec.dtype)
+    return out, pooled(s, q).to(W_dec.dtype)
 
 
 def reconstruct(
@@ -174,23 +174,67 @@ def reconstruct(
     if name != "reference" and mlp is None:
         out, _, _, loss = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, bias, target, n, name)
         return out, loss
+    sums = decode_sums(values, indices, W_dec, W_lin, V, n, name)
+    return finish(*sums, bias=bias, mlp=mlp, dropout=dropout, target=target, compute=values.dtype, backend=name)
+
+
+# ---- the two halves of reconstruct: sums over entries, which entries of several ranks make together, and the rest ---
+
+
+def decode_sums(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor | None,
+    W_lin: Tensor | None,
+    V: Tensor | None,
+    n: int,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """identity + linear sum (B, d_in), and s and q (B, E) of the n first entries. A weight that is None: (B, 0)."""
+    name = choose(backend, values.device, values.dtype)
+    if name == "reference":
+        return reference.decode_sums(values, indices, W_dec, W_lin, V, n)
+    return torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)[:3]
+
+
+def finish(
+    base: Tensor,
+    s: Tensor,
+    q: Tensor,
+    *,
+    bias: Tensor | None,
+    mlp: tuple[Tensor, Tensor, Tensor] | None,
+    dropout: float,
+    target: Tensor | None,
+    compute: torch.dtype,
+    backend: str,
+    drawn: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What reconstruct returns, from the sums. All arguments are checked there.
+
+    compute: the dtype of the code. drawn: dropout's random numbers, where they are not to be drawn here: what z is
+    multiplied with, (B, E); on the CUDA backend its seed, (1,).
+    """
+    name = choose(backend, base.device, compute)
     if name == "cuda" and mlp is not None:
-        base, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
         if bias is None:
-            bias = W_dec.new_zeros(d_in)
-        # Drawn on the device: the mask follows torch's generator there, and nobody waits for it.
-        seed = torch.randint(2**31 - 1, (1,), device=values.device) if dropout else None
-        return torch.ops.fastsae.integrate(base, s, q, *mlp, bias, target, seed, dropout, values.dtype, name)
-    out, z = joint_decode(values, indices, W_dec, W_lin, V, n, name)
-    if bias is not None:
-        out = out + bias
+            bias = base.new_zeros(base.shape[1])
+        if dropout and drawn is None:
+            # Drawn on the device: the mask follows torch's generator there, and nobody waits for it.
+            drawn = torch.randint(2**31 - 1, (1,), device=base.device)
+        return torch.ops.fastsae.integrate(base, s, q, *mlp, bias, target, drawn, dropout, compute, name)
+    out = base if bias is None else base + bias
     if mlp is not None:
         W1, b1, W2 = mlp
+        z = pooled(s, q).to(W1.dtype)
+        if drawn is not None:
+            z, dropout = z * drawn, 0.0
         out = out + interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
     return out, out.new_zeros(()) if target is None else F.mse_loss(out, target)
 
 
-def _pooled(s: Tensor, q: Tensor) -> Tensor:
+def pooled(s: Tensor, q: Tensor) -> Tensor:
+    """z, from the sums."""
     return (s.square() - q) / 2
 
 

@@ -14,13 +14,14 @@ from fastsae import gradients
 _ROWS = 4096
 
 
-def clip_by_scaling(optimizer: torch.optim.Adam, max_norm: float) -> Tensor:
+def clip_by_scaling(optimizer: torch.optim.Adam, max_norm: float, norm: Tensor | None = None) -> Tensor:
     """Clip the gradients of a fused Adam to the global norm `max_norm`, without a pass of its own; returns the norm.
 
-    Fused Adam divides gradients by `optimizer.grad_scale` while it reads them.
+    Fused Adam divides gradients by `optimizer.grad_scale` while it reads them. `norm`: theirs, if it is known.
     """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    if norm is None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).float()  # type: ignore[attr-defined]  # read by Adam.step
     return norm
 

@@ -1,5 +1,6 @@
 """What surrounds a training loop: position in the data, log, Ctrl-C, random state."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -109,8 +110,10 @@ def _first(seen: deque[Tensor], rest: Iterator[Tensor]) -> Iterator[Tensor]:
 class Log:
     """metrics.jsonl, a progress bar, and whichever loggers the config asks for."""
 
-    def __init__(self, config: TrainerConfig, step: int) -> None:
+    def __init__(self, config: TrainerConfig, step: int, silent: bool = False) -> None:
         self.last: dict[str, float] = {}
+        if silent:  # another rank writes
+            config = dataclasses.replace(config, run_dir=None, resume=False, log_to=(), progress=False)
         self._path = config.run_dir / "metrics.jsonl" if config.run_dir else None
         self._sinks = [_SINKS[name](config) for name in config.log_to]
         if self._path is not None:

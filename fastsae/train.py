@@ -1,6 +1,7 @@
 """The Trainer: an iterator of (B, d_in) activations in, a trained SAE out. It knows no language model."""
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import checkpoint, files, ops
+from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
@@ -22,6 +23,9 @@ from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
 _FREE_ON_RESUME = {"run_dir", "resume", "log_every", "checkpoint_every", "log_to", "progress", "nonfinite"}
+
+# How drawing a batch went, the worst last.
+_DRAWN, _ENDED, _FAILED = range(3)
 
 # So many batches with NaN in a row are no accident any more.
 _SKIPPED_IN_A_ROW = 1000
@@ -63,12 +67,13 @@ class Trainer:
                 f"TrainerConfig.k_anneal_from: expected between k = {sae.k} and d_sae = {sae.d_sae}; "
                 f"got {config.k_anneal_from}"
             )
+        self._ranks = sae.ranks
         self.step = 0
         self.rows_seen = 0
         self.batches_skipped = self._skipped_in_a_row = 0
         # One counter more than features: inactive entries of a code are counted there.
         with torch.inference_mode(False):  # fit could not write to it
-            self._rows_since_fired = torch.zeros(sae.d_sae + 1, dtype=torch.int64, device=sae.W_enc.device)
+            self._rows_since_fired = torch.zeros(len(sae.W_enc) + 1, dtype=torch.int64, device=sae.W_enc.device)
         self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self._check_weights()
         options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -107,10 +112,11 @@ class Trainer:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(own_random_state(self.sae.W_enc.device))
+            stack.enter_context(self._ranks.watched(self.config.run_dir))
             torch.manual_seed(self.config.seed)
             resumed = None
             if self.config.run_dir is not None:
-                stack.enter_context(files.locked(self.config.run_dir, "Trainer"))
+                stack.enter_context(self._ranks.locked(self.config.run_dir, "Trainer"))
                 resumed = self._open_run(self.config.run_dir)
             batches = Batches(activations, resumed.state["data"] if resumed else None)
             if self.config.run_dir is not None:
@@ -120,7 +126,7 @@ class Trainer:
             elif self.step == 0:
                 self._prepare(batches)
             interrupted = stack.enter_context(interrupt_flag())
-            log = stack.enter_context(Log(self.config, self.step))
+            log = stack.enter_context(Log(self.config, self.step, silent=not self._ranks.first))
             stack.callback(self.sae.eval)
             stack.callback(self._optimizer.zero_grad)
             self.sae.train()
@@ -146,17 +152,17 @@ class Trainer:
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
                     metrics = self._metrics(x, output, grad_norm, rate)
-                    if not torch.isfinite(output.loss):
-                        raise FloatingPointError(self._diverged(output.loss.item()))
+                    if not math.isfinite(metrics["loss"]):
+                        raise FloatingPointError(self._diverged(metrics["loss"]))
                     log.write(metrics)
                     rows_before, since = self.rows_seen, time.perf_counter()
                 log.advance()
                 due = self.step % config.checkpoint_every == 0 or self.step == config.steps
-            stop = interrupted()
+            stop = bool(self._ranks.worst(interrupted()))
             if stop or due:
                 self._save(batches.position(), loss)
                 rows_before, since = self.rows_seen, time.perf_counter()
-            if stop:
+            if stop:  # SIGINT may have come to one rank only
                 where = f"; saved, continue with resume (in {config.run_dir})" if config.run_dir else ""
                 raise KeyboardInterrupt(f"training stopped at step {self.step}{where}")
         return metrics
@@ -164,19 +170,24 @@ class Trainer:
     def _draw(self, batches: Batches, loss: Tensor | None) -> Tensor | None:
         """The next batch, None at the end. What was trained is saved when the activations fail or are not what they
         should be."""
+        raw, failed = None, None
         try:
             raw = next(batches)
             self._check_form(raw, batches.drawn)
         except StopIteration:
-            return None
+            raw = None
         except Exception as error:
-            if loss is not None and torch.isfinite(loss):
-                try:
-                    self._save(batches.position(before_last=True), loss)
-                except OSError as also:
-                    raise OSError(also.errno, f"{error}; and what was trained could not be saved: {also}") from error
-            raise
-        return raw
+            failed = error
+        worst = self._ranks.worst(_FAILED if failed else _ENDED if raw is None else _DRAWN)
+        if worst != _FAILED:
+            return None if worst == _ENDED else raw
+        error = failed or RuntimeError(f"{_batch(batches.drawn)}: another rank could not draw it; see its own error")
+        if loss is not None and torch.isfinite(self._ranks.mean(loss)):
+            try:
+                self._save(batches.position(before_last=True), loss)
+            except OSError as also:
+                raise OSError(also.errno, f"{error}; and what was trained could not be saved: {also}") from error
+        raise error
 
     def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
         config, sae = self.config, self.sae
@@ -195,19 +206,23 @@ class Trainer:
                 loss = output.loss
                 if config.auxk:
                     loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
-                loss.backward()
+                self._ranks.share(loss).backward()
             norm = self._apply_gradients()
         self._count_fired(output)
         self.step += 1
-        self.rows_seen += len(x)
+        self.rows_seen += self._ranks.batch_rows(len(x))
         return SAEOutput(output.reconstruction.detach(), output.loss.detach(), output.code.detach()), norm
 
     def _apply_gradients(self) -> Tensor | None:
         """The optimizer's step, and what the config asks for around it; returns the norm that was clipped."""
         config, sae = self.config, self.sae
+        self._ranks.add_gradients(self._trained)
         if config.unit_norm_decoder and sae.W_dec.grad is not None:
             remove_parallel_(sae.W_dec.grad, sae.W_dec)
-        norm = clip_by_scaling(self._optimizer, config.clip_grad_norm) if config.clip_grad_norm else None
+        norm = None
+        if config.clip_grad_norm:
+            norm = self._ranks.norm({name: p.grad for name, p in self._trained.items() if p.grad is not None})
+            clip_by_scaling(self._optimizer, config.clip_grad_norm, norm)
         self._optimizer.step()
         if config.unit_norm_decoder:
             normalize_rows_(sae.W_dec)
@@ -232,29 +247,35 @@ class Trainer:
     def _auxk_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
         """How badly dead features alone reconstruct the residual: mean squared error (Gao et al. 2024, A.2)."""
         sae = self.sae
+        self._ranks.least(self._rows_since_fired)
         dead = (self._rows_since_fired[:-1] >= self.config.dead_after_tokens).nonzero().squeeze(1)
-        if len(dead) == 0:
+        k = min(self.config.auxk, self._ranks.count_features(len(dead)))
+        if k == 0:
             return x.new_zeros(())
-        k = min(self.config.auxk, len(dead))
-        values, indices = ops.topk_encode(x, sae.W_enc, sae.b_enc, k, sae.backend, dead, sae.b_dec)
-        return F.mse_loss(ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
+        values, indices = sae.ops.topk_encode(x, sae.W_enc, sae.b_enc, k, sae.backend, dead, sae.b_dec)
+        return F.mse_loss(sae.ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
 
     def _count_fired(self, output: SAEOutput) -> None:
         values, indices = output.code.values.detach(), output.code.indices
-        self._rows_since_fired += len(values)
-        fired = torch.where(values > 0, indices, self.sae.d_sae)
+        self._rows_since_fired += self._ranks.batch_rows(len(values))
+        nobody = len(self._rows_since_fired) - 1
+        fired = torch.where(values > 0, self._ranks.own_features(indices, nobody), nobody)
         self._rows_since_fired.index_fill_(0, fired.reshape(-1), 0)
 
     def _metrics(self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
-        variance = (x - x.mean(dim=0)).square().mean()
+        ranks = self._ranks
+        variance = ranks.mean((x - ranks.mean(x.mean(dim=0))).square().mean())
+        loss = ranks.mean(output.loss)
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)
+        ranks.least(self._rows_since_fired)
+        dead = (self._rows_since_fired[:-1] >= alive_within).double().mean()
         metrics: dict[str, float] = {
             "step": self.step,
             "rows": self.rows_seen,
-            "loss": output.loss.item(),
-            "fvu": (output.loss / variance).item(),
-            "l0": (output.code.values > 0).sum(dim=-1).double().mean().item(),
-            "dead_share": (self._rows_since_fired[:-1] >= alive_within).double().mean().item(),
+            "loss": loss.item(),
+            "fvu": (loss / variance).item(),
+            "l0": ranks.mean((output.code.values > 0).sum(dim=-1).double().mean()).item(),
+            "dead_share": ranks.mean_over_features(dead).item(),
             "lr": self.learning_rate(self.step - 1),
             "rows_per_second": rate,
         }
@@ -268,15 +289,17 @@ class Trainer:
 
     def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
         """The batch as the SAE wants it, normalised; None to skip it."""
-        x = self.sae.normalizer(raw.detach().to(self.sae.W_enc.device))  # detached: it may come with a model's graph
+        # Detached: it may come with a model's graph.
+        x = self.sae.normalizer(self._ranks.own_rows(raw).detach().to(self.sae.W_enc.device))
         finite = x.isfinite()
-        if finite.all():
+        if not self._ranks.worst(not finite.all()):
             self._skipped_in_a_row = 0
             return x
         self._skipped_in_a_row += 1
         if self.config.nonfinite == "skip" and self._skipped_in_a_row <= _SKIPPED_IN_A_ROW:
             self.batches_skipped += 1
             return None
+        finite = raw.isfinite() if self._ranks.count > 1 else finite  # the rows of all
         row, column = (~finite).nonzero()[0].tolist()
         self._save(batches.position(before_last=True), None)
         many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row > _SKIPPED_IN_A_ROW else ""
@@ -314,6 +337,7 @@ class Trainer:
             if config.nonfinite == "skip":
                 sample = sample[sample.isfinite().all(dim=1)]
             normalizer.measure(sample, config.normalize)
+            self._ranks.equalise(normalizer.mean, normalizer.scale)
         if config.unit_norm_decoder:
             normalize_rows_(self.sae.W_dec)
 
@@ -321,15 +345,19 @@ class Trainer:
 
     def _open_run(self, run_dir: Path) -> checkpoint.Checkpoint | None:
         """Write the run's config, or load the run that is there and return its checkpoint."""
-        found = checkpoint.load(run_dir) if self.config.resume else None
+        found = checkpoint.load(run_dir, self._ranks) if self.config.resume else None
         if found is not None:
             self._restore(found)
             return found
-        if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
-            raise FileExistsError(
-                f"Trainer: {run_dir} already holds a run. Continue it with resume, or choose another run_dir."
-            )
-        files.write_json(run_dir / "run.json", self._description())
+
+        def begin() -> None:
+            if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
+                raise FileExistsError(
+                    f"Trainer: {run_dir} already holds a run. Continue it with resume, or choose another run_dir."
+                )
+            files.write_json(run_dir / "run.json", self._description())
+
+        self._ranks.first_does(begin)
         return None
 
     def _description(self) -> dict[str, dict[str, Any]]:
@@ -362,11 +390,12 @@ class Trainer:
             state["rows_seen"],
             state["batches_skipped"],
         )
-        self._rows_since_fired.copy_(found.tensors["rows_since_fired"])
+        self._rows_since_fired[:-1] = found.tensors["rows_since_fired"]
         for key, t in found.tensors.items():
             moment, _, name = key.partition("/")
             if name:  # a run that was stopped before its first step has no moments
-                self._optimizer.state[self._trained[name]][moment] = t.to(self.sae.W_enc.device, copy=True)
+                t = t.to(self.sae.W_enc.device, copy=True)
+                self._optimizer.state[self._trained[name]][moment] = t.reshape(()) if moment == "step" else t
 
     def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:
         torch.set_rng_state(found.tensors["rng_cpu"])
@@ -376,9 +405,11 @@ class Trainer:
     def _save(self, data: dict[str, Any], loss: Tensor | None) -> None:
         if self.config.run_dir is None:
             return
+        loss = None if loss is None else self._ranks.mean(loss)
         if loss is not None and not torch.isfinite(loss):
             raise FloatingPointError(self._diverged(loss.item()))
-        tensors = {"rows_since_fired": self._rows_since_fired, "rng_cpu": torch.get_rng_state()}
+        self._ranks.least(self._rows_since_fired)
+        tensors = {"rows_since_fired": self._rows_since_fired[:-1], "rng_cpu": torch.get_rng_state()}
         if self.sae.W_enc.is_cuda:
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.sae.W_enc.device)
         for name, p in self._trained.items():

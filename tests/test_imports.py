@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from lower layers, and from its own.
 LAYERS = [
-    {"code", "config", "files", "gradients"},
+    {"code", "config", "files", "gradients", "ranks"},
     {"backends"},
     {"ops"},
     {"normalize", "modules"},
-    {"optim", "runs", "checkpoint", "train", "planner", "report"},
+    {"optim", "runs", "checkpoint", "train", "planner", "report", "distributed"},
     {"activations", "lm"},
     {"evaluate"},
     {"provenance"},

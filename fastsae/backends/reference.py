@@ -44,9 +44,22 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
 
 def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor) -> Tensor:
     """z = (s^2 - q) / 2, the sum over pairs i < j of (a_i V_i) * (a_j V_j), elementwise (paper eq. of FM pooling)."""
-    terms = values.unsqueeze(-1) * V[indices]
-    s, q = terms.sum(dim=1), terms.square().sum(dim=1)
+    _, s, q = decode_sums(values, indices, None, None, V, values.shape[1])
     return (s.square() - q) / 2
+
+
+def decode_sums(
+    values: Tensor, indices: Tensor, W_dec: Tensor | None, W_lin: Tensor | None, V: Tensor | None, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """identity + linear, s = sum_j a_j V[i_j] and q = sum_j (a_j V[i_j])^2; the last three of the n strongest only."""
+    strongest, their_indices = values[:, :n], indices[:, :n]
+    out = values.new_empty(len(values), 0) if W_dec is None else sparse_decode(values, indices, W_dec)
+    if W_lin is not None:
+        out = out + sparse_decode(strongest, their_indices, W_lin)
+    if V is None:
+        return out, values.new_empty(len(values), 0), values.new_empty(len(values), 0)
+    terms = strongest.unsqueeze(-1) * V[their_indices]
+    return out, terms.sum(dim=1), terms.square().sum(dim=1)
 
 
 def joint_decode(
@@ -56,11 +69,8 @@ def joint_decode(
 
     W_lin = None leaves the linear sum out; V = None makes z empty, (B, 0).
     """
-    out = sparse_decode(values, indices, W_dec)
-    if W_lin is not None:
-        out = out + sparse_decode(values[:, :n], indices[:, :n], W_lin)
-    z = values.new_empty(len(values), 0) if V is None else pairwise_interaction(values[:, :n], indices[:, :n], V)
-    return out, z
+    out, s, q = decode_sums(values, indices, W_dec, W_lin, V, n)
+    return out, (s.square() - q) / 2
 
 
 def interaction_mlp(

@@ -16,6 +16,7 @@ from fastsae.backends import choose
 from fastsae.code import SparseCode
 from fastsae.config import TopKSAEConfig, from_dict, to_dict
 from fastsae.normalize import Normalizer
+from fastsae.ranks import ALONE, Alone
 
 FORMAT = 1
 
@@ -64,6 +65,9 @@ class SparseAutoencoder(nn.Module):
     architecture: ClassVar[str]
     config_class: ClassVar[type[TopKSAEConfig]]
     b_dec: Tensor | None
+    # What fastsae.distributed replaces in an SAE whose features it spreads over ranks.
+    ops: Any = ops
+    ranks: Alone = ALONE
 
     def __init__(
         self,
@@ -126,7 +130,7 @@ class SparseAutoencoder(nn.Module):
                 )
             x = x.to(self.W_enc.dtype)  # what a layer before gives under autocast
         rows = x.reshape(-1, self.d_in)
-        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
+        values, indices = self.ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
         return SparseCode(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), self.d_sae)
 
     def decode(self, code: SparseCode) -> Tensor:
@@ -151,7 +155,7 @@ class SparseAutoencoder(nn.Module):
 
     def identity(self, code: SparseCode) -> Tensor:
         """sum_j a_j W_dec[i_j] (+ b_dec), for a flat code: (B, d_in)."""
-        out = ops.sparse_decode(code.values, code.indices, self.W_dec, self.backend)
+        out = self.ops.sparse_decode(code.values, code.indices, self.W_dec, self.backend)
         return out if self.b_dec is None else out + self.b_dec
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -159,14 +163,18 @@ class SparseAutoencoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / "weights.safetensors"
-        files.write_tensors(weights, self.state_dict())
-        description = {
-            "format": FORMAT,
-            "architecture": self.architecture,
-            "config": to_dict(self.config),
-            "weights_crc32": files.crc32(weights),
-        }
-        files.write_json(folder / "config.json", description)
+        self.ranks.write_tensors(weights, self.state_dict())
+
+        def describe() -> None:
+            description = {
+                "format": FORMAT,
+                "architecture": self.architecture,
+                "config": to_dict(self.config),
+                "weights_crc32": files.crc32(weights),
+            }
+            files.write_json(folder / "config.json", description)
+
+        self.ranks.first_does(describe)
         return folder
 
     @classmethod

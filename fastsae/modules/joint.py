@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsae import ops
 from fastsae.code import SparseCode
 from fastsae.config import Init, JointSAEConfig
 from fastsae.modules.base import Components, SparseAutoencoder
@@ -74,7 +73,7 @@ class JointSAE(SparseAutoencoder):
 
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [b for b in (self.b_dec, self.b_lin, self.b2) if b is not None]
-        return ops.reconstruct(
+        return self.ops.reconstruct(
             code.values,
             code.indices,
             self.W_dec,
@@ -93,10 +92,10 @@ class JointSAE(SparseAutoencoder):
         identity = self.identity(flat)
         linear = interaction = torch.zeros_like(identity)
         if self.W_lin is not None and self.b_lin is not None:
-            linear = ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
+            linear = self.ops.sparse_decode(strongest.values, strongest.indices, self.W_lin, self.backend) + self.b_lin
         if self.V is not None:
-            z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
-            interaction = ops.interaction_mlp(z, *self._mlp, self.b2, self.config.dropout, self.training)
+            z = self.ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)
+            interaction = self.ops.interaction_mlp(z, *self._mlp, self.b2, self.config.dropout, self.training)
         shape = (*code.values.shape[:-1], self.d_in)
         return Components(*(part.view(shape) for part in (identity, linear, interaction)))
 

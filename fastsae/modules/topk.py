@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.code import SparseCode
 from fastsae.config import Init, TopKSAEConfig
 from fastsae.modules.base import Components, SparseAutoencoder
@@ -36,7 +35,7 @@ class TopKSAE(SparseAutoencoder):
         super().__init__(TopKSAEConfig(d_in, d_sae, k, pre_bias, init), backend, device, dtype)
 
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ops.reconstruct(
+        return self.ops.reconstruct(
             code.values,
             code.indices,
             self.W_dec,

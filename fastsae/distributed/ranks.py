@@ -1,0 +1,276 @@
+"""This process among the ranks of a run: what it owns, and how it agrees with the others."""
+
+import datetime
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fastsae import files
+from fastsae.distributed import parts
+from fastsae.distributed.layout import BY_FEATURE, Layout
+from fastsae.ranks import Alone
+
+T = TypeVar("T")
+
+# Gradients of fewer entries are sent together: a message has a cost of its own.
+_SMALL = 1 << 18
+
+
+def start(features: int = 1, *, timeout: float = 600.0) -> "Ranks":
+    """Join the run that torchrun started: `features` ranks share each SAE, the others train on other rows.
+
+        torchrun --nproc-per-node 4 train.py
+
+        ranks = fastsae.distributed.start(features=2)       # 4 ranks: 2 x 2
+        sae = fastsae.distributed.shard(fastsae.TopKSAE(768, 32768, 32), ranks)
+        fastsae.Trainer(sae, config).fit(activations)       # on every rank the same, whole batches
+
+    Each process takes the GPU of its local rank (NCCL), or the CPU (gloo). A rank that answers nothing for `timeout`
+    seconds is given up; one that dies is noticed at once. A process group that is already there is used.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            raise RuntimeError(
+                "distributed.start: this process is no rank of a run. Start it with torchrun, such as "
+                "`torchrun --nproc-per-node 2 train.py`"
+            )
+        backend = "gloo"
+        if torch.cuda.is_available():
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"distributed.start: local rank {local}, but {torch.cuda.device_count()} GPUs are here; start as "
+                    "many processes as there are GPUs (--nproc-per-node)"
+                )
+            torch.cuda.set_device(local)
+            backend = "cpu:gloo,cuda:nccl"  # flags are agreed on without the device
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    world = dist.get_world_size()
+    if features < 1 or world % features:
+        raise ValueError(f"distributed.start: {world} ranks cannot be split into groups of {features} feature ranks")
+    layout = Layout(world // features, features)
+    mesh = init_device_mesh(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        (layout.data, layout.features),
+        mesh_dim_names=("data", "features"),
+    )
+    return Ranks(layout, mesh)
+
+
+class Ranks(Alone):
+    """This process' place in a layout. Methods that talk to others must be called by all, in one order."""
+
+    def __init__(self, layout: Layout, mesh: DeviceMesh) -> None:
+        self.layout, self.mesh = layout, mesh
+        self.rank, self.count = dist.get_rank(), layout.ranks
+        self.first = self.rank == 0
+        self.data_rank, self.feature_rank = mesh.get_local_rank("data"), mesh.get_local_rank("features")
+        self.data_group, self.feature_group = mesh.get_group("data"), mesh.get_group("features")
+        self.features_each = 0
+        """Features of each rank; known once an SAE is sharded."""
+        self._batch: tuple[int, int] = (0, 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's part of the SAE lies."""
+        on_gpu = self.mesh.device_type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    # ---- whose rows, whose features ---------------------------------------------------------------------------------
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        data = self.layout.data
+        if len(batch) < data:
+            raise ValueError(f"distributed: a batch of {len(batch)} rows cannot be split over {data} data ranks")
+        own = batch.tensor_split(data)[self.data_rank]
+        self._batch = (len(own), len(batch))
+        return own
+
+    def batch_rows(self, own: int) -> int:
+        return self._batch[1] if self._batch[0] == own else own * self.layout.data
+
+    def rows_before(self, own: int) -> int:
+        """The place of our first row in the batch."""
+        whole = self.batch_rows(own)
+        return self.data_rank * (whole // self.layout.data) + min(self.data_rank, whole % self.layout.data)
+
+    @property
+    def first_feature(self) -> int:
+        return self.feature_rank * self.features_each
+
+    def own_features(self, indices: Tensor, others: int) -> Tensor:
+        own = indices - self.first_feature
+        return own.where((own >= 0) & (own < self.features_each), others)
+
+    # ---- numbers that all have in common ----------------------------------------------------------------------------
+
+    def worst(self, state: int) -> int:
+        t = torch.tensor(state)
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return int(t)
+
+    def share(self, loss: Tensor) -> Tensor:
+        own, whole = self._batch
+        return loss if self.layout.data == 1 else loss * (own / whole)
+
+    def mean(self, own: Tensor) -> Tensor:
+        if self.layout.data == 1:
+            return own
+        shared = self.share(own).clone()
+        dist.all_reduce(shared, group=self.data_group)
+        return shared
+
+    def mean_over_features(self, own: Tensor) -> Tensor:
+        if self.layout.features == 1:
+            return own
+        shared = own / self.layout.features
+        dist.all_reduce(shared, group=self.feature_group)
+        return shared
+
+    def count_features(self, own: int) -> int:
+        return sum(self.counts(own))
+
+    def counts(self, own: int) -> list[int]:
+        """A number of each feature rank of our group."""
+        every = torch.zeros(self.layout.features, dtype=torch.int64)
+        every[self.feature_rank] = own
+        if self.layout.features > 1:
+            dist.all_reduce(every, group=self.feature_group)
+        return every.tolist()
+
+    def equalise(self, *tensors: Tensor) -> None:
+        for t in tensors:
+            dist.broadcast(t, 0)
+
+    def least(self, counters: Tensor) -> None:
+        if self.layout.data > 1:
+            dist.all_reduce(counters, dist.ReduceOp.MIN, group=self.data_group)
+
+    def add_gradients(self, parameters: Mapping[str, Tensor]) -> None:
+        if self.layout.data == 1:
+            return
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        large = [g for g in grads if g.numel() >= _SMALL and g.is_contiguous()]
+        work = [dist.all_reduce(g, group=self.data_group, async_op=True) for g in large]
+        kept = {id(g) for g in large}
+        small = [g for g in grads if id(g) not in kept]
+        if small:
+            bucket = torch.cat([g.reshape(-1) for g in small])
+            dist.all_reduce(bucket, group=self.data_group)
+            for g, summed in zip(small, bucket.split([g.numel() for g in small]), strict=True):
+                g.copy_(summed.view_as(g))
+        for w in work:
+            assert w is not None
+            w.wait()
+
+    def norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        split = [g for name, g in gradients.items() if name in BY_FEATURE]
+        whole = [g for name, g in gradients.items() if name not in BY_FEATURE]
+        ours = torch.nn.utils.get_total_norm(split).square() if split else torch.zeros((), device=self.device)
+        ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
+        if self.layout.features > 1:
+            dist.all_reduce(ours, group=self.feature_group)
+        return (ours + torch.nn.utils.get_total_norm(whole).square()).sqrt() if whole else ours.sqrt()
+
+    def check_equal(self, tensors: dict[str, Tensor]) -> None:
+        """Raise RuntimeError unless ranks that hold the same part of a tensor hold the same bits of it."""
+        if self.layout.ranks == 1:
+            return
+        sums = torch.stack([_sum_of_bits(t).cpu() for t in tensors.values()])
+        every = [torch.empty_like(sums) for _ in range(self.count)]
+        dist.all_gather(every, sums)
+        for rank, theirs in enumerate(every):
+            for name, a, b in zip(tensors, every[rank % self.layout.features], theirs, strict=True):
+                if a != b or (name not in BY_FEATURE and b != every[0][list(tensors).index(name)]):
+                    raise RuntimeError(
+                        f"distributed: {name} of rank {rank} is no longer that of the others. Ranks must see the same "
+                        "batches, in the same order, on equal hardware; go on from the last checkpoint"
+                    )
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def together(self, what: Callable[[], T]) -> T:
+        """Do something on every rank; where it fails on one, all raise."""
+        done, error = None, None
+        try:
+            done = what()
+        except (OSError, ValueError, RuntimeError) as failed:
+            error = failed
+        errors: list[Any] = [None] * self.count
+        dist.all_gather_object(errors, None if error is None else (type(error).__name__, str(error), _errno(error)))
+        if error is not None:
+            raise error
+        for rank, told in enumerate(errors):
+            if told is not None:
+                raise _retold(rank, *told)
+        return done  # type: ignore[return-value]
+
+    def first_does(self, what: Callable[[], T]) -> T | None:
+        return self.together(lambda: what() if self.first else None)
+
+    @contextmanager
+    def locked(self, folder: Path, who: str) -> Iterator[None]:
+        lock = files.locked(folder, who)
+        self.first_does(lock.__enter__)
+        try:
+            yield
+        finally:
+            if self.first:
+                lock.__exit__(None, None, None)
+
+    @contextmanager
+    def watched(self, run_dir: Path | None) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if not _lost(error):
+                raise
+            go_on = f"go on from {run_dir} with resume" if run_dir else "there is no run_dir, so it starts anew"
+            raise RuntimeError(
+                f"rank {self.rank} of {self.count}: another rank does not answer. It has died, or hangs: look for the "
+                f"first error above, in the log of the rank that ended first. Start the run again: {go_on}. ({error})"
+            ) from error
+
+    def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        parts.write_whole(path, tensors, self)
+
+    def on_files(self, folder: Path, names: list[str], what: Callable[[Path], T]) -> dict[str, T]:
+        ours = self.together(lambda: {name: what(folder / name) for name in names[self.rank :: self.count]})
+        every: list[Any] = [None] * self.count
+        dist.all_gather_object(every, ours)
+        return {name: value for part in every for name, value in part.items()}
+
+
+def _sum_of_bits(t: Tensor) -> Tensor:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]
+    return t.detach().contiguous().view(-1).view(whole).sum(dtype=torch.int64)
+
+
+def _errno(error: BaseException) -> int | None:
+    return getattr(error, "errno", None)
+
+
+def _retold(rank: int, kind: str, text: str, number: int | None) -> Exception:
+    """The error of another rank, as the same kind of error where a caller may wait for it."""
+    said = f"rank {rank}: {text}"
+    if number is not None:
+        return OSError(number, said)
+    known: dict[str, type[Exception]] = {"ValueError": ValueError, "FileExistsError": FileExistsError}
+    return known.get(kind, RuntimeError)(said)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error is the transport's, not ours."""
+    said = "".join(traceback.format_exception_only(error))
+    return isinstance(error, dist.DistError) or any(
+        mark in said
+        for mark in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    )
