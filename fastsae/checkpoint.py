@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor
 
 from fastsae import files
-from fastsae.distributed import parts
 from fastsae.modules import SparseAutoencoder
 from fastsae.ranks import ALONE, Alone
 
@@ -68,6 +67,8 @@ def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Te
             sae.save_pretrained(temporary)
             files.write_tensors(temporary / "optimizer.safetensors", tensors)
         else:
+            from fastsae.distributed import parts  # half as long to import as everything else of ours
+
             parts.write(temporary, {**sae.state_dict(), **tensors}, ranks)
         ranks.first_does(lambda: files.write_json(temporary / "state.json", {**state, "step": step}))
         sums = ranks.on_files(temporary, sorted(p.name for p in temporary.iterdir()), files.crc32)
@@ -115,7 +116,9 @@ def read(folder: Path, ranks: Alone = ALONE) -> Checkpoint:
     if ranks.count == 1 and "weights.safetensors" in sums:
         weights = files.read_tensors(folder / "weights.safetensors")
         return Checkpoint(folder, weights, files.read_tensors(folder / "optimizer.safetensors"), state)
+    from fastsae.distributed import parts
+
     tensors = parts.read(folder, ranks)
-    training = {name for name in tensors if "/" in name or name in _OF_TRAINING}
+    training = [name for name in sorted(tensors) if "/" in name or name in _OF_TRAINING]
     weights = {name: t for name, t in tensors.items() if name not in training}
     return Checkpoint(folder, weights, {name: tensors[name] for name in training}, state)

@@ -21,6 +21,8 @@ class Alone:
 
     count = 1
     first = True
+    adding = 1
+    """Processes whose gradients are added up."""
 
     # ---- whose rows, whose features ---------------------------------------------------------------------------------
 

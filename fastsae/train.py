@@ -95,6 +95,11 @@ class Trainer:
             )
         if len({t.data_ptr() for t in sae.state_dict().values()}) < len(sae.state_dict()):
             raise ValueError("Trainer: two weights of this SAE share their memory; give each its own (.clone())")
+        if self.config.adam_in_backward and self._ranks.adding > 1:
+            raise ValueError(
+                f"TrainerConfig: adam_in_backward holds no gradients, and {self._ranks.adding} data ranks must add "
+                "theirs; leave it out, or let all ranks be feature ranks"
+            )
         if self.config.unit_norm_decoder and not sae.W_dec.requires_grad:
             raise ValueError("TrainerConfig.unit_norm_decoder: W_dec is frozen (requires_grad is False)")
         if self.config.auxk and not sae.W_enc.requires_grad:

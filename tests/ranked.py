@@ -1,7 +1,6 @@
 """One training run, on one process or on many, and what came out of it: what the distributed tests compare."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,13 +60,15 @@ def config(**changes: Any) -> fastsae.TrainerConfig:
     return fastsae.TrainerConfig(**(defaults | changes))
 
 
-def trained(name: str, features: int, options: dict[str, Any], rows: int = B, **made: Any) -> dict[str, Any]:
+def trained(
+    name: str, features: int, options: dict[str, Any], rows: int = B, stream: Iterator[Tensor] | None = None
+) -> dict[str, Any]:
     """A run on this process: alone (features = 0), or as a rank of a layout."""
-    sae = new(name, **made)
+    sae = new(name)
     if features:
         sae = distributed.shard(sae, distributed.start(features))
     trainer = Recording(sae, config(**options))
-    trainer.fit(activations(rows=rows))
+    trainer.fit(stream or activations(rows=rows))
     return {
         "lines": trainer.lines,
         "weights": {name: t.detach().clone() for name, t in sae.state_dict().items()},
@@ -103,7 +104,3 @@ def assert_equal_to_rounding(
     expected = alone["weights"] | {"rows_since_fired": alone["counters"]}
     for name, t in whole(results, features).items():
         torch.testing.assert_close(t, expected[name], rtol=rtol, atol=rtol, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def folder(path: Path, name: str) -> dict[str, Any]:
-    return {"run_dir": path / name}

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,9 @@ def read(folder: Path, ranks: Any) -> dict[str, Tensor]:
         if ranks.count > 1 and by_feature(name):
             shape[0] //= ranks.layout.features
         state[name] = _placed(name, torch.empty(shape, dtype=stored.properties.dtype), ranks)  # type: ignore[union-attr]
-    load(state, storage_reader=reader, no_dist=ranks.count == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads alone is what was asked for
+        load(state, storage_reader=reader, no_dist=ranks.count == 1)
     return {name: t if type(t) is Tensor else t.to_local() for name, t in state.items()}
 
 

@@ -71,7 +71,7 @@ class Ranks(Alone):
     def __init__(self, layout: Layout, mesh: DeviceMesh) -> None:
         self.layout, self.mesh = layout, mesh
         self.rank, self.count = dist.get_rank(), layout.ranks
-        self.first = self.rank == 0
+        self.first, self.adding = self.rank == 0, layout.data
         self.data_rank, self.feature_rank = mesh.get_local_rank("data"), mesh.get_local_rank("features")
         self.data_group, self.feature_group = mesh.get_group("data"), mesh.get_group("features")
         self.features_each = 0
@@ -184,12 +184,14 @@ class Ranks(Alone):
         """Raise RuntimeError unless ranks that hold the same part of a tensor hold the same bits of it."""
         if self.layout.ranks == 1:
             return
-        sums = torch.stack([_sum_of_bits(t).cpu() for t in tensors.values()])
+        names = sorted(tensors)
+        sums = torch.stack([_sum_of_bits(tensors[name]).cpu() for name in names])
         every = [torch.empty_like(sums) for _ in range(self.count)]
         dist.all_gather(every, sums)
         for rank, theirs in enumerate(every):
-            for name, a, b in zip(tensors, every[rank % self.layout.features], theirs, strict=True):
-                if a != b or (name not in BY_FEATURE and b != every[0][list(tensors).index(name)]):
+            for i, name in enumerate(names):
+                same_part = every[rank % self.layout.features if parts.by_feature(name) else 0]
+                if theirs[i] != same_part[i]:
                     raise RuntimeError(
                         f"distributed: {name} of rank {rank} is no longer that of the others. Ranks must see the same "
                         "batches, in the same order, on equal hardware; go on from the last checkpoint"

@@ -1,8 +1,20 @@
 """Ranks in every layout train as one process does: losses, weights, counters, to rounding; codes to the bit."""
 
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from crew import Crew
-from ranked import assert_equal_to_rounding, trained
+from ranked import D, K, M, activations, assert_equal_to_rounding, new, trained
+from torch import Tensor
+
+import fastsae
+from fastsae import distributed, ops
+from fastsae.code import SparseCode
+from fastsae.distributed.layout import BY_FEATURE
 
 LAYOUTS = [("two", 1), ("two", 2), ("four", 1), ("four", 2), ("four", 4)]
 IDS = [f"{2 if crew == 'two' else 4} ranks, {features} of them for features" for crew, features in LAYOUTS]
@@ -32,3 +44,228 @@ def test_as_one_process(layout, name, options):
 @pytest.mark.parametrize("name", ["one pair", "no pairs", "all", "linear", "interaction", "sequential"])
 def test_every_pathway(four, name):
     assert_equal_to_rounding(four(trained, name, 2, {}), 2, trained(name, 0, {}))
+
+
+# ---- codes ----------------------------------------------------------------------------------------------------------
+
+
+def awkward(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows with mass ties (small whole numbers: exact in every dtype), with few positives, with none, with NaN."""
+    generator = torch.Generator().manual_seed(1)
+    x, W_enc = (torch.randint(-1, 2, shape, generator=generator).to(dtype) for shape in ((20, D), (M, D)))
+    b_enc = torch.randint(-1, 2, (M,), generator=generator).to(dtype)
+    b_enc[M // 4 : M // 2] = -1e4  # a rank with nothing to offer
+    x[3], x[5] = 0, torch.nan
+    return {"x": x, "W_enc": W_enc, "b_enc": b_enc}
+
+
+def encoded(features: int, k: int, backend: str, dtype: torch.dtype, dead: Tensor | None):
+    made = awkward(dtype)
+    if not features:
+        values, indices = ops.topk_encode(made["x"], made["W_enc"], made["b_enc"], k, backend, dead)
+        return values, indices
+    ranks = distributed.start(features)
+    with torch.no_grad():
+        sae = fastsae.TopKSAE(D, M, K, backend=backend, dtype=dtype)
+        sae.W_enc.copy_(made["W_enc"])
+        sae.b_enc.copy_(made["b_enc"])
+    part = distributed.shard(sae, ranks)
+    if dead is not None:
+        place = ranks.own_features(dead, -1)
+        dead = place[place >= 0]
+    values, indices = part.ops.topk_encode(made["x"], part.W_enc, part.b_enc, k, backend, dead)
+    return values.detach(), indices
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("k", [1, K, 20, M // 4 + 1, M])
+def test_codes_are_identical_with_ties(four, k, backend):
+    expected = encoded(0, k, backend, torch.float32, None)
+    for found in four(encoded, 4, k, backend, torch.float32, None):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_codes_are_identical_in_every_dtype(two, dtype):
+    expected = encoded(0, K, "auto", dtype, None)
+    for found in two(encoded, 2, K, "auto", dtype, None):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_some_features_compete_and_some_ranks_have_none(four, k):
+    dead = torch.tensor([0, 1, 2, 7, 50, 51, 52, 60, 63])
+    expected = encoded(0, k, "auto", torch.float64, dead)
+    for found in four(encoded, 4, k, "auto", torch.float64, dead):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the SAE itself -------------------------------------------------------------------------------------------------
+
+
+def used(name: str, features: int, backend: str) -> dict[str, Tensor]:
+    """Everything an SAE can do, and its gradients, those of its input too."""
+    sae = new(name, backend=backend).eval()
+    ranks = distributed.start(features) if features else None
+    sae = distributed.shard(sae, ranks) if ranks else sae
+    x = torch.randn(2, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    parts = sae.components(x)
+    output = sae(x)
+    code = torch.randn(4, K, dtype=torch.float64), torch.arange(4 * K).view(4, K) * 2
+    (output.loss + output.reconstruction.square().sum() + 0.1 * output.code.values.sum()).backward()
+    found = {
+        "identity": parts.identity,
+        "linear": parts.linear,
+        "interaction": parts.interaction,
+        "decode": sae.decode(SparseCode(*code, M)),
+        "reconstruct": sae.reconstruct(x.detach()),
+        "dx": x.grad,
+        "loss": output.loss,
+        "values": output.code.values,
+        "indices": output.code.indices,
+    }
+    for n, p in sae.named_parameters():
+        grad = p.grad.detach()
+        if ranks and n in BY_FEATURE:  # where they belong, for all to see
+            before = ranks.first_feature
+            padded = grad.new_zeros(M, *grad.shape[1:])
+            padded[before : before + len(grad)] = grad
+            torch.distributed.all_reduce(padded, group=ranks.feature_group)
+            grad = padded
+        found["d_" + n] = grad
+    return {n: t.detach() for n, t in found.items() if t is not None}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["topk", "joint", "no pairs", "linear", "interaction"])
+def test_everything_an_sae_does(four, name, backend):
+    expected = used(name, 0, backend)
+    for found in four(used, name, 4, backend):
+        assert found.keys() == expected.keys()
+        for n, t in found.items():
+            torch.testing.assert_close(t, expected[n], rtol=1e-10, atol=1e-10, msg=lambda m, n=n: f"{n}: {m}")
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_cannot_be_split_evenly(four):
+    assert_equal_to_rounding(four(trained, "joint", 1, {}, 23), 1, trained("joint", 0, {}, 23))
+
+
+def test_bad_batches_are_skipped_by_all(four):
+    options = {"nonfinite": "skip", "normalize": "none"}
+    results, alone = four(spoiled, 2, options), spoiled(0, options)
+    assert alone["lines"][-1]["batches_skipped"] == 1
+    assert_equal_to_rounding(results, 2, alone)
+
+
+def spoiled(features: int, options: dict[str, Any]) -> dict[str, Any]:
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 2:
+                x[-1, 3] = torch.nan  # the last rank's row
+            yield x
+
+    return trained("topk", features, options, stream=stream())
+
+
+def test_a_bad_batch_stops_all_and_is_named_by_its_row_in_the_batch(four):
+    for said in four(stopped_by_nan, 2):
+        assert (
+            "batch 3 of the activations holds 1 values that are NaN or infinite, the first at row 23, dimension 3"
+            in said
+        )
+
+
+def stopped_by_nan(features: int) -> str:
+    try:
+        spoiled(features, {"normalize": "none"})
+    except FloatingPointError as error:
+        return str(error)
+    return "not stopped"
+
+
+def test_a_stream_that_fails_on_one_rank_stops_all_with_what_was_trained_saved(two, tmp_path):
+    first, second = two(failing, tmp_path)
+    assert "batch 4 of the activations: another rank could not draw it" in first
+    assert second == "the disk is gone"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def failing(run_dir: Path) -> str:
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 3 and torch.distributed.get_rank() == 1:
+                raise OSError("the disk is gone")
+            yield x
+
+    try:
+        trained("topk", 2, {"run_dir": run_dir}, stream=stream())
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return "not stopped"
+
+
+def test_ctrl_c_on_one_rank_stops_all_at_one_step(two, tmp_path):
+    said = two(interrupted, tmp_path)
+    assert said == [f"training stopped at step 3; saved, continue with resume (in {tmp_path})"] * 2
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def interrupted(run_dir: Path) -> str:
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 2 and torch.distributed.get_rank() == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield x
+
+    try:
+        trained("topk", 1, {"run_dir": run_dir}, stream=stream())
+    except KeyboardInterrupt as stop:
+        return str(stop)
+    return "not stopped"
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("features", "2 ranks cannot be split into groups of 3 feature ranks"),
+        ("d_sae", "d_sae = 63 cannot be split evenly over 2 feature ranks; near ones that can: 62 and 64"),
+        ("rows", "a batch of 1 rows cannot be split over 2 data ranks"),
+        ("adam", "adam_in_backward holds no gradients, and 2 data ranks must add theirs"),
+        ("folder", "already holds a run"),
+    ],
+)
+def test_refusals(two, what, message, tmp_path):
+    for said in two(refused, what, tmp_path):
+        assert message in said
+
+
+def refused(what: str, folder: Path) -> str:
+    try:
+        if what == "features":
+            distributed.start(3)
+        if what == "d_sae":
+            distributed.shard(fastsae.TopKSAE(D, 63, K), distributed.start(2))
+        if what == "rows":
+            trained("topk", 1, {"normalize": "none"}, 1)
+        if what == "adam":
+            trained("topk", 1, {"adam_in_backward": True})
+        if what == "folder":
+            trained("topk", 2, {"run_dir": folder})
+            trained("topk", 2, {"run_dir": folder})
+    except (ValueError, FileExistsError, RuntimeError) as error:
+        return str(error)
+    return "not refused"
+
+
+def test_without_torchrun():
+    with pytest.raises(RuntimeError, match=r"this process is no rank of a run. Start it with torchrun"):
+        distributed.start()
