@@ -1,0 +1,67 @@
+"""A rank that is killed ends the run within seconds, with an error that says what to do; and the run goes on."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastsae
+from fastsae import checkpoint
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import os, signal, sys
+from ranked import activations, config, new
+from fastsae import Trainer, distributed
+
+run_dir, killed_at = sys.argv[1], int(sys.argv[2])
+
+def stream(rank):
+    for i, x in enumerate(activations()):
+        if i == killed_at and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield x
+
+ranks = distributed.start(2)
+sae = distributed.shard(new("joint"), ranks)
+Trainer(sae, config(run_dir=run_dir, steps=8, checkpoint_every=2, resume=True)).fit(stream(ranks.rank))
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_rank(tmp_path):
+    script, run_dir = tmp_path / "train.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):  # without torchrun, which would end the others itself
+        own = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, script, run_dir, "5"], env=environment() | own, stderr=subprocess.PIPE, text=True
+            )
+        )
+    ranks[1].wait(120)
+    died = time.monotonic()
+    _, said = ranks[0].communicate(timeout=60)
+    assert time.monotonic() - died < 30
+    assert ranks[0].returncode == 1
+    assert "rank 0 of 2: another rank does not answer. It has died, or hangs" in said
+    assert f"go on from {run_dir} with resume" in said
+    assert checkpoint.folders(run_dir)[0].name == "step_00000004"
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    straight = tmp_path / "straight"
+    runs = [subprocess.Popen([*torchrun, folder, "-1"], env=environment()) for folder in (run_dir, straight)]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    resumed, expected = (fastsae.load(folder / "sae").state_dict() for folder in (run_dir, straight))
+    assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
