@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from fastsae import experiment, files, planner, report
+from fastsae import distributed, experiment, files, planner, report
 from fastsae.activations import TokenWindows
 from fastsae.config import (
     DataConfig,
@@ -78,11 +78,20 @@ def train(
     sae: Topk | Joint | Sequential | Secondary,
     data: DataConfig = _DEFAULT_DATA,
     trainer: TrainerConfig = _DEFAULT_RUN,
+    feature_ranks: int = 1,
 ) -> None:
-    """Train an SAE on activations of a language model."""
+    """Train an SAE on activations of a language model. Under torchrun its processes train one SAE together.
+
+    Args:
+        feature_ranks: Under torchrun: processes that share the features. Groups of so many train on different rows.
+    """
     if trainer.run_dir is None:
         raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
-    experiment.train(experiment.language_model(data), data, sae, trainer)
+    together = feature_ranks > 1 or distributed.launched()
+    ranks = distributed.start(feature_ranks) if together else None
+    experiment.train(experiment.language_model(data), data, sae, trainer, ranks)
+    if ranks is not None and not ranks.first:
+        return
     _say(f"Trained {trainer.steps} steps. The SAE lies in {trainer.run_dir}/sae. Next:")
     _say(f"  fastsae eval {trainer.run_dir}")
     _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")

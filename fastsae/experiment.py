@@ -11,6 +11,7 @@ import torch
 
 from fastsae import evaluate, provenance
 from fastsae.activations import (
+    ActivationStore,
     ActivationStream,
     ModelActivations,
     TokenWindows,
@@ -19,6 +20,7 @@ from fastsae.activations import (
     tokenize,
 )
 from fastsae.config import DataConfig, SecondaryRunConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
+from fastsae.distributed import Ranks, shard
 from fastsae.evaluate import Behavior, Geometry, Reconstruction
 from fastsae.modules import HiddenActivations, JointSAE, SecondarySAE, SequentialSAE, SparseAutoencoder, load, new
 from fastsae.train import Trainer
@@ -74,8 +76,10 @@ def held_out_windows(
     return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
 
 
-def train(model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerConfig) -> SparseAutoencoder:
-    """A new SAE, trained on the activations of `data` into trainer.run_dir."""
+def train(
+    model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerConfig, ranks: Ranks | None = None
+) -> SparseAutoencoder:
+    """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together."""
     make = _maker(config, data, trainer.seed)
     base = None if isinstance(config, TopKSAEConfig) else config.base
     source = ModelActivations(model, data.hook, training_windows(model, data))
@@ -84,14 +88,19 @@ def train(model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerCo
     except ValueError as error:
         warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     sae = make(source.d_in)
+    sae = sae if ranks is None else shard(sae, ranks)
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     assert trainer.run_dir is not None
-    provenance.record(data, trainer.run_dir, base)
+    run_dir = trainer.run_dir
+    sae.ranks.first_does(lambda: provenance.record(data, run_dir, base))
     read = source
     if data.store:
-        read = harvest(source, data.store)
-        provenance.record(data, trainer.run_dir, base)  # another process may have begun there meanwhile
+        store = data.store
+        sae.ranks.first_does(lambda: harvest(source, store))
+        read = ActivationStore(store)
+        # Another process may have begun there meanwhile.
+        sae.ranks.first_does(lambda: provenance.record(data, run_dir, base))
     stream.source = HiddenActivations(read, _joint(base)) if isinstance(sae, SecondarySAE) and base else read
     run.fit(stream)
     return sae

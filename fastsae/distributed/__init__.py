@@ -1,7 +1,7 @@
 """Training on several processes: rows spread over data ranks, features over feature ranks, or both."""
 
 from fastsae.distributed.layout import Layout
-from fastsae.distributed.ranks import Ranks, start
+from fastsae.distributed.ranks import Ranks, launched, start
 from fastsae.distributed.shard import consolidate, shard
 
-__all__ = ["Layout", "Ranks", "consolidate", "shard", "start"]
+__all__ = ["Layout", "Ranks", "consolidate", "launched", "shard", "start"]

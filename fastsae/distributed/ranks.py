@@ -24,7 +24,12 @@ T = TypeVar("T")
 _SMALL = 1 << 18
 
 
-def start(features: int = 1, *, timeout: float = 600.0) -> "Ranks":
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
     """Join the run that torchrun started: `features` ranks share each SAE, the others train on other rows.
 
         torchrun --nproc-per-node 4 train.py

@@ -108,7 +108,7 @@ class JointSAE(SparseAutoencoder):
         """What the integration network holds before its ReLU, W1 z + b1: (..., d_embedding). No dropout."""
         W1, b1, _ = self._mlp
         strongest = self.strongest(code).flatten()
-        z = ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)  # type: ignore[arg-type]  # there is an mlp
+        z = self.ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)  # type: ignore[arg-type]  # there is an mlp
         return F.linear(z, W1, b1).view(*code.values.shape[:-1], self.config.d_embedding)
 
     def interaction_from(self, hidden: Tensor) -> Tensor:
