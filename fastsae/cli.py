@@ -23,6 +23,7 @@ from fastsae.config import (
     TrainerConfig,
     to_dict,
 )
+from fastsae.distributed import cost
 from fastsae.evaluate import Behavior, Pair, Reconstruction, behavior, drivers, record, top_features, top_pairs
 from fastsae.factorial import Stimuli, run_factorial
 from fastsae.factorial.discover import Family
@@ -305,8 +306,16 @@ def _effects(family: Family) -> list[dict[str, str]]:
     ]
 
 
-def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100_000_000, bf16: bool = False) -> None:
-    """Print parameters, memory and steps for a shape, before anything is allocated.
+def plan(
+    sae: Topk | Joint,
+    d_in: int,
+    batch_size: int = 2048,
+    tokens: int = 100_000_000,
+    bf16: bool = False,
+    data_ranks: int = 1,
+    feature_ranks: int = 1,
+) -> None:
+    """Print parameters, memory and steps for a shape, before anything is allocated; of several ranks, what they send.
 
     Args:
         sae: The architecture and its shape.
@@ -314,6 +323,8 @@ def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100
         batch_size: Activations per step.
         tokens: Activations to train on.
         bf16: Parameters, gradients and moments in bf16 instead of fp32.
+        data_ranks: Groups of processes that train on different rows.
+        feature_ranks: Processes of a group, each with its part of the features.
     """
     config = dataclasses.replace(sae, d_in=d_in)
     p = planner.plan(config, batch_size, tokens, torch.bfloat16 if bf16 else torch.float32)
@@ -329,6 +340,9 @@ def plan(sae: Topk | Joint, d_in: int, batch_size: int = 2048, tokens: int = 100
     }
     _say(report.table([{"memory": name, "MiB": f"{size / 2**20:,.0f}"} for name, size in held.items()]), "")
     _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
+    layout = distributed.Layout(data_ranks, feature_ranks)
+    if layout.ranks > 1:
+        _say("", *cost.report(config, batch_size, layout))
 
 
 def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:

@@ -1,5 +1,6 @@
 """Processes that are the ranks of a run, kept between tests: to start one takes longer than what it is started for."""
 
+import datetime
 import multiprocessing
 import os
 import traceback
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE = datetime.timedelta(seconds=60)  # one rank that fails alone must not leave the others waiting
 
 
 class Crew:
@@ -42,7 +45,7 @@ class Crew:
 def _serve(pipe: Connection, rank: int, size: int, rendezvous: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=_PATIENCE)
     while (task := pipe.recv()) is not None:
         function, arguments = task
         try:

@@ -145,7 +145,7 @@ class Ranks(Alone):
 
     def counts(self, own: int) -> list[int]:
         """A number of each feature rank of our group."""
-        every = torch.zeros(self.layout.features, dtype=torch.int64)
+        every = torch.zeros(self.layout.features, dtype=torch.int64, device=self.device)
         every[self.feature_rank] = own
         if self.layout.features > 1:
             dist.all_reduce(every, group=self.feature_group)
