@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastsae import evaluate, provenance
+from fastsae import distributed, evaluate, provenance
 from fastsae.activations import (
     ActivationStore,
     ActivationStream,
@@ -20,7 +20,7 @@ from fastsae.activations import (
     tokenize,
 )
 from fastsae.config import DataConfig, SecondaryRunConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
-from fastsae.distributed import Ranks, shard
+from fastsae.distributed import Ranks
 from fastsae.evaluate import Behavior, Geometry, Reconstruction
 from fastsae.modules import HiddenActivations, JointSAE, SecondarySAE, SequentialSAE, SparseAutoencoder, load, new
 from fastsae.train import Trainer
@@ -80,7 +80,7 @@ def train(
     model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerConfig, ranks: Ranks | None = None
 ) -> SparseAutoencoder:
     """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together."""
-    make = _maker(config, data, trainer.seed)
+    make = _maker(config, data, trainer.seed, ranks)
     base = None if isinstance(config, TopKSAEConfig) else config.base
     source = ModelActivations(model, data.hook, training_windows(model, data))
     try:
@@ -88,7 +88,6 @@ def train(
     except ValueError as error:
         warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     sae = make(source.d_in)
-    sae = sae if ranks is None else shard(sae, ranks)
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     assert trainer.run_dir is not None
@@ -106,15 +105,18 @@ def train(
     return sae
 
 
-def _maker(config: AnyRunConfig, data: DataConfig, seed: int) -> Callable[[int], SparseAutoencoder]:
+def _maker(
+    config: AnyRunConfig, data: DataConfig, seed: int, ranks: Ranks | None
+) -> Callable[[int], SparseAutoencoder]:
     """What makes the SAE once d_in is known. A base that does not fit is refused here, before the text is read."""
     if not isinstance(config, TopKSAEConfig):
         on_base = _on_base(config, data, seed)
-        return lambda _: on_base
+        return lambda _: on_base if ranks is None else distributed.shard(on_base, ranks)
 
     def make(d_in: int) -> SparseAutoencoder:
         torch.manual_seed(seed)
-        return new(dataclasses.replace(config, d_in=d_in), device=device())
+        whole = dataclasses.replace(config, d_in=d_in)
+        return new(whole, device=device()) if ranks is None else distributed.new(whole, ranks)
 
     return make
 

@@ -2,6 +2,6 @@
 
 from fastsae.distributed.layout import Layout
 from fastsae.distributed.ranks import Ranks, launched, start
-from fastsae.distributed.shard import consolidate, shard
+from fastsae.distributed.sharding import consolidate, new, shard
 
-__all__ = ["Layout", "Ranks", "consolidate", "launched", "shard", "start"]
+__all__ = ["Layout", "Ranks", "consolidate", "launched", "new", "shard", "start"]

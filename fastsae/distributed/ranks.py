@@ -107,6 +107,16 @@ class Ranks(Alone):
         whole = self.batch_rows(own)
         return self.data_rank * (whole // self.layout.data) + min(self.data_rank, whole % self.layout.data)
 
+    def holding(self, d_sae: int) -> int:
+        """Set, and return, how many features each rank holds of an SAE. Raises ValueError where it cannot be split."""
+        each = self.layout.features_each(d_sae)
+        if self.features_each not in (0, each):
+            raise ValueError(
+                f"Ranks: an SAE with {self.features_each} features a rank is held; start() again for another"
+            )
+        self.features_each = each
+        return each
+
     @property
     def first_feature(self) -> int:
         return self.feature_rank * self.features_each

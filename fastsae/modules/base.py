@@ -1,9 +1,10 @@
 """What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -59,6 +60,10 @@ def evaluating(sae: "SparseAutoencoder") -> Iterator[None]:
         sae.train(was_training)
 
 
+def _draw_unit_rows(W: Tensor) -> None:
+    F.normalize(W.normal_(), dim=1, out=W)
+
+
 class SparseAutoencoder(nn.Module):
     """Encoder, identity decoder and everything around them. Use TopKSAE or JointSAE."""
 
@@ -87,11 +92,17 @@ class SparseAutoencoder(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in, **new)) if config.pre_bias else None
         with torch.no_grad():
-            if config.init == "paper":
-                self.W_dec.uniform_(-1 / math.sqrt(config.d_sae), 1 / math.sqrt(config.d_sae))
-            else:
-                F.normalize(self.W_dec.normal_(), dim=1, out=self.W_dec)
+            self.laws()["W_dec"](self.W_dec)
             self.W_enc.copy_(self.W_dec)
+
+    def laws(self) -> dict[str, Callable[[Tensor], object]]:
+        """What draws the parameters at the start, in place and in this order, any rows of them.
+
+        W_enc starts as a copy of W_dec, what is not here at 0.
+        """
+        bound = 1 / math.sqrt(self.d_sae)
+        paper = self.config.init == "paper"
+        return {"W_dec": partial(Tensor.uniform_, **{"from": -bound, "to": bound}) if paper else _draw_unit_rows}
 
     @property
     def d_in(self) -> int:

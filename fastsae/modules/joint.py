@@ -1,5 +1,7 @@
 """JointSAE: a TopK SAE trained together with feature integration (arXiv 2507.00269)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -55,17 +57,26 @@ class JointSAE(SparseAutoencoder):
         )
         super().__init__(config, backend, device, dtype)
 
-        def parameter(*shape: int, std: float = 0.0) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype).normal_(0.0, std))
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
         E = d_embedding
-        self.W_lin = parameter(d_sae, d_in, std=0.01) if linear else None
+        self.W_lin = parameter(d_sae, d_in) if linear else None
         self.b_lin = parameter(d_in) if linear else None
-        self.V = parameter(d_sae, E, std=0.05) if interaction else None
-        self.W1 = parameter(E, E, std=0.01) if interaction else None
+        self.V = parameter(d_sae, E) if interaction else None
+        self.W1 = parameter(E, E) if interaction else None
         self.b1 = parameter(E) if interaction else None
-        self.W2 = parameter(d_in, E, std=0.01) if interaction else None
+        self.W2 = parameter(d_in, E) if interaction else None
         self.b2 = parameter(d_in) if interaction else None
+        with torch.no_grad():
+            for name, law in self.laws().items():
+                if name != "W_dec":  # it is drawn already
+                    law(getattr(self, name))
+
+    def laws(self) -> dict[str, Callable[[Tensor], object]]:
+        spread = {"W_lin": 0.01, "b_lin": 0.0, "V": 0.05, "W1": 0.01, "b1": 0.0, "W2": 0.01, "b2": 0.0}
+        there = {name: std for name, std in spread.items() if getattr(self, name, None) is not None}
+        return super().laws() | {name: partial(Tensor.normal_, mean=0.0, std=std) for name, std in there.items()}
 
     @property
     def k_integration(self) -> int:

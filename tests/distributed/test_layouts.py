@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Crew
-from ranked import D, K, M, activations, assert_equal_to_rounding, new, trained
+from ranked import D, K, M, activations, assert_equal_to_rounding, new, trained, whole
 from torch import Tensor
 
 import fastsae
@@ -269,3 +269,54 @@ def refused(what: str, folder: Path) -> str:
 def test_without_torchrun():
     with pytest.raises(RuntimeError, match=r"this process is no rank of a run. Start it with torchrun"):
         distributed.start()
+
+
+# ---- how an SAE comes to its ranks ----------------------------------------------------------------------------------
+
+
+def made(features: int, config: fastsae.TopKSAEConfig, dtype: torch.dtype, at_once: int) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.distributed.sharding._DRAWN_AT_ONCE", at_once)
+        torch.manual_seed(9)
+        sae = distributed.new(config, distributed.start(features), dtype)
+    return {"weights": sae.state_dict(), "counters": torch.zeros(0), "next": torch.rand(3)}
+
+
+@pytest.mark.parametrize("at_once", [1, 64 * 7, 1 << 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", ["paper", "unit"])
+def test_new_is_the_whole_one_of_the_same_seed(four, init, dtype, at_once):
+    """7 numbers a row, 76 rows: rows end anywhere in the sixteen that are drawn at a time."""
+    config = fastsae.JointSAEConfig(d_in=7, d_sae=76, k=4, d_embedding=5, pre_bias=True, init=init)
+    torch.manual_seed(9)
+    alone = fastsae.JointSAE(7, 76, 4, d_embedding=5, pre_bias=True, init=init, dtype=dtype)
+    after = torch.rand(3)
+    results = four(made, 4, config, dtype, at_once)
+    found = whole(results, 4)
+    del found["rows_since_fired"]
+    assert found.keys() == alone.state_dict().keys()
+    assert [n for n, t in alone.state_dict().items() if not torch.equal(found[n], t)] == []
+    assert all(torch.equal(r["next"], after) for r in results)
+
+
+def differing(features: int) -> dict[str, Any]:
+    sae = new("joint")
+    with torch.no_grad():
+        sae.W1 += torch.distributed.get_rank()
+    part = distributed.shard(sae, distributed.start(features))
+    return {"weights": part.state_dict(), "counters": torch.zeros(0), "requires": part.W1.requires_grad}
+
+
+def test_whole_tensors_are_those_of_the_first_rank(two):
+    results = two(differing, 2)
+    assert torch.equal(whole(results, 2)["W1"], new("joint").W1.detach())
+    assert all(r["requires"] for r in results)
+
+
+def test_frozen_stays_frozen(two):
+    assert two(frozen, 2) == [["V", "W1", "W2", "W_lin", "b1", "b2", "b_lin"]] * 2
+
+
+def frozen(features: int) -> list[str]:
+    part = distributed.shard(new("sequential"), distributed.start(features))
+    return sorted(n for n, p in part.named_parameters() if p.requires_grad)
