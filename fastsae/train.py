@@ -56,7 +56,8 @@ class Trainer:
     Activations are normalised by statistics measured on the first rows and stored in the SAE (`sae.reconstruct` takes
     and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
     `resume=True` continues, on the CPU bit for bit. A stream with state_dict / load_state_dict is set back to its
-    position; from any other iterable the batches already seen are drawn again and dropped.
+    position; from any other iterable the batches already seen are drawn again and dropped. An SAE of several ranks
+    (fastsae.distributed) is trained by all of them, each given the same activations, to the same result.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:

@@ -128,7 +128,7 @@ class Ranks(Alone):
     # ---- numbers that all have in common ----------------------------------------------------------------------------
 
     def worst(self, state: int) -> int:
-        t = torch.tensor(state)
+        t = torch.tensor(int(state))
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return int(t)
 

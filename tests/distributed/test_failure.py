@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from ranked import trained
 
 import fastsae
 from fastsae import checkpoint
@@ -36,7 +37,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_rank(tmp_path):
+def test_a_killed_rank(two, tmp_path):
     script, run_dir = tmp_path / "train.py", tmp_path / "run"
     script.write_text(SCRIPT)
     with socket.socket() as free:
@@ -59,9 +60,27 @@ def test_a_killed_rank(tmp_path):
     assert f"go on from {run_dir} with resume" in said
     assert checkpoint.folders(run_dir)[0].name == "step_00000004"
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    straight = tmp_path / "straight"
-    runs = [subprocess.Popen([*torchrun, folder, "-1"], env=environment()) for folder in (run_dir, straight)]
-    assert [run.wait(120) for run in runs] == [0, 0]
-    resumed, expected = (fastsae.load(folder / "sae").state_dict() for folder in (run_dir, straight))
-    assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
+    options = {"steps": 8, "checkpoint_every": 2}
+    resumed = two(trained, "joint", 2, options | {"run_dir": run_dir, "resume": True})
+    for ours, straight in zip(resumed, two(trained, "joint", 2, options), strict=True):
+        assert [line["step"] for line in ours["lines"]] == [5, 6, 7, 8]
+        assert [n for n, t in straight["weights"].items() if not torch.equal(ours["weights"][n], t)] == []
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    command = "train joint --feature-ranks 2 --d-embedding 8 --tokens 3000 --context 64 --batch-size 64"
+    options = "--buffer-rows 1000 --d-sae 128 --k 8 --no-progress --steps 3 --run-dir run --store acts"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "fastsae.cli", *command.split(), *options.split()],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained 3 steps. The SAE lies in run/sae.") == 1
+    assert fastsae.load(tmp_path / "run" / "sae").V.shape == (128, 8)
+    (newest,) = checkpoint.folders(tmp_path / "run")
+    assert len(list(newest.glob("shard-*.safetensors"))) == 2
