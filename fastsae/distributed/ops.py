@@ -186,6 +186,7 @@ class ShardedOps:
         each = self.ranks.features_each
         place = self.ranks.own_features(indices, -1)
         own = place >= 0
+        # A wait for the device; k entries a row everywhere would cost more.
         longest = int(own.sum(dim=1).max()) if own.numel() else 0
         order = own.byte().sort(dim=1, descending=True, stable=True).indices[:, : max(at_least, longest)]
         own = own.gather(1, order)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranked import B, D, Recording, activations, config, new
 
-from fastsae import distributed
+from fastsae import cli, distributed
 from fastsae.config import JointSAEConfig, TopKSAEConfig
 from fastsae.distributed import Layout, cost
 
@@ -108,3 +108,17 @@ def test_writing_the_page(tmp_path):
 def test_layouts_that_cannot_be(layout, message):
     with pytest.raises(ValueError, match=message):
         cost.cost(TopKSAEConfig(d_in=D, d_sae=640, k=10), 100, Layout(*layout))
+
+
+def test_plan_says_what_a_layout_sends(monkeypatch, capsys):
+    shape = ["plan", "joint", "--d-in", "64", "--d-sae", "640", "--k", "8", "--d-embedding", "4", "--batch-size", "100"]
+    monkeypatch.setattr("sys.argv", ["fastsae", *shape])
+    cli.main()
+    assert "sends" not in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["fastsae", *shape, "--data-ranks", "2", "--feature-ranks", "4"])
+    cli.main()
+    out = capsys.readouterr().out
+    assert "Predicted, not measured, for 2 data x 4 feature ranks" in out
+    for m in cost.cost(JointSAEConfig(d_in=64, d_sae=640, k=8, d_embedding=4), 100, Layout(2, 4)).messages:
+        assert f"{m.what} " in out
+        assert f"{m.moved / 2**20:,.1f}" in out

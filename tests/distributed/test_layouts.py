@@ -320,3 +320,23 @@ def test_frozen_stays_frozen(two):
 def frozen(features: int) -> list[str]:
     part = distributed.shard(new("sequential"), distributed.start(features))
     return sorted(n for n, p in part.named_parameters() if p.requires_grad)
+
+
+def own_loop(features: int) -> dict[str, Any]:
+    sae, ranks = new("joint").eval(), None
+    if features:
+        ranks = distributed.start(features)
+        sae = distributed.shard(sae, ranks)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
+    for x in activations(3):
+        loss = sae(ranks.own_rows(x) if ranks else x).loss
+        (ranks.share(loss) if ranks else loss).backward()
+        if ranks:
+            ranks.add_gradients(dict(sae.named_parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": sae.state_dict(), "counters": torch.zeros(0), "lines": []}
+
+
+def test_a_loop_of_ones_own(four):
+    assert_equal_to_rounding(four(own_loop, 2), 2, own_loop(0))
