@@ -286,10 +286,10 @@ def made(features: int, config: fastsae.TopKSAEConfig, dtype: torch.dtype, at_on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("init", ["paper", "unit"])
 def test_new_is_the_whole_one_of_the_same_seed(four, init, dtype, at_once):
-    """7 numbers a row, 76 rows: rows end anywhere in the sixteen that are drawn at a time."""
-    config = fastsae.JointSAEConfig(d_in=7, d_sae=76, k=4, d_embedding=5, pre_bias=True, init=init)
+    """3 and 7 numbers a row, 68 rows: what is left over after whole sixteens is less than sixteen numbers, or more."""
+    config = fastsae.JointSAEConfig(d_in=7, d_sae=68, k=4, d_embedding=3, pre_bias=True, init=init)
     torch.manual_seed(9)
-    alone = fastsae.JointSAE(7, 76, 4, d_embedding=5, pre_bias=True, init=init, dtype=dtype)
+    alone = fastsae.JointSAE(7, 68, 4, d_embedding=3, pre_bias=True, init=init, dtype=dtype)
     after = torch.rand(3)
     results = four(made, 4, config, dtype, at_once)
     found = whole(results, 4)
