@@ -340,9 +340,7 @@ def plan(
     }
     _say(report.table([{"memory": name, "MiB": f"{size / 2**20:,.0f}"} for name, size in held.items()]), "")
     _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
-    layout = distributed.Layout(data_ranks, feature_ranks)
-    if layout.ranks > 1:
-        _say("", *cost.report(config, batch_size, layout))
+    _say("", *cost.report(config, batch_size, distributed.Layout(data_ranks, feature_ranks), p.steps))
 
 
 def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:

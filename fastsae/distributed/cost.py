@@ -177,8 +177,8 @@ def stops_scaling(config: TopKSAEConfig, batch_size: int, layout: Layout, over: 
     return None
 
 
-def report(config: TopKSAEConfig, batch_size: int, layout: Layout) -> list[str]:
-    """What `fastsae plan` says of a layout."""
+def report(config: TopKSAEConfig, batch_size: int, layout: Layout, steps: int) -> list[str]:
+    """What `fastsae plan` says of a layout, and of so many steps in it."""
     found = cost(config, batch_size, layout)
     rows = [
         {
@@ -189,13 +189,19 @@ def report(config: TopKSAEConfig, batch_size: int, layout: Layout) -> list[str]:
         }
         for m in found.messages
     ]
+    fits = "" if found.memory <= MEMORY else f", more than the {MEMORY / 1e9:,.0f} GB counted on"
+    told = (
+        f"{found.step * 1e3:,.1f} ms a step, {found.rows / found.step:,.0f} rows/s, {steps * found.step / 3600:,.2f} "
+        f"hours for all steps; {found.memory / 1e9:,.1f} GB a GPU{fits}."
+    )
+    if layout.ranks == 1:
+        return [f"Predicted, not measured, for one H200, the language model not counted: {told}"]
     turns = [
         f"More {name} ranks spend more time on one another than on work of their own "
         + (f"from {turn.data} x {turn.features} on." if turn else "never.")
         for name, over in (("data", "data"), ("feature", "features"))
         for turn in [stops_scaling(config, batch_size, layout, over)]
     ]
-    fits = "" if found.memory <= MEMORY else f", more than the {MEMORY / 1e9:,.0f} GB counted on"
     return [
         table_of(rows),
         "",
@@ -203,8 +209,7 @@ def report(config: TopKSAEConfig, batch_size: int, layout: Layout) -> list[str]:
         f"{GPUS_PER_MACHINE},",
         f"at {NVLINK / 1e9:,.0f} GB/s within a machine and {NETWORK / 1e9:,.0f} GB/s a GPU between them:",
         f"{found.working * 1e3:,.1f} ms working + {found.ranking * 1e3:,.1f} ms ranking + "
-        f"{found.sending * 1e3:,.1f} ms sending a step, {found.rows / found.step:,.0f} rows/s; "
-        f"{found.memory / 1e9:,.1f} GB a GPU{fits}.",
+        f"{found.sending * 1e3:,.1f} ms sending: {told}",
         *turns,
     ]
 
