@@ -128,8 +128,9 @@ def _clamps(effects: list[Json]) -> str:
 
 
 def _linear(control: Json) -> str:
-    short = f" (of {control['matched']:.0%} of the length)" if control["matched"] < 0.995 else ""
-    return f"{control['interaction']:.2g}{short}"
+    matched = control["matched"] or 0.0  # null where lengths overflow
+    short = f" (of {matched:.0%} of the length)" if matched < 0.995 else ""
+    return f"{_number(control['interaction'], '.2g')}{short}"
 
 
 def _known(controls: list[Json]) -> list[float]:
