@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,12 +53,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    scratch = path.with_name(f".{path.name}.parts")
+
+    def write(temporary: Path) -> None:
+        # safetensors writes into a file of its own first, under a random name that nobody would find after a kill, and
+        # that its owner alone may read.
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        temporary.touch()
+        save_file(contiguous, scratch / path.name)
+        shutil.copymode(temporary, scratch / path.name)
+        os.replace(scratch / path.name, temporary)
+
     try:
-        write_atomically(path, lambda p: save_file(contiguous, p))
+        write_atomically(path, write)
     except SafetensorError as error:  # safetensors tells the system's error number in its text only
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

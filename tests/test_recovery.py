@@ -56,7 +56,8 @@ class Disk:
 
     def _half(self, name: str, args: tuple) -> None:
         if name == "rmtree" and Path(args[0]).is_dir():
-            os.remove(min(Path(args[0]).iterdir()))
+            for first in sorted(Path(args[0]).iterdir())[:1]:
+                os.remove(first)
         elif name == "write_text":
             with open(args[0], "w") as file:
                 file.write(args[1][: len(args[1]) // 2])

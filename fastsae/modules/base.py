@@ -1,6 +1,7 @@
 """What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fastsae.normalize import Normalizer
 from fastsae.ranks import ALONE, Alone
 
 FORMAT = 1
+_CONFIG, _NEW_CONFIG = "config.json", ".config.json.new"
 
 S = TypeVar("S", bound="SparseAutoencoder")
 
@@ -173,19 +175,23 @@ class SparseAutoencoder(nn.Module):
         """Write config.json and weights.safetensors (normalisation included) into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "weights.safetensors"
-        self.ranks.write_tensors(weights, self.state_dict())
+        weights, new_weights = folder / "weights.safetensors", folder / ".weights.safetensors.new"
+        self.ranks.write_tensors(new_weights, self.state_dict())
 
-        def describe() -> None:
+        def put_in_place() -> None:
             description = {
                 "format": FORMAT,
                 "architecture": self.architecture,
                 "config": to_dict(self.config),
-                "weights_crc32": files.crc32(weights),
+                "weights_crc32": files.crc32(new_weights),
             }
-            files.write_json(folder / "config.json", description)
+            # Killed between the two, a save over another SAE leaves new weights, and what belongs to them by this name.
+            files.write_json(folder / _NEW_CONFIG, description)
+            os.replace(new_weights, weights)
+            os.replace(folder / _NEW_CONFIG, folder / _CONFIG)
+            files.sync(folder)
 
-        self.ranks.first_does(describe)
+        self.ranks.first_does(put_in_place)
         return folder
 
     @classmethod
@@ -231,9 +237,18 @@ class SparseAutoencoder(nn.Module):
         return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, backend={self.backend!r}"
 
 
+def _of_these_weights(folder: Path, new: Path, old: Path) -> Path:
+    """Which config a save that was cut off left the weights of."""
+    weights = folder / "weights.safetensors"
+    description = files.read_json(new)
+    return new if weights.is_file() and description["weights_crc32"] == files.crc32(weights) else old
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """The config.json of a saved SAE. Raises FileNotFoundError or ValueError saying what is wrong with it."""
-    path = folder / "config.json"
+    path = folder / _CONFIG
+    if (folder / _NEW_CONFIG).is_file():
+        path = _of_these_weights(folder, folder / _NEW_CONFIG, path)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no saved SAE: there is no config.json in it")
     description = files.read_json(path)
