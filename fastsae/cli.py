@@ -108,7 +108,6 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     there = experiment.trained(run)
     model = experiment.language_model(there.data)
     measured = experiment.measure(model, there, experiment.held_out_windows(model, there.data, tokens))
-    record.write(run, "eval", measured, tokens=tokens)
     r, b = measured.reconstruction, measured.bos_out
     _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, [95 % intervals] over {b.documents} held-out documents")
     _say(f"MSE {r.mse:.4f}   cosine {r.cosine:.4f}   L0 {r.l0:.1f}   dead in these rows {r.dead_share:.1%}", "")
@@ -123,6 +122,7 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
             f"Against its own identity pathway, as in the paper (no comparison with a TopK SAE): error {own:.1%} less, "
             f"KL {kl:.1%} less"
         )
+    record.write(run, "eval", measured, tokens=tokens)  # last: what was measured is said on a full disk too
 
 
 def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
@@ -153,15 +153,14 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     windows = experiment.held_out_windows(model, data, tokens)
     geometry = experiment.held_out_geometry(model, there, windows)
     features = top_features(sae, model, data.hook, windows, base=base)
-    record.write(run, "geometry", geometry, tokens=tokens)
-    record.write(run, "features", {"features": features}, tokens=tokens)
+    results: dict[str, Any] = {"geometry": geometry, "features": {"features": features}}
     pairs: list[Pair] = []
     if isinstance(sae, JointSAE) and sae.V is not None:
         pairs = top_pairs(sae, model, data.hook, windows)
-        record.write(run, "pairs", {"pairs": pairs}, tokens=tokens)
+        results["pairs"] = {"pairs": pairs}
     elif isinstance(sae, SecondarySAE) and base is not None:
         found = drivers(sae, base, model, data.hook, windows, [f.feature for f in features])
-        record.write(run, "pairs", {"drivers": found}, tokens=tokens)
+        results["pairs"] = {"drivers": found}
     norms, dips = geometry.squared_norms["W_dec"], geometry.dip_W_dec
     _say(f"{run}: {geometry.rows:,} rows. Features by firing rate, and if their squared decoder norms have two modes:")
     rows = []
@@ -198,6 +197,8 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     if pairs:
         _say("", "Pairs of features that put most into z, and what leaving one out changes of the interaction output:")
         _say(report.table([_pair(pair) for pair in pairs[:8]]))
+    for name, result in results.items():  # last, as in evaluate
+        record.write(run, name, result, tokens=tokens)
     _say("", f"Text of the {len(features)} largest features: {run}/features.json")
 
 

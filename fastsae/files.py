@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,40 @@ def read_json(path: Path) -> Any:
     """Raises FileNotFoundError, or ValueError naming the file when it is not JSON."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: not valid JSON ({error}). Restore it or use another copy.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same for a JSON object: values by name."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: expected values by name; got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def expected_in(path: Path, advice: str) -> Iterator[None]:
+    """Name the file whose contents are not of the form that is made use of here."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error} is missing or wrong; {advice}") from error
+
+
+def read_numbers(line: str, needed: Iterable[str]) -> dict[str, Any]:
+    """One line of a log: numbers by name, null where one was not finite. Raises ValueError saying what is wrong."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+    if not isinstance(found, dict) or not found.keys() >= set(needed):
+        raise ValueError(f"does not hold {', '.join(needed)} by name")
+    for name, value in found.items():
+        number = type(value) is float or (type(value) is int and abs(value) < 2**63)
+        if not number and (value is not None or name in ("step", "rows")):
+            raise ValueError(f"holds no number for {name}")
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

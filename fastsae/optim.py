@@ -1,7 +1,8 @@
 """The optimizer's steps around torch's fused Adam, and an Adam that makes its steps inside the backward."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,27 @@ def remove_parallel_(grad: Tensor, W: Tensor) -> None:
     """Take out of each row of `grad` its part along the same row of W, in place; rows of W have norm 1."""
     for g, w in zip(grad.split(_ROWS), W.split(_ROWS), strict=True):
         g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
+
+
+def check_state(
+    folder: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor], rows_since_fired: Tensor
+) -> None:
+    """Raise ValueError unless the tensors of a checkpoint are what training these weights leaves: Adam's kernel would
+    read and write beyond a moment that is smaller than its weight."""
+    moments: dict[str, set[str]] = {name: set() for name in trained}
+    for key, t in tensors.items():
+        moment, _, name = key.partition("/")
+        if name in trained:
+            moments[name].add(moment)
+            fits = t.is_floating_point() and t.shape == (torch.Size() if moment == "step" else trained[name].shape)
+        else:
+            counted = key == "rows_since_fired" and (t.shape, t.dtype) == (rows_since_fired.shape, torch.int64)
+            fits = counted or (key in ("rng_cpu", "rng_cuda") and t.dtype == torch.uint8 and t.dim() == 1)
+        if not fits:
+            raise ValueError(f"{folder / 'optimizer.safetensors'} does not fit this SAE: {key} is {tuple(t.shape)}")
+    whole = all(kinds == set() or kinds >= {"step", "exp_avg", "exp_avg_sq"} for kinds in moments.values())
+    if not whole or not tensors.keys() >= {"rows_since_fired", "rng_cpu"}:
+        raise ValueError(f"{folder / 'optimizer.safetensors'} is damaged: it lacks some of Adam's moments")
 
 
 class AdamInBackward(torch.optim.Adam):

@@ -85,10 +85,7 @@ def _base_description(base: Path | None) -> dict[str, Any]:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    options = files.read_json(path)
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} is damaged: expected options by name; got {options!r}")
-    return options
+    return files.read_object(path)
 
 
 def _description(data: DataConfig) -> dict[str, Any]:

@@ -124,9 +124,10 @@ class Log:
         """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
         assert self._path is not None
         kept = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+        # What cannot be read is no reason not to go on with what was trained.
+        for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
             try:
-                metrics = json.loads(line)
+                metrics = files.read_numbers(line, ("step", "rows", "fvu", "dead_share"))
             except ValueError:
                 continue
             if metrics["step"] <= step:

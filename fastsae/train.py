@@ -18,7 +18,7 @@ from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
-from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
+from fastsae.optim import AdamInBackward, check_state, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
@@ -156,7 +156,7 @@ class Trainer:
                 output, grad_norm = self._train_step(x)
                 loss = output.loss
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    rate = (self.rows_seen - rows_before) / (time.perf_counter() - since)
+                    rate = (self.rows_seen - rows_before) / max(time.perf_counter() - since, 1e-9)
                     metrics = self._metrics(x, output, grad_norm, rate)
                     if not math.isfinite(metrics["loss"]):
                         raise FloatingPointError(self._diverged(metrics["loss"]))
@@ -377,16 +377,23 @@ class Trainer:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state, ours = found.state, self._description()
-        differing = [
-            f"{name} was {then!r}, is {ours[part].get(name)!r}"
-            for part in ours
-            for name, then in state[part].items()
-            if name not in _FREE_ON_RESUME and json.dumps(ours[part].get(name)) != json.dumps(then)
-        ]
+        with files.expected_in(found.folder / "state.json", f"delete {found.folder}"):
+            counts = [state[name] for name in ("step", "rows_seen", "batches_skipped")] + [state["data"]["drawn"]]
+            if not all(type(n) is int and n >= 0 for n in counts):
+                raise TypeError(repr(counts))
+            if not isinstance(state["data"]["stream"], dict | None):
+                raise TypeError(repr(state["data"]["stream"]))
+            differing = [
+                f"{name} was {then!r}, is {ours[part].get(name)!r}"
+                for part in ours
+                for name, then in state[part].items()
+                if name not in _FREE_ON_RESUME and json.dumps(ours[part].get(name)) != json.dumps(then)
+            ]
         if differing:
             raise ValueError(
                 f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
             )
+        check_state(found.folder, found.tensors, self._trained, self._rows_since_fired)
         try:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
@@ -404,7 +411,10 @@ class Trainer:
                 self._optimizer.state[self._trained[name]][moment] = t.reshape(()) if moment == "step" else t
 
     def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:
-        torch.set_rng_state(found.tensors["rng_cpu"])
+        try:
+            torch.set_rng_state(found.tensors["rng_cpu"])
+        except RuntimeError as error:
+            raise ValueError(f"{found.folder / 'optimizer.safetensors'} is damaged: rng_cpu: {error}") from error
         if self.sae.W_enc.is_cuda:
             torch.cuda.set_rng_state(found.tensors["rng_cuda"], self.sae.W_enc.device)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsae import files
 
 FORMAT = 1
+_AGAIN = "Delete it and run the harvest again: only what is missing is written."
 
 
 class Rows(NamedTuple):
@@ -38,7 +39,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format {found}, this fastsae reads {FORMAT}; harvest again, into a new folder")
     if not {"identity", "documents", "shards"} <= description.keys() or "d_in" not in description["identity"]:
         raise ValueError(f"{path} is damaged: it lacks parts of the index; harvest again, into a new folder")
+    with files.expected_in(path, "harvest again, into a new folder"):
+        numbers = [description["identity"]["d_in"], *(n for s in description["shards"] or () for n in _numbers(s))]
+        wrong = [n for n in numbers if type(n) is not int or n < 0]
+        wrong += [name for name in description["documents"] if not isinstance(name, str)]
+        if wrong:
+            raise TypeError(repr(wrong[0]))
     return description
+
+
+def _numbers(shard: dict[str, int]) -> tuple[int, int]:
+    return shard["rows"], shard["crc32"]
 
 
 class StoreWriter:
@@ -104,6 +115,13 @@ class ActivationStore:
         self.block_rows: list[int] = [shard["rows"] for shard in description["shards"]]
         self._checksums: list[int] = [shard["crc32"] for shard in description["shards"]]
         self._verified: set[int] = set()
+        for i, rows in enumerate(self.block_rows):  # before a buffer of so many rows is made
+            path = _shard(self.folder, i)
+            if path.exists() and rows * self.d_in > path.stat().st_size:
+                raise ValueError(
+                    f"activation store: {path} is damaged, or index.json: it is too small for the {rows} rows "
+                    f"it is said to hold. {_AGAIN}"
+                )
 
     @property
     def n_rows(self) -> int:
@@ -116,15 +134,17 @@ class ActivationStore:
     def rows(self, i: int) -> Rows:
         """The same, with each row's document and position. Raises ValueError naming the file if it is damaged."""
         path = _shard(self.folder, i)
-        advice = "Delete it and run the harvest again: only what is missing is written."
         try:
             if i not in self._verified and files.crc32(path) != self._checksums[i]:
                 raise ValueError(f"{path} is damaged: its checksum is not the one that was stored")
             rows = Rows(**files.read_tensors(path))
+            if rows.activations.shape != (self.block_rows[i], self.d_in):
+                found, said = tuple(rows.activations.shape), (self.block_rows[i], self.d_in)
+                raise ValueError(f"{path} is damaged, or index.json: it holds {found} activations, not {said}")
         except FileNotFoundError as error:
             missing = f"activation store: {path} is missing. Run the harvest again: only what is missing is written."
             raise ValueError(missing) from error
         except ValueError as error:
-            raise ValueError(f"activation store: {error}. {advice}") from error
+            raise ValueError(f"activation store: {error}. {_AGAIN}") from error
         self._verified.add(i)
         return rows

@@ -69,7 +69,10 @@ class ActivationStream:
         differing = [f"{k} was {state.get(k)}, is {v}" for k, v in self._identity().items() if state.get(k) != v]
         if differing:
             raise ValueError(f"ActivationStream: this position belongs to another stream: {'; '.join(differing)}")
-        self._epoch, self._buffer_number, self._offset = state["epoch"], state["buffer"], state["offset"]
+        position: list[Any] = [state.get(name) for name in ("epoch", "buffer", "offset")]
+        if not all(type(n) is int and n >= 0 for n in position) or not self._is_place(*position):
+            raise ValueError(f"ActivationStream: there is no such position: epoch, buffer and offset {position}")
+        self._epoch, self._buffer_number, self._offset = position
 
     def _identity(self) -> dict[str, Any]:
         """What decides which rows come when."""
@@ -96,13 +99,19 @@ class ActivationStream:
     def _advance(self) -> None:
         self._offset = 0
         self._buffer_number += 1
-        if self._buffer_number == len(self._buffers()):
+        if self._buffer_number == len(self._buffers(self._epoch)):
             self._buffer_number = 0
             self._epoch += 1
 
-    def _buffers(self) -> list[list[int]]:
-        """The blocks of this epoch in their order, grouped into buffers."""
-        order = torch.randperm(len(self.source.block_rows), generator=self._generator("blocks", self._epoch)).tolist()
+    def _is_place(self, epoch: int, buffer: int, offset: int) -> bool:
+        if epoch == self.epochs:
+            return (buffer, offset) == (0, 0)
+        buffers = self._buffers(epoch) if self.epochs is None or epoch < self.epochs else []
+        return buffer < len(buffers) and offset < sum(self.source.block_rows[i] for i in buffers[buffer])
+
+    def _buffers(self, epoch: int) -> list[list[int]]:
+        """The blocks of an epoch in their order, grouped into buffers."""
+        order = torch.randperm(len(self.source.block_rows), generator=self._generator("blocks", epoch)).tolist()
         buffers: list[list[int]] = [[]]
         rows = 0
         for block in order:
@@ -117,7 +126,7 @@ class ActivationStream:
         key = (self._epoch, self._buffer_number)
         if self._buffer is None or self._buffer_key != key:
             self._buffer = None  # freed before the next one is made
-            blocks = self._buffers()[self._buffer_number]
+            blocks = self._buffers(self._epoch)[self._buffer_number]
             n_rows = sum(self.source.block_rows[i] for i in blocks)
             places = torch.randperm(n_rows, generator=self._generator("rows", *key))
             buffer, lo = None, 0

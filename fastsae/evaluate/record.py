@@ -35,8 +35,8 @@ def read(run: Path, name: str) -> dict[str, Any] | None:
     path = run / f"{name}.json"
     if not path.is_file():
         return None
-    content = files.read_json(path)
-    if not isinstance(content, dict) or _SAE not in content:
+    content = files.read_object(path)
+    if _SAE not in content:
         raise ValueError(f"{path} is damaged: expected a result of fastsae; delete it and measure again")
     return content if content[_SAE] == _checksum(run) else None
 

@@ -1,7 +1,9 @@
 """What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
 
+import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,6 +185,7 @@ class SparseAutoencoder(nn.Module):
                 "format": FORMAT,
                 "architecture": self.architecture,
                 "config": to_dict(self.config),
+                "config_crc32": _checksum(to_dict(self.config)),
                 "weights_crc32": files.crc32(new_weights),
             }
             # Killed between the two, a save over another SAE leaves new weights, and what belongs to them by this name.
@@ -222,12 +225,18 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         if "W_enc" not in weights:
             raise ValueError(f"{file} holds no W_enc: these are not the weights of an SAE")
-        # On no device: the weights take the place of an initialisation, which would cost time and random numbers.
-        sae = cls(**to_dict(config), device="meta", dtype=weights["W_enc"].dtype)
         try:
+            # On no device: the weights take the place of an initialisation, which would cost time and random numbers,
+            # and memory for whatever the config claims.
+            sae = cls(**to_dict(config), device="meta", dtype=weights["W_enc"].dtype)
             sae.load_state_dict(weights, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from error
+        if description.get("config_crc32", expected := _checksum(description["config"])) != expected:
+            raise ValueError(
+                f"{folder / _CONFIG} is damaged: its config is not the one that was saved. If you changed it on "
+                "purpose, take config_crc32 out of it."
+            )
         choose(backend, sae.W_enc.device, sae.W_enc.dtype)
         sae.backend = backend
         return sae.eval()
@@ -237,11 +246,16 @@ class SparseAutoencoder(nn.Module):
         return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, backend={self.backend!r}"
 
 
+def _checksum(config: dict[str, Any]) -> int:
+    """Of what the shapes of the weights do not show, k above all."""
+    return zlib.crc32(json.dumps(config, sort_keys=True).encode())
+
+
 def _of_these_weights(folder: Path, new: Path, old: Path) -> Path:
     """Which config a save that was cut off left the weights of."""
     weights = folder / "weights.safetensors"
-    description = files.read_json(new)
-    return new if weights.is_file() and description["weights_crc32"] == files.crc32(weights) else old
+    description = files.read_object(new)
+    return new if weights.is_file() and description.get("weights_crc32") == files.crc32(weights) else old
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from fastsae.report.text import interval
 from fastsae.report.training import read_metrics
 
 
+# What drawing and formatting raise on values of other kinds than were written.
+_OTHER_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
     """Write RUN/report.html from what training left in RUN, and the results "eval", "geometry", "features", "pairs" and
     "factorial-...".
@@ -19,7 +23,7 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
     What is None was not measured, and the command that measures it is named; pairs, which not every SAE has, are left
     out. Raises ValueError naming what is damaged.
     """
-    described, data = files.read_json(run / "run.json"), files.read_json(run / "data.json")
+    described, data = files.read_object(run / "run.json"), files.read_object(run / "data.json")
     made_by = {
         "eval": (f"fastsae eval {run}", _measured),
         "geometry": (f"fastsae analyze {run}", _geometry),
@@ -30,7 +34,7 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
     made_by |= {name: (f"fastsae factorial {run} STIMULI", factorial.section) for name in experiments}
     try:
         head = _head(run, described, data)
-    except (KeyError, TypeError) as error:
+    except _OTHER_FORM as error:
         raise ValueError(
             f"{run / 'run.json'} or data.json beside it is damaged: {error} is missing or wrong; train the run again"
         ) from error
@@ -44,7 +48,7 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
             continue
         try:
             sections.append(section(result))
-        except (KeyError, TypeError) as error:
+        except _OTHER_FORM as error:
             damaged = f"{run / name}.json is damaged: {error} is missing or wrong; run `{command}` again"
             raise ValueError(damaged) from error
     style = Path(__file__).with_name("style.css").read_text()

@@ -1,19 +1,21 @@
 """The course of a training run: its log, and the curves of several runs in one picture."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastsae import files
+
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl. Raises FileNotFoundError, or ValueError naming a line that is not JSON."""
+    """The lines of a run's metrics.jsonl. Raises FileNotFoundError, or ValueError naming a line that is damaged."""
     path = run_dir / "metrics.jsonl"
     metrics = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            metrics.append(json.loads(line))
+            metrics.append(files.read_numbers(line, ("rows", "fvu", "dead_share")))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: line {number} is not valid JSON ({error})") from error
+            advice = "Delete the line; to train on with --resume drops it too"
+            raise ValueError(f"{path} is damaged: line {number} {error}. {advice}") from error
     return metrics
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,6 +74,12 @@ def claim(study: StudyConfig, data: DataConfig) -> None:
     files.write_json(path, ours)
 
 
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(repr(value))
+    return value
+
+
 class _Runs:
     def __init__(
         self,
@@ -119,7 +126,9 @@ class _Runs:
                 return None
             fvu = reconstruction(sae, self._choice_rows()).fvu.estimate
             files.write_json(path, {"fvu": fvu if math.isfinite(fvu) else None})
-        return files.read_json(path)["fvu"]
+        with files.expected_in(path, "delete it: the rows are looked at again"):
+            fvu = files.read_object(path)["fvu"]
+            return None if fvu is None else _number(fvu)
 
     def _choice_rows(self) -> Iterator[torch.Tensor]:
         n = len(self.source.block_rows)
@@ -129,14 +138,20 @@ class _Runs:
             yield block[:: max(1, len(block) * len(blocks) // _CHOICE_ROWS)]
 
     def _outcome(self, folder: Path, lr: float, seed: int) -> Outcome:
-        path = folder / "outcome.json"
-        if not path.exists() or files.read_json(path)["held_out"] != self.held_out:
+        path, done = folder / "outcome.json", folder / "done.json"
+        if not path.exists() or files.read_object(path).get("held_out") != self.held_out:
             sums = self.measure(load(folder / "sae", device=experiment.device()))
             kept = {name: values.tolist() for name, values in sums.sums.items()}
             files.write_json(path, {"held_out": self.held_out, "documents": sums.names, "sums": kept})
-        found, dead_share = files.read_json(path), files.read_json(folder / "done.json")["metrics"]["dead_share"]
-        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["sums"].items()}
-        return Outcome(seed, lr, dead_share, DocumentSums(tuple(found["documents"]), tensors))
+        with files.expected_in(done, f"delete {folder}: it is trained again"):
+            dead_share = _number(files.read_object(done)["metrics"]["dead_share"])
+        with files.expected_in(path, "delete it: the SAE is measured again"):
+            found = files.read_object(path)
+            names = tuple(found["documents"])
+            sums = {name: torch.tensor([*map(_number, v)], dtype=torch.float64) for name, v in found["sums"].items()}
+            if not sums or any(len(values) != len(names) for values in sums.values()):
+                raise TypeError(f"a sum for each of {len(names)} documents")
+        return Outcome(seed, lr, dead_share, DocumentSums(names, sums))
 
     def _folder(self, arm: Arm, lr: float, seed: int) -> Path:
         return self.study.folder / arm.name / f"lr_{lr:g}" / f"seed_{seed}"
@@ -147,7 +162,9 @@ class _Runs:
         folder = self._folder(arm, lr, seed)
         diverged, done = folder / "diverged.json", folder / "done.json"
         if diverged.exists():
-            raise FloatingPointError(files.read_json(diverged)["error"])
+            with files.expected_in(diverged, f"delete {folder}: it is trained again"):
+                told = files.read_object(diverged)["error"]
+            raise FloatingPointError(told)
         if not done.exists():
             before = len(list(self.study.folder.glob("*/*/*/done.json")))
             self.say(f"[{before + 1} of {self.total}] {arm.name}, lr {lr:g}, seed {seed}: {arm.meaning}")
@@ -164,7 +181,9 @@ class _Runs:
             )
             stream = ActivationStream(self.source, self.data.batch_size, self.data.buffer_rows, seed)
             if arm.base:  # the rows that come after those its base has seen, as in an arm that trains as long
-                stream.load_state_dict(files.read_json(self._base(arm.base, seed) / "done.json")["position"])
+                path = self._base(arm.base, seed) / "done.json"
+                with files.expected_in(path, f"delete {path.parent}: it is trained again"):
+                    stream.load_state_dict(files.read_object(path)["position"])
             provenance.record(self.data, folder)
             try:
                 result = Trainer(self._new(arm, seed), config).fit(stream)
@@ -188,14 +207,18 @@ class _Runs:
     def _begin_anew_on_another_base(self, name: str, folder: Path) -> None:
         """Drop a run that stands on a base with a learning rate that is not the chosen one any more."""
         note, lr = folder / "base.json", self._chosen(name)
-        if note.exists() and files.read_json(note)["lr"] == lr:
-            return
+        if note.exists():
+            with files.expected_in(note, f"delete {folder}: it is trained again"):
+                if _number(files.read_object(note)["lr"]) == lr:
+                    return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         files.write_json(note, {"lr": lr})
 
     def _chosen(self, name: str) -> float:
-        return files.read_json(self.study.folder / name / "lr.json")["lr"]
+        path = self.study.folder / name / "lr.json"
+        with files.expected_in(path, "delete it, and run the same study again"):
+            return _number(files.read_object(path)["lr"])
 
     def _base(self, name: str, seed: int) -> Path:
         """The finished run of this seed of another arm, with the learning rate chosen for it."""

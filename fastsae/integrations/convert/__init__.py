@@ -76,4 +76,10 @@ def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
 
 
 def _read(source: Path) -> Converted:
-    return FORMATS[detect(source)].read(source)
+    form = FORMATS[detect(source)]
+    try:
+        return form.read(source)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{source} is damaged, or of another form than {form.FILES}: {error}") from error
+    except ValueError as error:
+        raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from error

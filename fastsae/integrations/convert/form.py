@@ -103,7 +103,11 @@ def read_pickled(path: Path) -> dict[str, Any]:
                 f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is "
                 "not run"
             ) from error
-    return by_name(path, found)
+    for name, t in by_name(path, found).items():
+        # A view of strides 0 claims any size in a few bytes; copied, it would take all memory.
+        if isinstance(t, Tensor) and t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} claims to be {tuple(t.shape)}, which is more than the file holds")
+    return found
 
 
 def write_pickled(path: Path, values: dict[str, Any]) -> None:

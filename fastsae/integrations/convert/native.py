@@ -30,6 +30,6 @@ def _folder(source: Path) -> Path:
 
 def _metadata(recorded: Path) -> dict[str, Any]:
     """Of what a run of `fastsae train` was trained on, if that is beside the SAE."""
-    data = files.read_json(recorded) if recorded.is_file() else {}
+    data = files.read_object(recorded) if recorded.is_file() else {}
     names = {"model": "model_name", "hook": "hook_name", "context": "context_size", "text": "dataset_path"}
     return {theirs: data[ours] for ours, theirs in names.items() if ours in data}
