@@ -551,7 +551,15 @@ def _claim(weight: Tensor, backend: str) -> Any:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
+def _check_strided(where: str, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and (not isinstance(t, Tensor) or t.layout != torch.strided):
+            got = t.layout if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{where}: {name} must be a tensor with strides; got {got}")
+
+
 def _check_floats(where: str, **tensors: Tensor | None) -> None:
+    _check_strided(where, **tensors)
     given = {name: t for name, t in tensors.items() if t is not None}
     first_name, first = next(iter(given.items()))
     for name, t in given.items():
@@ -587,6 +595,7 @@ def _check_n(where: str, n: int, values: Tensor) -> None:
 
 def _choose_for_code(where: str, backend: str, values: Tensor, indices: Tensor, **weights: Tensor | None) -> str:
     """Check a code and the weights it is decoded with, and choose the backend."""
+    _check_strided(where, values=values, indices=indices, **weights)
     if values.dim() != 2 or values.shape != indices.shape:
         raise ValueError(
             f"{where}: values and indices must both be (B, k); got {tuple(values.shape)} and {tuple(indices.shape)}. "

@@ -12,7 +12,9 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.i
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="ten times the kills, 10,000 random cases of the operations")
+    parser.addoption(
+        "--long", action="store_true", help="ten times the kills and damages, 10,000 cases of the operations"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from fastsae.report.elements import Json
 from fastsae.report.text import interval
 from fastsae.report.training import read_metrics
 
-
 # What drawing and formatting raise on values of other kinds than were written.
 _OTHER_FORM = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 

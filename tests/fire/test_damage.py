@@ -329,7 +329,7 @@ def test_a_study(name, study_of, monkeypatch, times):
     for path in sorted(study_of.rglob(f"{name}.json"))[-2:]:
         if path.parent.name == "sae":
             continue
-        for _ in damage(path, draw, 10 * times):
+        for _ in damage(path, draw, 4 * times):
             assert_told(lambda: test_study.started(study_of, seeds=1), rf"{name}\.json|another study|ActivationStream")
             for other, content in before.items():
                 if other != path:
