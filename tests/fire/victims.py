@@ -24,6 +24,7 @@ from torch import Tensor
 import fastsae
 from fastsae.activations import ActivationStore, ActivationStream, harvest
 from fastsae.activations.store import Rows
+from fastsae.integrations import convert
 from fastsae.train import Trainer
 
 Work = Callable[[Path], object]
@@ -173,6 +174,58 @@ def save_again_and_again(folder: Path) -> None:
     """One SAE over another; both have the same shape, and files of the same size."""
     for seed in (1, 2) * 4:
         joint(seed).save_pretrained(folder)
+
+
+def train_or_be_refused(folder: Path) -> None:
+    _or_be_refused(train, folder)
+
+
+def harvest_or_be_refused(folder: Path) -> None:
+    _or_be_refused(harvest_all, folder)
+
+
+def _or_be_refused(work: Work, folder: Path) -> None:
+    try:
+        work(folder)
+    except RuntimeError as error:
+        if "another process is writing into" not in str(error):
+            raise
+
+
+def may_not_write(folder: Path) -> None:
+    """What a user without rights to the folder is told. (Root has them all: it becomes nobody.)"""
+    os.chdir(folder)  # the folders above belong to others
+    if os.getuid() == 0:
+        os.setuid(65534)
+    here = Path()
+    for work, where in ((train, "run"), (harvest_all, "")):
+        for name in (where, f"{where}/new" if where else "new"):
+            with pytest.raises(OSError, match=rf"cannot write into {name or '.'}: Permission denied"):
+                work(here) if work is train and name == where else _into(work, here / name)
+    with pytest.raises(OSError, match=r"Permission denied: .*new"):
+        joint().save_pretrained("new")
+    assert ActivationStore("store").n_rows == BLOCK * BLOCKS
+    fastsae.load("sae")  # whoever may read the folder may read the files
+
+
+def _into(work: Work, folder: Path) -> None:
+    if work is train:
+        trainer(folder).fit([torch.randn(8, D)])
+    else:
+        work(folder)
+
+
+def refuse_what_is_huge(folder: Path) -> None:
+    """Each SAE, store and file of weights below the folder claims to be huge; there is memory for none of them."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.zeros(2**28)
+    cases = sorted(folder.iterdir())
+    assert len(cases) >= 8
+    for path in cases:
+        with pytest.raises(ValueError, match=path.name):
+            ActivationStore(path) if (path / "index.json").exists() else convert.read(path)
 
 
 def weights(sae: Any) -> dict[str, Tensor]:
