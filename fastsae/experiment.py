@@ -65,13 +65,23 @@ def language_model(data: DataConfig) -> Any:
 
 
 def training_windows(model: Any, data: DataConfig) -> TokenWindows:
+    _check_context(model, data)
     return tokenize(read_documents(data.text), model.tokenizer, data.context, data.tokens, held_out=False)
+
+
+def _check_context(model: Any, data: DataConfig) -> None:
+    """Before windows are padded to that length."""
+    if data.context > model.cfg.n_ctx:
+        raise ValueError(
+            f"DataConfig.context: expected at most {model.cfg.n_ctx}, what the model reads at once; got {data.context}"
+        )
 
 
 def held_out_windows(
     model: Any, data: DataConfig, tokens: int, per_document: int = _WINDOWS_PER_DOCUMENT
 ) -> TokenWindows:
     """Windows spread over the held-out documents, `tokens` tokens at most."""
+    _check_context(model, data)
     documents = read_documents(data.text)
     return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
 

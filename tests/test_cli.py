@@ -108,7 +108,7 @@ def test_seeds_reach_the_weights_and_the_order(run):
     assert (starts[0] - starts[2]).abs().mean() > 1e-3  # two steps move a weight by 2e-3 at most, mostly much less
 
 
-def test_eval_shows_what_was_measured(run, monkeypatch):
+def test_eval_shows_what_was_measured(run, monkeypatch, capsys):
     run("train", "topk", "--steps", "2", "--run-dir", "r", *SMALL)
     measured = []
     measure = experiment.measure
@@ -128,6 +128,11 @@ def test_eval_shows_what_was_measured(run, monkeypatch):
     assert kept["options"] == {"tokens": 3000}
     assert kept["bos_out"]["conditions"]["full"]["kl"] == vars(b.full.kl)
     assert "sums" not in kept["bos_out"]
+    Path("r/eval.json").unlink()
+    Path("r/eval.json").mkdir()
+    with pytest.raises(SystemExit, match=r"error: .*r/eval\.json"):
+        run("eval", "r", "--tokens", "300")
+    assert "\nfull " in capsys.readouterr().out, "what was measured is said where it cannot be written, too"
 
 
 def test_analyze(run):

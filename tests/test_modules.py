@@ -1,6 +1,7 @@
 """The modules: names, shapes, initialisation, pathways, saving and loading."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def test_with_one_active_feature_the_interaction_is_constant():
         torch.nn.init.normal_(p)
     constant = sae.W2 @ torch.relu(sae.b1) + sae.b2
     torch.testing.assert_close(sae.components(torch.randn(5, 8).double()).interaction, constant.expand(5, 8))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_an_interaction_without_pairs_is_warned_of(k, tmp_path):
+    with pytest.warns(UserWarning, match=rf"JointSAE: k_integration is 1 \(half of k = {k}.*one feature makes no pair"):
+        sae = fastsae.JointSAE(8, 50, k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastsae.load(sae.save_pretrained(tmp_path))
+        fastsae.JointSAE(8, 50, k, interaction=False)
+        fastsae.JointSAE(8, 50, 4)
 
 
 def test_with_n_equal_to_k_the_linear_pathway_is_a_second_decoder():

@@ -11,7 +11,8 @@ from test_train import D, K, M, activations, assert_same, config, weights
 from torch import Tensor
 
 import fastsae
-from fastsae import cli
+from fastsae import cli, provenance
+from fastsae.config import DataConfig
 from fastsae.modules.sequential import FROZEN
 from fastsae.planner import plan
 from fastsae.train import Trainer
@@ -274,6 +275,20 @@ def test_train_sequential(run):
         run("train", "sequential", "--base", "nowhere", "--run-dir", "other", *DATA)
     with pytest.raises(SystemExit, match="nothing to train"):
         run(*sequential, "--no-linear", "--no-interaction", "--run-dir", "other")
+
+
+def test_a_run_goes_on_on_its_own_base_only(base, tmp_path):
+    data = DataConfig()
+    for name, sae in (("a", base), ("b", fastsae.TopKSAE(D, M, K))):
+        sae.save_pretrained(tmp_path / name / "sae")
+    provenance.record(data, tmp_path / "r", tmp_path / "a")
+    (tmp_path / "r" / "metrics.jsonl").touch()
+    provenance.record(data, tmp_path / "r", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"base was '.*a', is '.*b'.*Choose another --run-dir"):
+        provenance.record(data, tmp_path / "r", tmp_path / "b")
+    fastsae.TopKSAE(D, M, K).save_pretrained(tmp_path / "a" / "sae")
+    with pytest.raises(ValueError, match=r"base_crc32 was"):
+        provenance.record(data, tmp_path / "r", tmp_path / "a")
 
 
 def test_the_base_has_the_flags_of_its_shape(run, capsys):

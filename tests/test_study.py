@@ -613,6 +613,16 @@ def test_another_study_in_the_folder_is_refused(whole, monkeypatch):
     assert not counts.fits
 
 
+@pytest.mark.parametrize("options", ["--context 2", "--held-out-tokens 1"])
+def test_a_study_without_a_prediction_is_refused_at_once(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = "--folder s --seeds 1 --lrs 0.001 --steps 2 --tokens 300 --context 64 --batch-size 64 --d-sae 64 --k 4"
+    monkeypatch.setattr(sys, "argv", ["fastsae", "study", *small.split(), *options.split()])
+    with pytest.raises(SystemExit, match=r"none is predicted from another one.*a longer --context or more --held-out"):
+        cli.main()
+    assert not Path("s").exists()
+
+
 def test_a_damaged_note_is_named(tmp_path):
     for damaged in ("[]", '{"study": 1}', "{"):
         (tmp_path / "config.json").write_text(damaged)

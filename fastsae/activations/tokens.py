@@ -39,6 +39,11 @@ class TokenWindows:
         """Tokens of text: neither BOS nor padding."""
         return int(self.lengths.sum()) - len(self) * self.has_bos
 
+    @property
+    def n_predictions(self) -> int:
+        """Tokens of text that another token of text comes before."""
+        return int((self.lengths - int(self.has_bos) - 1).clamp(min=0).sum())
+
     def is_text(self, windows: slice = slice(None)) -> Tensor:
         """Which positions hold text (neither BOS nor padding): (n, context) bool."""
         position = torch.arange(self.context)

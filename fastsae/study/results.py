@@ -25,6 +25,11 @@ def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object
     model = experiment.language_model(data)
     # What can be wrong with the options is found before hours of work.
     windows = experiment.held_out_windows(model, data, config.held_out_tokens, config.windows_per_document)
+    if windows.n_predictions == 0:
+        raise ValueError(
+            f"study: {windows.n_tokens} held-out tokens in windows of {data.context}: none is predicted from another "
+            "one, so there is no KL to measure; use a longer --context or more --held-out-tokens"
+        )
     source = ModelActivations(model, data.hook, experiment.training_windows(model, data))
     trained = arms(config, source.d_in)
     if data.batch_size > source.n_rows:

@@ -79,7 +79,9 @@ class Draw:
             yield
 
 
-def assert_exact(draw: Draw, floats: dict[str, Tensor | None], call: Callable[..., tuple[Tensor, ...]]) -> None:
+def assert_exact(
+    draw: Draw, floats: dict[str, Tensor | None], call: Callable[..., tuple[Tensor, ...]], exact_to: float = 0.0
+) -> None:
     """call(backend, **floats) and the gradients of all floats are those of the specification in fp64."""
 
     def run(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor | None]]:
@@ -101,7 +103,7 @@ def assert_exact(draw: Draw, floats: dict[str, Tensor | None], call: Callable[..
     with draw.any_path():
         ours, our_grads = run(draw.backend, draw.dtype)
     exact, exact_grads = run("reference", torch.float64)
-    rounding = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}.get(draw.dtype, 1e-6)
+    rounding = {torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}.get(draw.dtype, exact_to)
     for number, (got, want) in enumerate(zip(ours, exact, strict=True)):
         assert got.dtype in (draw.dtype, torch.int64, torch.promote_types(draw.dtype, torch.float32))
         close(f"result {number}", got, want, rounding)
@@ -144,7 +146,8 @@ def test_topk_encode(data: st.DataObject):
     # The same features, where equal numbers go to the lower index and NaN comes first.
     x = floats["x"]
     assert x is not None
-    if B and draw.maybe("not finite"):
+    # Infinity times a scale of 0 is NaN on some paths and left out on others.
+    if B and scale is None and draw.maybe("not finite"):
         x = x.clone()
         x[draw.size("row", 0, B - 1), draw.size("column", 0, D - 1)] = data.draw(
             st.sampled_from((torch.nan, torch.inf, -torch.inf)), label="what"
@@ -221,7 +224,7 @@ def test_reconstruct(data: st.DataObject):
             values, indices, W_dec, W_lin, V, n, bias=bias, mlp=network, target=target, backend=backend
         )
 
-    assert_exact(draw, floats, call)
+    assert_exact(draw, floats, call, exact_to=1e-5)  # the mean divides, and differences of its terms are left
 
 
 @given(st.data())
