@@ -63,6 +63,10 @@ def test_resume_and_another_run(run):
         (["train", "topk", *SMALL, "--k", "200"], "k: expected between 1 and d_sae = 128; got 200"),
         (["train", "topk", *SMALL, "--run-dir", "None"], "--run-dir says where the SAE is written"),
         (["train", "topk", *SMALL, "--buffer-rows", "0"], "buffer_rows: expected at least 1; got 0"),
+        (
+            ["train", "topk", *SMALL, "--context", "1000000000"],
+            "context: expected at most 256, what the model reads at",
+        ),
         (["train", "topk", *SMALL, "--run-dir", "/proc/r"], "train: cannot write into /proc/r"),
         (["eval", "nowhere"], "error: nowhere is no run of `fastsae train`"),
     ],

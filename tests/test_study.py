@@ -613,7 +613,7 @@ def test_another_study_in_the_folder_is_refused(whole, monkeypatch):
     assert not counts.fits
 
 
-@pytest.mark.parametrize("options", ["--context 2", "--held-out-tokens 1"])
+@pytest.mark.parametrize("options", ["--context 2 --held-out-tokens 99", "--held-out-tokens 1"])
 def test_a_study_without_a_prediction_is_refused_at_once(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = "--folder s --seeds 1 --lrs 0.001 --steps 2 --tokens 300 --context 64 --batch-size 64 --d-sae 64 --k 4"
