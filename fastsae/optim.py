@@ -51,15 +51,15 @@ def check_state(
         moment, _, name = key.partition("/")
         if name in trained:
             moments[name].add(moment)
-            fits = t.is_floating_point() and t.shape == (torch.Size() if moment == "step" else trained[name].shape)
+            fits = t.is_floating_point() and (t.numel() == 1 if moment == "step" else t.shape == trained[name].shape)
         else:
             counted = key == "rows_since_fired" and (t.shape, t.dtype) == (rows_since_fired.shape, torch.int64)
             fits = counted or (key in ("rng_cpu", "rng_cuda") and t.dtype == torch.uint8 and t.dim() == 1)
         if not fits:
-            raise ValueError(f"{folder / 'optimizer.safetensors'} does not fit this SAE: {key} is {tuple(t.shape)}")
+            raise ValueError(f"{folder} does not fit this SAE: {key} is {tuple(t.shape)}")
     whole = all(kinds == set() or kinds >= {"step", "exp_avg", "exp_avg_sq"} for kinds in moments.values())
     if not whole or not tensors.keys() >= {"rows_since_fired", "rng_cpu"}:
-        raise ValueError(f"{folder / 'optimizer.safetensors'} is damaged: it lacks some of Adam's moments")
+        raise ValueError(f"{folder} is damaged: it lacks some of Adam's moments")
 
 
 class AdamInBackward(torch.optim.Adam):

@@ -393,7 +393,7 @@ class Trainer:
             raise ValueError(
                 f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
             )
-        check_state(found.folder, found.tensors, self._trained, self._rows_since_fired)
+        check_state(found.folder, found.tensors, self._trained, self._rows_since_fired[:-1])
         try:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
