@@ -300,9 +300,10 @@ class FactorialConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, least in (("permutations", 99), ("clamped", 0), ("directions", 0), ("others", 0), ("new_tokens", 0)):
+        limits = {"permutations": (99, 10**6), "clamped": (0, 12), "directions": (0, 10**4), "others": (0, 10**4)}
+        for name, (least, most) in {**limits, "new_tokens": (0, 10**6), "seed": (0, 2**63 - 1)}.items():
             value = getattr(self, name)
-            _require(value >= least, f"FactorialConfig.{name}", f"at least {least}", value)
+            _require(least <= value <= most, f"FactorialConfig.{name}", f"from {least} to {most}", value)
         finite = all(map(math.isfinite, self.amounts)) and len(set(self.amounts)) == len(self.amounts)
         _require(finite and self.amounts != (), "FactorialConfig.amounts", "different finite numbers", self.amounts)
         if self.operation == "multiply":

@@ -495,7 +495,9 @@ def test_a_topk_sae_has_its_own_features_clamped():
         ({"amounts": ()}, "amounts: expected different finite numbers"),
         ({"amounts": (1.0,)}, "amounts: expected one that is not 1;"),
         ({"amounts": (0.5,), "operation": "set"}, "amounts: expected at least 2 to set"),
-        ({"permutations": 5}, "permutations: expected at least 99; got 5"),
+        ({"permutations": 5}, "permutations: expected from 99 to 1000000; got 5"),
+        ({"clamped": 13}, "clamped: expected from 0 to 12; got 13"),
+        ({"seed": 2**70}, "seed: expected from 0 to"),
     ],
 )
 def test_options_out_of_range(options, message):
