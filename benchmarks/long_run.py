@@ -29,8 +29,8 @@ from fastsae import JointSAE, Trainer, TrainerConfig, files
 ROOT = Path(__file__).parents[1]
 PLOT, PAGE = "docs/reliability/long_run.png", "docs/reliability.md"
 _BEGIN, _END = "<!-- long run -->", "<!-- /long run -->"
-# Matrices and buffer of more than 32 MiB: what is smaller glibc takes from its heap, which shrinks only when what lies
-# at its end is free. With d_sae = 8192 resident memory went up and down by 4 %, and by 8 % once, without growing.
+# Matrices and buffer of more than 32 MiB, which glibc maps and unmaps. An earlier run with d_sae = 8192 and a buffer of
+# 16 MiB went up and down by 4 %, and by 8 % once, without growing; its heap is the likely reason, not measured.
 SETTINGS = {
     "tokens": 500_000,
     "batch_size": 1024,

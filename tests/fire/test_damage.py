@@ -6,6 +6,7 @@ noticed only by a checksum is noticed by it: weights, checkpoints and shards are
 
 import copy
 import json
+import os
 import random
 import re
 import shutil
@@ -30,6 +31,12 @@ from fastsae.report import figures
 # What the command line prints without a traceback.
 TOLD = (OSError, ValueError, RuntimeError)
 ODD: list[Any] = [None, "x", -1, 0.5, 10**12, 10**30, 1e308, float("nan"), True, [], {}, [[]], {"x": None}, "../../x"]
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch):
+    """What flushing is for cannot be seen here, and it takes most of the time on a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def bytes_damaged(content: bytes, draw: random.Random, n: int) -> Iterator[bytes]:
@@ -205,6 +212,17 @@ def test_a_checkpoint_that_was_changed_on_purpose(there, times):
         seal(folder)
         assert assert_told(lambda: resumed(there), r"optimizer\.safetensors|step_00000010")
         (folder / name).write_bytes(kept[folder / name])
+
+
+@pytest.mark.parametrize("name", ["epoch", "buffer", "offset"])
+@pytest.mark.parametrize("value", [None, "1", -1, 0.0, True, 10**12, 10**30])
+def test_a_position_that_is_none(name, value, run_of):
+    """Beyond its buffer a stream would look for rows for ever."""
+    stream = ActivationStream(ActivationStore(run_of / "store"), 32, 2 * victims.BLOCK, epochs=3)
+    position = stream.state_dict()
+    with pytest.raises(ValueError, match="ActivationStream: there is no such position"):
+        stream.load_state_dict(position | {name: value})
+    assert stream.state_dict() == position
 
 
 # ---- a store --------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def test_the_long_run(path):
     last = found["samples"][-1]
     assert last["seconds"] >= 60 * found["settings"]["minutes"] >= 1800
     assert {s["files"] for s in found["samples"]} == {found["samples"][0]["files"]}
+    assert long_run.spread(found) <= 0.02
     assert {"cpu", "cores", "threads"} <= found["hardware"].keys()
     assert {"torch", "commit"} <= found["versions"].keys()
 
