@@ -34,7 +34,7 @@ COMMANDS = {
     **{f"runs/paper/{run}/geometry.json": f"analyze runs/paper/{run}" for run in ("joint", "secondary")},
     **{
         f"runs/paper/secondary/factorial-{name.replace('_', '-')}.json": (
-            f"factorial runs/paper/secondary {name} --directions 20 --others 5 --new-tokens 12"
+            f"factorial runs/paper/secondary {name} --directions 20 --others 5 --new-tokens 12 --clamped 1"
         )
         for name in SETS
     },

@@ -272,11 +272,17 @@ def factorial(
     name = f"factorial-{loaded.name}"
     with files.locked(run, "factorial"):
         pass  # hours later is too late to find out that nothing can be written there
-    found = run_factorial(there, experiment.language_model(there.data), loaded, options, _say)
-    try:
+    model, known = experiment.language_model(there.data), []
+
+    def keep(found: Factorial) -> None:
+        known[:] = [found]
         record.write(run, name, found, **to_dict(options))
-    finally:  # on a full disk there is still the terminal
-        _tell(found)
+
+    try:
+        found = run_factorial(there, model, loaded, options, _say, keep)
+    finally:  # stopped, or on a full disk, there is still what is known
+        for one in known:
+            _tell(one)
     if found.texts:
         text = "\n".join(f"== {target} ==\n\n{side_by_side(found.prompts, t)}" for target, t in found.texts.items())
         files.write_atomically(run / f"{name}.txt", lambda p: p.write_text(text, encoding="utf-8"))

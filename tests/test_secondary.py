@@ -312,6 +312,24 @@ def test_results_that_cannot_be_written_are_told(run, monkeypatch, capsys):
     assert "pair: the features with the least p of an interaction" in capsys.readouterr().out
 
 
+def test_what_is_known_when_it_is_stopped_is_kept(run, monkeypatch, capsys):
+    from fastsae.factorial import run as experiments
+
+    first = experiments.effect
+
+    def stopped(*arguments):
+        monkeypatch.setattr(experiments, "effect", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        return first(*arguments)
+
+    monkeypatch.setattr(experiments, "effect", stopped)
+    options = "--directions 1 --others 0 --new-tokens 0 --permutations 99 --clamped 1 --pool max".split()  # noqa: SIM905  # as it is typed
+    with pytest.raises(SystemExit):
+        run("factorial", "second", "few.json", *options)
+    found = json.loads(Path("second/factorial-code-files.json").read_text())
+    assert (len(found["effects"]), found["options"]["pool"]) == (1, "max")
+    assert f"\n{found['effects'][0]['target']}: " in capsys.readouterr().out
+
+
 def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_computed(run, monkeypatch):
     """Root can write everywhere, so the lock is held by another."""
     monkeypatch.setattr(cli, "run_factorial", lambda *_: pytest.fail("it was begun"))

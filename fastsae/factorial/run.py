@@ -40,11 +40,17 @@ class Factorial:
 
 
 def run_factorial(
-    run: Trained, model: Any, stimuli: Stimuli, config: FactorialConfig, say: Callable[[str], object] = print
+    run: Trained,
+    model: Any,
+    stimuli: Stimuli,
+    config: FactorialConfig,
+    say: Callable[[str], object] = print,
+    keep: Callable[[Factorial], object] = lambda _: None,
 ) -> Factorial:
     """Discover, clamp and generate. `run` is of a joint, sequential or TopK SAE, or of a secondary one on its base.
 
     Features are chosen on the stimuli's texts and clamped in front of its prompts, which no choice has seen.
+    keep: is given what is known after discovery, and after each target.
     """
     secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
     sae = run.sae if run.base is None else run.base
@@ -74,19 +80,28 @@ def run_factorial(
             )
         effects: list[Effect] = []
         written: dict[str, dict[str, list[str]]] = {}
+
+        def known() -> Factorial:
+            return Factorial(_described(stimuli), discovery, tuple(effects), tuple(prompts), dict(written))
+
+        keep(known())
         if experiment is not None:
             targets = _targets(sae, discovery, config) + named
             for target in tqdm(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
                 effects.append(experiment.effect(target, discovery))
                 if prompts:
                     written[str(target)] = experiment.text(target, prompts)
-    described = {
+                keep(known())
+        return known()
+
+
+def _described(stimuli: Stimuli) -> dict[str, Any]:
+    return {
         "name": stimuli.name,
         "description": stimuli.description,
         "factors": [asdict(factor) for factor in stimuli.factors],
         "cells": {level: stimuli.label(level) for level in LEVELS},
     }
-    return Factorial(described, discovery, tuple(effects), tuple(prompts), written)
 
 
 def _targets(sae: SparseAutoencoder, discovery: Discovery, config: FactorialConfig) -> list[Target]:
