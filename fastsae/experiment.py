@@ -106,7 +106,7 @@ def train(
     read = source
     if data.store:
         store = data.store
-        sae.ranks.first_does(lambda: harvest(source, store))
+        sae.ranks.first_does(lambda: harvest(source, store), for_hours=True)
         read = ActivationStore(store)
         # Another process may have begun there meanwhile.
         sae.ranks.first_does(lambda: provenance.record(data, run_dir, base))

@@ -18,16 +18,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place: after a crash `path` is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say where it was met
+        with named(path):
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let errors name the file: a full disk does not say where it was met."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:

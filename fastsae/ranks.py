@@ -75,8 +75,13 @@ class Alone:
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
-    def first_does(self, what: Callable[[], T]) -> T | None:
-        """Have the first process do something; where it fails, all raise."""
+    def together(self, what: Callable[[], T]) -> T:
+        """Do something on every process; where it fails on one, all raise."""
+        return what()
+
+    def first_does(self, what: Callable[[], T], *, for_hours: bool = False) -> T | None:
+        """Have the first process do something; where it fails, all raise. `for_hours`: the others wait for it as long
+        as it lives."""
         return what()
 
     @contextmanager

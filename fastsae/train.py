@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,14 @@ class Trainer:
             if self.config.run_dir is not None:
                 stack.enter_context(self._ranks.locked(self.config.run_dir, "Trainer"))
                 resumed = self._open_run(self.config.run_dir)
-            batches = Batches(activations, resumed.state["data"] if resumed else None)
-            if self.config.run_dir is not None:
-                batches.check_position()
+            batches = self._ranks.together(lambda: self._batches(activations, resumed))
             if resumed is not None:  # after the batches: drawing them again may have taken random numbers
                 self._restore_random_state(resumed)
             elif self.step == 0:
                 self._prepare(batches)
             interrupted = stack.enter_context(interrupt_flag())
-            log = stack.enter_context(Log(self.config, self.step, silent=not self._ranks.first))
+            log = self._ranks.together(lambda: Log(self.config, self.step, silent=not self._ranks.first))
+            stack.enter_context(log)
             stack.callback(self.sae.eval)
             stack.callback(self._optimizer.zero_grad)
             self.sae.train()
@@ -141,6 +141,12 @@ class Trainer:
                 self.sae.save_pretrained(self.config.run_dir / "sae")
         return TrainResult(self.step, metrics, self.config.run_dir)
 
+    def _batches(self, activations: Iterable[Tensor], resumed: checkpoint.Checkpoint | None) -> Batches:
+        batches = Batches(activations, resumed.state["data"] if resumed else None)
+        if self.config.run_dir is not None:
+            batches.check_position()
+        return batches
+
     def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
         config, metrics, loss = self.config, log.last, None
         rows_before, since = self.rows_seen, time.perf_counter()
@@ -148,7 +154,6 @@ class Trainer:
             raw = self._draw(batches, loss)
             if raw is None:
                 warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
-                self._save(batches.position(), loss)
                 break
             x = self._checked(raw, batches)
             due = False
@@ -160,7 +165,7 @@ class Trainer:
                     metrics = self._metrics(x, output, grad_norm, rate)
                     if not math.isfinite(metrics["loss"]):
                         raise FloatingPointError(self._diverged(metrics["loss"]))
-                    log.write(metrics)
+                    self._ranks.together(partial(log.write, metrics))
                     rows_before, since = self.rows_seen, time.perf_counter()
                 log.advance()
                 due = self.step % config.checkpoint_every == 0 or self.step == config.steps
@@ -174,19 +179,23 @@ class Trainer:
         return metrics
 
     def _draw(self, batches: Batches, loss: Tensor | None) -> Tensor | None:
-        """The next batch, None at the end. What was trained is saved when the activations fail or are not what they
-        should be."""
+        """The next batch, None at the end. What was trained is saved then, or when the activations fail or are not what
+        they should be."""
         raw, failed = None, None
         try:
             raw = next(batches)
             self._check_form(raw, batches.drawn)
+            self._ranks.own_rows(raw)  # raises where there are not enough of them
         except StopIteration:
             raw = None
         except Exception as error:
             failed = error
         worst = self._ranks.worst(_FAILED if failed else _ENDED if raw is None else _DRAWN)
-        if worst != _FAILED:
-            return None if worst == _ENDED else raw
+        if worst == _DRAWN:
+            return raw
+        if worst == _ENDED:  # on one rank earlier, it may be: what others have drawn nobody trains on
+            self._save(batches.position(before_last=raw is not None), loss)
+            return None
         error = failed or RuntimeError(f"{_batch(batches.drawn)}: another rank could not draw it; see its own error")
         if loss is not None and torch.isfinite(self._ranks.mean(loss)):
             try:
@@ -305,9 +314,15 @@ class Trainer:
         if self.config.nonfinite == "skip" and self._skipped_in_a_row <= _SKIPPED_IN_A_ROW:
             self.batches_skipped += 1
             return None
-        finite = raw.isfinite() if self._ranks.count > 1 else finite  # the rows of all
-        row, column = (~finite).nonzero()[0].tolist()
+        if self._ranks.count > 1:  # the rows of all
+            finite = self.sae.normalizer(raw.detach().to(x.device)).isfinite()
         self._save(batches.position(before_last=True), None)
+        if finite.all():
+            raise FloatingPointError(
+                f"{_batch(batches.drawn)} holds NaN or infinite values on another rank, and none on this one. Give all "
+                "ranks the same activations"
+            )
+        row, column = (~finite).nonzero()[0].tolist()
         many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row > _SKIPPED_IN_A_ROW else ""
         raise FloatingPointError(
             f"{_batch(batches.drawn)} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
@@ -339,13 +354,16 @@ class Trainer:
                 "to go on with them, whatever their kind"
             )
         if not normalizer.measured and config.normalize != "none":
-            sample = batches.peek(config.normalize_rows, self._check_form)
-            if config.nonfinite == "skip":
-                sample = sample[sample.isfinite().all(dim=1)]
-            normalizer.measure(sample, config.normalize)
+            self._ranks.together(lambda: self._measure(batches))
             self._ranks.equalise(normalizer.mean, normalizer.scale)
         if config.unit_norm_decoder:
             normalize_rows_(self.sae.W_dec)
+
+    def _measure(self, batches: Batches) -> None:
+        sample = batches.peek(self.config.normalize_rows, self._check_form)
+        if self.config.nonfinite == "skip":
+            sample = sample[sample.isfinite().all(dim=1)]
+        self.sae.normalizer.measure(sample, self.config.normalize)
 
     # ---- runs on disk -----------------------------------------------------------------------------------------------
 

@@ -91,12 +91,12 @@ def write_whole(path: Path, tensors: dict[str, Tensor], ranks: "Ranks") -> None:
     temporary = path.with_name(f".{path.name}.tmp")
 
     def begin() -> None:
-        with temporary.open("wb") as file:
+        with files.named(path), temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + end)
 
     def put() -> None:
-        with temporary.open("r+b") as file:
+        with files.named(path), temporary.open("r+b") as file:
             for name in order:
                 split, t = name in BY_FEATURE, tensors[name].detach().contiguous().view(-1)
                 if ranks.data_rank or (ranks.feature_rank and not split):

@@ -2,7 +2,7 @@
 
 import datetime
 import os
-import traceback
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,10 @@ T = TypeVar("T")
 
 # Gradients of fewer entries are sent together: a message has a cost of its own.
 _SMALL = 1 << 18
+# How long ranks wait for one that is known to be busy. If it dies they know at once.
+_FOR_HOURS = datetime.timedelta(days=365)
+# What gloo's errors have in common: the place in its sources. RuntimeErrors they are like any other.
+_OF_GLOO = re.compile(r"gloo/\S+\.(cc|h):\d+\]")
 
 
 def launched() -> bool:
@@ -94,7 +98,10 @@ class Ranks(Alone):
     def own_rows(self, batch: Tensor) -> Tensor:
         data = self.layout.data
         if len(batch) < data:
-            raise ValueError(f"distributed: a batch of {len(batch)} rows cannot be split over {data} data ranks")
+            raise ValueError(
+                f"distributed: a batch of {len(batch)} rows cannot be split over {data} data ranks; leave such batches "
+                "out, or let more ranks be feature ranks"
+            )
         own = batch.tensor_split(data)[self.data_rank]
         self._batch = (len(own), len(batch))
         return own
@@ -187,13 +194,14 @@ class Ranks(Alone):
             w.wait()
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        split = [g for name, g in gradients.items() if name in BY_FEATURE]
-        whole = [g for name, g in gradients.items() if name not in BY_FEATURE]
-        ours = torch.nn.utils.get_total_norm(split).square() if split else torch.zeros((), device=self.device)
-        ours = ours.to(torch.promote_types(ours.dtype, torch.float32))
+        def squared(grads: list[Tensor]) -> Tensor:
+            norm = torch.nn.utils.get_total_norm(grads).to(self.device)  # of nothing: 0, on the CPU
+            return norm.to(torch.promote_types(norm.dtype, torch.float32)).square()  # in fp16 it would overflow
+
+        ours = squared([g for name, g in gradients.items() if name in BY_FEATURE])
         if self.layout.features > 1:
             dist.all_reduce(ours, group=self.feature_group)
-        return (ours + torch.nn.utils.get_total_norm(whole).square()).sqrt() if whole else ours.sqrt()
+        return (ours + squared([g for name, g in gradients.items() if name not in BY_FEATURE])).sqrt()
 
     def check_equal(self, tensors: dict[str, Tensor]) -> None:
         """Raise RuntimeError unless ranks that hold the same part of a tensor hold the same bits of it."""
@@ -214,15 +222,15 @@ class Ranks(Alone):
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
-    def together(self, what: Callable[[], T]) -> T:
-        """Do something on every rank; where it fails on one, all raise."""
+    def together(self, what: Callable[[], T], group: Any = None) -> T:
         done, error = None, None
         try:
             done = what()
-        except (OSError, ValueError, RuntimeError) as failed:
+        except Exception as failed:  # of whatever kind: the others wait
             error = failed
         errors: list[Any] = [None] * self.count
-        dist.all_gather_object(errors, None if error is None else (type(error).__name__, str(error), _errno(error)))
+        told = None if error is None else (type(error).__name__, str(error), _errno(error))
+        dist.all_gather_object(errors, told, group)
         if error is not None:
             raise error
         for rank, told in enumerate(errors):
@@ -230,8 +238,12 @@ class Ranks(Alone):
                 raise _retold(rank, *told)
         return done  # type: ignore[return-value]
 
-    def first_does(self, what: Callable[[], T]) -> T | None:
-        return self.together(lambda: what() if self.first else None)
+    def first_does(self, what: Callable[[], T], *, for_hours: bool = False) -> T | None:
+        group = dist.new_group(backend="gloo", timeout=_FOR_HOURS) if for_hours else None
+        done = self.together(lambda: what() if self.first else None, group)
+        if group is not None:
+            dist.destroy_process_group(group)
+        return done
 
     @contextmanager
     def locked(self, folder: Path, who: str) -> Iterator[None]:
@@ -279,15 +291,11 @@ def _retold(rank: int, kind: str, text: str, number: int | None) -> Exception:
     """The error of another rank, as the same kind of error where a caller may wait for it."""
     said = f"rank {rank}: {text}"
     if number is not None:
-        return OSError(number, said)
+        return OSError(number, said.replace(f"[Errno {number}] ", "", 1))
     known: dict[str, type[Exception]] = {"ValueError": ValueError, "FileExistsError": FileExistsError}
     return known.get(kind, RuntimeError)(said)
 
 
 def _lost(error: BaseException) -> bool:
     """Whether an error is the transport's, not ours."""
-    said = "".join(traceback.format_exception_only(error))
-    return isinstance(error, dist.DistError) or any(
-        mark in said
-        for mark in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    )
+    return isinstance(error, dist.DistError) or _OF_GLOO.search(str(error)) is not None

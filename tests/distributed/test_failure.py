@@ -14,6 +14,7 @@ import fastsae
 from fastsae import checkpoint
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SCRIPT = """
 import os, signal, sys
 from ranked import activations, config, new
@@ -70,9 +71,8 @@ def test_a_killed_rank(two, tmp_path):
 def test_the_command_line_under_torchrun(tmp_path):
     command = "train joint --feature-ranks 2 --d-embedding 8 --tokens 3000 --context 64 --batch-size 64"
     options = "--buffer-rows 1000 --d-sae 128 --k 8 --no-progress --steps 3 --run-dir run --store acts"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "fastsae.cli", *command.split(), *options.split()],
+        [*TORCHRUN, "-m", "fastsae.cli", *command.split(), *options.split()],
         env=environment(),
         cwd=tmp_path,
         capture_output=True,
