@@ -42,21 +42,55 @@ def write(folder: Path, tensors: dict[str, Tensor], ranks: Any) -> None:
 
 
 def read(folder: Path, ranks: Any) -> dict[str, Tensor]:
-    """This rank's part of what ranks of any layout wrote, or one process; all of it for one process (ranks.ALONE)."""
+    """This rank's part of what ranks of any layout wrote, or one process; all of it for one process (ranks.ALONE).
+
+    Raises OSError, or ValueError where the parts cannot be read or are not the whole.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(folder))
     state: dict[str, Any] = {}
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
-        shape = list(stored.size)  # type: ignore[union-attr]
+    for name, stored in _stored(folder, reader).items():
+        shape = list(stored.size)
         if ranks.count > 1 and by_feature(name):
             shape[0] //= ranks.layout.features
-        state[name] = _placed(name, torch.empty(shape, dtype=stored.properties.dtype), ranks)  # type: ignore[union-attr]
+        state[name] = _placed(name, torch.empty(shape, dtype=stored.properties.dtype), ranks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process reads alone is what was asked for
-        load(state, storage_reader=reader, no_dist=ranks.count == 1)
+        try:
+            load(state, storage_reader=reader, no_dist=ranks.count == 1)
+        except CheckpointException as error:  # no Exception: nobody expects it
+            raise ValueError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
     return {name: t if type(t) is Tensor else t.to_local() for name, t in state.items()}
+
+
+def _stored(folder: Path, reader: Any) -> dict[str, Any]:
+    """What the parts in a folder say that they are of, put together."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated ({error})") from error
+    with files.expected_in(folder, "one of its parts does not say of what it is a part"):
+        stored = reader.read_metadata().state_dict_metadata
+        for name, whole in stored.items():
+            if not _is_whole(whole):  # the rest would be whatever lies in memory
+                raise ValueError(f"{folder} is damaged: {name} is not whole")
+    return stored
+
+
+def _is_whole(stored: Any) -> bool:
+    end = 0
+    for part in sorted(stored.chunks, key=lambda part: part.offsets[0]):
+        if part.offsets[0] != end or any(part.offsets[1:]) or part.sizes[1:] != stored.size[1:]:
+            return False
+        end += part.sizes[0]
+    return end == stored.size[0]
 
 
 def _placed(name: str, t: Tensor, ranks: Any) -> Any:

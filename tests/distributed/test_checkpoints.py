@@ -1,6 +1,7 @@
 """What ranks write: whole or not at all, read by any number of ranks, and gone on from to the same bits."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from ranked import Recording, activations, assert_equal_to_rounding, config, new, trained, whole
 
 import fastsae
-from fastsae import checkpoint, distributed
+from fastsae import checkpoint, distributed, files
 
 EVERYTHING = {"auxk": 5, "dead_after_tokens": 24, "clip_grad_norm": 0.05, "unit_norm_decoder": True, "steps": 6}
 
@@ -115,6 +116,43 @@ def test_a_damaged_part_is_named_on_every_rank(two, tmp_path):
     part.unlink()
     for message in two(refused, "topk", 2, tmp_path):
         assert f"{newest / 'checksums.json'} is damaged: it is of other files than there are. To resume" in message
+
+
+def without(name: str, content: bytes) -> bytes:
+    """A part that lacks a tensor, and says nothing of it."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    lo, hi = header.pop(name)["data_offsets"]
+    for other in header.values():
+        if "data_offsets" in other and other["data_offsets"][0] >= hi:
+            other["data_offsets"] = [n - hi + lo for n in other["data_offsets"]]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[:lo] + data[hi:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[: len(b) // 2], r"shard-00001\S+ is damaged or truncated"),
+        (lambda b: without("exp_avg/W_enc", b), "exp_avg/W_enc is not whole"),
+        (lambda b: b.replace(b"saved_offsets", b"saved_offsetz", 1), "does not say of what it is a part"),
+        (None, "is not whole"),
+    ],
+    ids=["cut off", "a moment of one rank", "no places", "gone"],
+)
+def test_parts_that_are_not_whole_are_refused_whatever_their_checksums(two, tmp_path, change, message):
+    two(cut, "topk", 2, tmp_path, 3, {})
+    (folder,) = checkpoint.folders(tmp_path)
+    part = min(folder.glob("*.safetensors"))
+    if change:
+        part.write_bytes(change(part.read_bytes()))
+    else:
+        part.unlink()
+    sums = {p.name: files.crc32(p) for p in folder.iterdir() if p.name != "checksums.json"}
+    files.write_json(folder / "checksums.json", sums)
+    for said in [*two(refused, "topk", 2, tmp_path), refused("topk", 0, tmp_path)]:
+        assert re.search(message, said), said
+        assert said.startswith(f"checkpoint {folder} cannot be used")
 
 
 def refused(name: str, features: int, run_dir: Path) -> str:
