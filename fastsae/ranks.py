@@ -30,6 +30,9 @@ class Alone:
         """The rows of a whole batch that this process trains on."""
         return batch
 
+    def check_rows(self, batch: Tensor) -> None:
+        """Raise ValueError unless all processes that share an SAE have this batch."""
+
     def batch_rows(self, own: int) -> int:
         """The rows of the whole batch, of which `own` are ours."""
         return own

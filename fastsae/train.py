@@ -192,6 +192,8 @@ class Trainer:
             failed = error
         worst = self._ranks.worst(_FAILED if failed else _ENDED if raw is None else _DRAWN)
         if worst == _DRAWN:
+            if raw is not None and loss is None:  # the first one of this process
+                self._ranks.check_rows(raw)
             return raw
         if worst == _ENDED:  # on one rank earlier, it may be: what others have drawn nobody trains on
             self._save(batches.position(before_last=raw is not None), loss)

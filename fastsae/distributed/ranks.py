@@ -106,6 +106,13 @@ class Ranks(Alone):
         self._batch = (len(own), len(batch))
         return own
 
+    def check_rows(self, batch: Tensor) -> None:
+        if self.worst(len(set(self.counts(int(_sum_of_bits(batch)))))) > 1:
+            raise ValueError(
+                "distributed: the ranks of an SAE were given different activations; give every rank the same whole "
+                "batches, of which it takes its rows"
+            )
+
     def batch_rows(self, own: int) -> int:
         return self._batch[1] if self._batch[0] == own else own * self.layout.data
 
@@ -239,7 +246,7 @@ class Ranks(Alone):
         return done  # type: ignore[return-value]
 
     def first_does(self, what: Callable[[], T], *, for_hours: bool = False) -> T | None:
-        group = dist.new_group(backend="gloo", timeout=_FOR_HOURS) if for_hours else None
+        group: Any = dist.new_group(backend="gloo", timeout=_FOR_HOURS) if for_hours else None
         done = self.together(lambda: what() if self.first else None, group)
         if group is not None:
             dist.destroy_process_group(group)

@@ -24,6 +24,8 @@ def shard(sae: SparseAutoencoder, ranks: Ranks) -> SparseAutoencoder:
     ranks of the group together, and give on each what `sae` would have given. Of the first rank's `sae` the whole
     tensors (b_dec, W1, ...) are taken. A new SAE too large for one process is made by `new`.
     """
+    if sae.ranks.count > 1:
+        raise ValueError(f"distributed.shard: this SAE is spread over {sae.ranks.count} ranks already; use it as it is")
     each = ranks.holding(sae.d_sae)
     own = slice(ranks.first_feature, ranks.first_feature + each)
     tensors = {name: t.detach()[own] if name in BY_FEATURE else t.detach() for name, t in sae.state_dict().items()}

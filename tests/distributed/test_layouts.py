@@ -241,6 +241,7 @@ def interrupted(run_dir: Path) -> str:
         ("rows", "a batch of 1 rows cannot be split over 2 data ranks"),
         ("adam", "adam_in_backward holds no gradients, and 2 data ranks must add theirs"),
         ("folder", "already holds a run"),
+        ("twice", "this SAE is spread over 2 ranks already"),
     ],
 )
 def test_refusals(two, what, message, tmp_path):
@@ -254,6 +255,8 @@ def refused(what: str, folder: Path) -> str:
             distributed.start(3)
         if what == "d_sae":
             distributed.shard(fastsae.TopKSAE(D, 63, K), distributed.start(2))
+        if what == "twice":
+            distributed.shard(distributed.shard(new("topk"), distributed.start(2)), distributed.start(2))
         if what == "rows":
             trained("topk", 1, {"normalize": "none"}, 1)
         if what == "adam":

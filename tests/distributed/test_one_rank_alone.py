@@ -135,6 +135,19 @@ def too_large(features: int) -> None:
     fastsae.Trainer(sae, config(normalize="none")).fit([x])
 
 
+@pytest.mark.parametrize("features", [2, 4])
+def test_each_rank_is_given_rows_of_its_own(four, features):
+    for said in said_by(four, rows_of_its_own, features):
+        assert said == (
+            "ValueError: distributed: the ranks of an SAE were given different activations; give every rank the same "
+            "whole batches, of which it takes its rows"
+        )
+
+
+def rows_of_its_own(features: int) -> None:
+    trained("topk", features, {"normalize": "none"}, stream=activations(seed=rank() // 3))
+
+
 def test_too_few_rows_cost_nothing(two, tmp_path):
     for said in said_by(two, too_few, tmp_path):
         assert said == (
