@@ -5,7 +5,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -79,18 +79,20 @@ def train(
     sae: Topk | Joint | Sequential | Secondary,
     data: DataConfig = _DEFAULT_DATA,
     trainer: TrainerConfig = _DEFAULT_RUN,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     feature_ranks: int = 1,
 ) -> None:
     """Train an SAE on activations of a language model. Under torchrun its processes train one SAE together.
 
     Args:
+        dtype: Of the weights. bfloat16 takes half the memory, and steps are rounded so that small ones add up.
         feature_ranks: Under torchrun: processes that share the features. Groups of so many train on different rows.
     """
     if trainer.run_dir is None:
         raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
     together = feature_ranks > 1 or distributed.launched()
     ranks = distributed.start(feature_ranks) if together else None
-    experiment.train(experiment.language_model(data), data, sae, trainer, ranks)
+    experiment.train(experiment.language_model(data), data, sae, trainer, ranks, getattr(torch, dtype))
     if ranks is not None and not ranks.first:
         return
     _say(f"Trained {trainer.steps} steps. The SAE lies in {trainer.run_dir}/sae. Next:")
@@ -318,36 +320,55 @@ def plan(
     d_in: int,
     batch_size: int = 2048,
     tokens: int = 100_000_000,
-    bf16: bool = False,
+    gpu_memory_gb: tuple[float, ...] = (24, 40, 80, 141),
     data_ranks: int = 1,
     feature_ranks: int = 1,
 ) -> None:
     """Print parameters, memory and steps for a shape, before anything is allocated; of several ranks, what they send.
+
+    Memory is that of one process, by how weights and Adam's state are kept, and what d_sae fits which GPU.
 
     Args:
         sae: The architecture and its shape.
         d_in: Width of the activations.
         batch_size: Activations per step.
         tokens: Activations to train on.
-        bf16: Parameters, gradients and moments in bf16 instead of fp32.
+        gpu_memory_gb: Memory of GPUs, to say what fits them.
         data_ranks: Groups of processes that train on different rows.
         feature_ranks: Processes of a group, each with its part of the features.
     """
     config = dataclasses.replace(sae, d_in=d_in)
-    p = planner.plan(config, batch_size, tokens, torch.bfloat16 if bf16 else torch.float32)
+    if not all(0 < size < float("inf") for size in gpu_memory_gb):
+        raise ValueError(f"plan: --gpu-memory-gb: expected sizes above 0; got {gpu_memory_gb}")
+    p = planner.plan(config, batch_size, tokens)
     rows = [{"parameter": name, "entries": f"{n:,}"} for name, n in p.parameters.items()]
     _say(report.table([*rows, {"parameter": "all", "entries": f"{p.n_parameters:,}"}]), "")
+    _say(report.table([_memory(config, batch_size, memory) for memory in planner.MEMORY]), "")
+    if gpu_memory_gb:
+        _say(f"The largest d_sae that trains at d_in = {d_in:,}, by a GPU's memory ({planner.USABLE:.0%} of it used):")
+        _say(report.table([_fitting(config, batch_size, memory, gpu_memory_gb) for memory in planner.MEMORY]), "")
+    _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
+    _say("", *cost.report(config, batch_size, distributed.Layout(data_ranks, feature_ranks), p.steps))
+
+
+def _memory(config: TopKSAEConfig, batch_size: int, memory: planner.Memory) -> dict[str, str]:
+    p = planner.plan(config, batch_size, memory=memory)
     held = {
         "weights": p.weights_bytes,
         "gradients": p.gradients_bytes,
-        "Adam's moments": p.optimizer_bytes,
+        "Adam's state": p.optimizer_bytes,
         "pre-activations, one chunk": p.pre_activations_bytes,
         "activations (estimate)": p.activations_bytes,
         "all": p.total_bytes,
     }
-    _say(report.table([{"memory": name, "MiB": f"{size / 2**20:,.0f}"} for name, size in held.items()]), "")
-    _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
-    _say("", *cost.report(config, batch_size, distributed.Layout(data_ranks, feature_ranks), p.steps))
+    return {"memory, MiB": memory.name, **{name: f"{size / 2**20:,.0f}" for name, size in held.items()}}
+
+
+def _fitting(
+    config: TopKSAEConfig, batch_size: int, memory: planner.Memory, sizes: tuple[float, ...]
+) -> dict[str, str]:
+    found = {f"{size:g} GB": planner.largest(config, size * 1e9, batch_size, memory) for size in sizes}
+    return {"": memory.name, **{size: f"{d_sae:,}" if d_sae else "none" for size, d_sae in found.items()}}
 
 
 def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:

@@ -226,6 +226,8 @@ class TrainerConfig:
     adam_in_backward: bool = False
     """CUDA: large weights make Adam's step inside the backward, and no gradient is ever held. Not with clip_grad_norm
     or auxk. bf16 weights are then trained through fp32 copies."""
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    """Adam's moments: fp32, or 8 bits for matrices (needs torchao; one process only; slow on a CPU)."""
     k_anneal_from: int | None = None
     """Start with this k and come down linearly to the SAE's own; None does not anneal."""
     k_anneal_steps: int = 0
@@ -265,6 +267,11 @@ class TrainerConfig:
         held = "clip_grad_norm" if clip is not None else "auxk" if self.auxk else None
         if self.adam_in_backward and held:
             raise ValueError(f"{where}: adam_in_backward holds no gradients, {held} needs them; leave one of them out")
+        if self.adam_in_backward and self.optimizer_state == "8bit":
+            raise ValueError(
+                f"{where}: adam_in_backward keeps its moments in fp32, optimizer_state='8bit' would not be used; leave "
+                "one of them out (`fastsae plan` says what each takes)"
+            )
         if isinstance(self.run_dir, str):
             object.__setattr__(self, "run_dir", Path(self.run_dir))
         if self.run_dir is None and (self.resume or self.log_to):

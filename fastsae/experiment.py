@@ -87,10 +87,15 @@ def held_out_windows(
 
 
 def train(
-    model: Any, data: DataConfig, config: AnyRunConfig, trainer: TrainerConfig, ranks: Ranks | None = None
+    model: Any,
+    data: DataConfig,
+    config: AnyRunConfig,
+    trainer: TrainerConfig,
+    ranks: Ranks | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> SparseAutoencoder:
     """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together."""
-    make = _maker(config, data, trainer.seed, ranks)
+    make = _maker(config, data, trainer.seed, ranks, dtype)
     base = None if isinstance(config, TopKSAEConfig) else config.base
     source = ModelActivations(model, data.hook, training_windows(model, data))
     try:
@@ -116,17 +121,19 @@ def train(
 
 
 def _maker(
-    config: AnyRunConfig, data: DataConfig, seed: int, ranks: Ranks | None
+    config: AnyRunConfig, data: DataConfig, seed: int, ranks: Ranks | None, dtype: torch.dtype
 ) -> Callable[[int], SparseAutoencoder]:
     """What makes the SAE once d_in is known. A base that does not fit is refused here, before the text is read."""
     if not isinstance(config, TopKSAEConfig):
+        if dtype != torch.float32:
+            raise ValueError(f"train: the SAE has the dtype of that in {config.base}; leave --dtype out")
         on_base = _on_base(config, data, seed)
         return lambda _: on_base if ranks is None else distributed.shard(on_base, ranks)
 
     def make(d_in: int) -> SparseAutoencoder:
         torch.manual_seed(seed)
         whole = dataclasses.replace(config, d_in=d_in)
-        return new(whole, device=device()) if ranks is None else distributed.new(whole, ranks)
+        return new(whole, device=device(), dtype=dtype) if ranks is None else distributed.new(whole, ranks, dtype)
 
     return make
 

@@ -41,23 +41,58 @@ def remove_parallel_(grad: Tensor, W: Tensor) -> None:
         g.addcmul_((g * w).sum(dim=1, keepdim=True), w, value=-1)
 
 
-def check_state(
-    folder: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, Tensor], rows_since_fired: Tensor
+def adam_step_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    group: Mapping[str, Any],
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless the tensors of a checkpoint are what training these weights leaves: Adam's kernel would
-    read and write beyond a moment that is smaller than its weight."""
-    moments: dict[str, set[str]] = {name: set() for name in trained}
+    """One step of torch's fused Adam on one weight, in place; group holds lr, betas and eps."""
+    beta1, beta2 = group["betas"]
+    adam(
+        [weight],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        fused=True,
+        grad_scale=grad_scale,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def check_state(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
+    rows_since_fired: Tensor,
+) -> None:
+    """Raise ValueError unless the tensors of a checkpoint are what training leaves: Adam's kernel would read and write
+    beyond a moment that is smaller than its weight. kept: shape and dtype of each moment of each weight."""
+    moments: dict[str, set[str]] = {name: set() for name in kept}
     for key, t in tensors.items():
         moment, _, name = key.partition("/")
-        if name in trained:
+        if name in kept:
             moments[name].add(moment)
-            fits = t.is_floating_point() and (t.numel() == 1 if moment == "step" else t.shape == trained[name].shape)
+            shape, dtype = kept[name].get(moment, kept[name].get("exp_avg", ((), torch.float32)))
+            fits = t.numel() == 1 if moment == "step" else t.shape == shape
+            fits = fits and t.is_floating_point() == (dtype.is_floating_point or moment == "step")
         else:
             counted = key == "rows_since_fired" and (t.shape, t.dtype) == (rows_since_fired.shape, torch.int64)
             fits = counted or (key in ("rng_cpu", "rng_cuda") and t.dtype == torch.uint8 and t.dim() == 1)
         if not fits:
-            raise ValueError(f"{folder} does not fit this SAE: {key} is {tuple(t.shape)}")
-    whole = all(kinds == set() or kinds >= {"step", "exp_avg", "exp_avg_sq"} for kinds in moments.values())
+            raise ValueError(f"{folder} does not fit this SAE: {key} is {tuple(t.shape)} of {t.dtype}")
+    whole = all(kinds == set() or kinds >= {"step", *kept[name]} for name, kinds in moments.items())
     if not whole or not tensors.keys() >= {"rows_since_fired", "rng_cpu"}:
         raise ValueError(f"{folder} is damaged: it lacks some of Adam's moments")
 
@@ -182,23 +217,7 @@ class AdamInBackward(torch.optim.Adam):
         unit_norm = id(p) in self._unit_norm
         if unit_norm:
             remove_parallel_(grad, weight)
-        beta1, beta2 = group["betas"]
-        adam(
-            [weight],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
+        adam_step_(weight, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
         if unit_norm:
             normalize_rows_(weight)
         if weight is not p:

@@ -1,13 +1,56 @@
 """What a shape costs before anything is allocated: parameters, memory, floating-point operations, steps."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
+from fastsae import narrow
 from fastsae.backends import cpu
 from fastsae.config import JointSAEConfig, SequentialSAEConfig, TopKSAEConfig
 from fastsae.modules.sequential import FROZEN
+
+# Of a GPU's memory, what is left for an SAE: the driver, the allocator's gaps and libraries have the rest. Assumed.
+USABLE = 0.92
+# The CUDA backend's pre-activations take so much of a GPU's memory at most (backends/cuda.py).
+_PRE_ACTIVATIONS = 0.03
+# Weights that make their step in the backward, so that no gradient of theirs is held.
+_IN_BACKWARD = ("W_enc", "W_dec", "W_lin", "V")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A choice of how weights and Adam's state are kept."""
+
+    name: str
+    options: str
+    """How to ask for it."""
+    dtype: torch.dtype = torch.float32
+    optimizer_state: narrow.OptimizerState = "fp32"
+    adam_in_backward: bool = False
+
+    def gradient_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        held = not (self.adam_in_backward and name in _IN_BACKWARD)
+        return math.prod(shape) * self.dtype.itemsize if held else 0
+
+    def optimizer_bytes(self, shape: tuple[int, ...]) -> int:
+        """Moments, and the fp32 copy that Adam in the backward trains in place of narrow weights."""
+        if self.dtype in (torch.float64, torch.float16) and not self.adam_in_backward:  # as wide as the weights
+            return 2 * math.prod(shape) * self.dtype.itemsize
+        kept = narrow.kinds(shape, self.optimizer_state).values()
+        master = 4 * math.prod(shape) if self.adam_in_backward and self.dtype.itemsize < 4 else 0
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in kept) + master
+
+
+MEMORY = (
+    Memory("fp32 weights and state", "the default"),
+    Memory("fp32, Adam in the backward", "adam_in_backward", adam_in_backward=True),
+    Memory("bf16, Adam in the backward", "bf16, adam_in_backward", torch.bfloat16, adam_in_backward=True),
+    Memory("bf16 weights, fp32 state", "bf16", torch.bfloat16),
+    Memory("fp32 weights, 8-bit state", "optimizer_state='8bit'", optimizer_state="8bit"),
+    Memory("bf16 weights, 8-bit state", "bf16, optimizer_state='8bit'", torch.bfloat16, "8bit"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +64,7 @@ class Plan:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    """Adam's two moments."""
+    """Adam's two moments, with their scales in 8 bits; fp32 copies of narrow weights with Adam in the backward."""
     pre_activations_bytes: int
     """The one reused chunk of rows of pre-activations (CPU backend)."""
     activations_bytes: int
@@ -42,37 +85,63 @@ class Plan:
         return held + self.pre_activations_bytes + self.activations_bytes
 
 
-def plan(
-    config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_000, dtype: torch.dtype = torch.float32
-) -> Plan:
-    """The plan for training `config` in `dtype` on batches of `batch_size` rows."""
+def plan(config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_000, memory: Memory = MEMORY[0]) -> Plan:
+    """The plan for training `config` on batches of `batch_size` rows, kept in memory as `memory` says."""
     if batch_size < 1 or tokens < 1:
         raise ValueError(f"plan: expected batch_size and tokens of at least 1; got {batch_size} and {tokens}")
     d_in, d_sae, k = config.d_in, config.d_sae, config.k
-    parameters = {"W_enc": d_sae * d_in, "b_enc": d_sae, "W_dec": d_sae * d_in}
+    dtype = memory.dtype
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
     if config.pre_bias:
-        parameters["b_dec"] = d_in
+        shapes["b_dec"] = (d_in,)
     frozen = isinstance(config, SequentialSAEConfig)
     # Decode, its two gradients, and the encoder's weight gradient.
     sparse = 2 * batch_size * k * d_in * (1 if frozen else 4)
     if isinstance(config, JointSAEConfig):
         n, E = config.n, config.d_embedding
         if config.linear:
-            parameters |= {"W_lin": d_sae * d_in, "b_lin": d_in}
+            shapes |= {"W_lin": (d_sae, d_in), "b_lin": (d_in,)}
             sparse += 2 * batch_size * n * d_in * (2 if frozen else 3)  # a frozen encoder needs no gradient of a_j
         if config.interaction:
-            parameters |= {"V": d_sae * E, "W1": E * E, "b1": E, "W2": d_in * E, "b2": d_in}
+            shapes |= {"V": (d_sae, E), "W1": (E, E), "b1": (E,), "W2": (d_in, E), "b2": (d_in,)}
             sparse += 2 * batch_size * n * E * (4 if frozen else 6) + 6 * batch_size * E * (E + d_in)
+    parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = tuple(name for name in parameters if not (frozen and name in FROZEN))
-    gradients = sum(parameters[name] for name in trained) * dtype.itemsize
     return Plan(
         parameters=parameters,
         trained=trained,
         weights_bytes=sum(parameters.values()) * dtype.itemsize,
-        gradients_bytes=gradients,
-        optimizer_bytes=2 * gradients,
+        gradients_bytes=sum(memory.gradient_bytes(name, shapes[name]) for name in trained),
+        optimizer_bytes=sum(memory.optimizer_bytes(shapes[name]) for name in trained),
         pre_activations_bytes=cpu.plan(batch_size, d_in, d_sae, k, dtype).bytes,
         activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),
     )
+
+
+def on_gpu(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory) -> float:
+    """Bytes that training takes on a GPU with `gpu_bytes` of memory: the plan's, with pre-activations as that backend
+    keeps them."""
+    counted = plan(config, batch_size, memory=memory)
+    pre_activations = min(batch_size * config.d_sae * memory.dtype.itemsize, _PRE_ACTIVATIONS * gpu_bytes)
+    return counted.total_bytes - counted.pre_activations_bytes + pre_activations
+
+
+def largest(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory) -> int | None:
+    """The largest d_sae, a multiple of 1024, that trains on a GPU with `gpu_bytes` of memory; None if none does."""
+
+    def fits(thousands: int) -> bool:
+        wider = dataclasses.replace(config, d_sae=1024 * thousands)
+        return on_gpu(wider, gpu_bytes, batch_size, memory) <= USABLE * gpu_bytes
+
+    low = math.ceil(config.k / 1024)
+    if not fits(low):
+        return None
+    high = 2 * low
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 1024 * low

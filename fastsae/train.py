@@ -19,6 +19,7 @@ from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
+from fastsae.narrow import NarrowAdam, kinds
 from fastsae.optim import AdamInBackward, check_state, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
@@ -79,12 +80,21 @@ class Trainer:
         self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self._check_weights()
         options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        unit_norm = [sae.W_dec] if config.unit_norm_decoder else []
         if config.adam_in_backward:
-            unit_norm = [sae.W_dec] if config.unit_norm_decoder else []
             self._optimizer = AdamInBackward(self._trained.values(), unit_norm=unit_norm, **options)
         else:
-            self._optimizer = torch.optim.Adam(self._trained.values(), fused=True, **options)
+            if self._is_narrow:
+                options |= {"optimizer_state": config.optimizer_state, "unit_norm": unit_norm}
+                self._optimizer = NarrowAdam(self._trained.values(), **options)
+            else:
+                self._optimizer = torch.optim.Adam(self._trained.values(), fused=True, **options)
             self._buffers = GradientBuffers(self._trained.values())
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether a step in the dtype of the weights would lose small updates, or moments are in 8 bits."""
+        return self.config.optimizer_state == "8bit" or self.sae.W_enc.dtype is torch.bfloat16
 
     def _check_weights(self) -> None:
         sae = self.sae
@@ -102,6 +112,15 @@ class Trainer:
                 f"TrainerConfig: adam_in_backward holds no gradients, and {self._ranks.adding} data ranks must add "
                 "theirs; leave it out, or let all ranks be feature ranks"
             )
+        if self.config.optimizer_state == "8bit" and self._ranks.count > 1:
+            raise ValueError(
+                f"TrainerConfig.optimizer_state: '8bit' is for one process, and these are {self._ranks.count}; leave "
+                "it at 'fp32' (weights may be bf16), or have each rank hold fewer features"
+            )
+        if self.config.optimizer_state == "8bit" and sae.W_enc.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"TrainerConfig.optimizer_state: '8bit' is for float32 and bfloat16 weights; got {sae.W_enc.dtype}"
+            )
         if self.config.unit_norm_decoder and not sae.W_dec.requires_grad:
             raise ValueError("TrainerConfig.unit_norm_decoder: W_dec is frozen (requires_grad is False)")
         if self.config.auxk and not sae.W_enc.requires_grad:
@@ -115,6 +134,8 @@ class Trainer:
         Raises FloatingPointError when activations or the loss are not finite (config.nonfinite = "skip" drops such
         batches), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
         """
+        if self._is_narrow and type(self._optimizer) is torch.optim.Adam:
+            raise ValueError("Trainer: the SAE was cast to bfloat16 after its Trainer was made; cast it first")
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -241,7 +262,7 @@ class Trainer:
             norm = self._ranks.norm({name: p.grad for name, p in self._trained.items() if p.grad is not None})
             clip_by_scaling(self._optimizer, config.clip_grad_norm, norm)
         self._optimizer.step()
-        if config.unit_norm_decoder:
+        if config.unit_norm_decoder and not isinstance(self._optimizer, NarrowAdam):  # which does it in fp32
             normalize_rows_(sae.W_dec)
         return norm
 
@@ -413,7 +434,8 @@ class Trainer:
             raise ValueError(
                 f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
             )
-        check_state(found.folder, found.tensors, self._trained, self._rows_since_fired[:-1])
+        kept = {name: kinds(p.shape, self.config.optimizer_state) for name, p in self._trained.items()}
+        check_state(found.folder, found.tensors, kept, self._rows_since_fired[:-1])
         try:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
@@ -427,7 +449,8 @@ class Trainer:
         for key, t in found.tensors.items():
             moment, _, name = key.partition("/")
             if name:  # a run that was stopped before its first step has no moments
-                t = t.to(self.sae.W_enc.device, copy=True)
+                # Older checkpoints hold bf16 moments beside bf16 weights.
+                t = t.to(self.sae.W_enc.device, torch.float32 if t.dtype is torch.bfloat16 else t.dtype, copy=True)
                 self._optimizer.state[self._trained[name]][moment] = t.reshape(()) if moment == "step" else t
 
     def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"backends"},
     {"ops"},
     {"normalize", "modules"},
-    {"optim", "runs", "checkpoint", "train", "planner", "report", "distributed"},
+    {"optim", "narrow", "runs", "checkpoint", "train", "planner", "report", "distributed"},
     {"activations", "lm"},
     {"evaluate"},
     {"provenance"},
@@ -86,7 +86,17 @@ def test_an_upward_import_is_found():
 
 
 def test_import_is_light_and_silent():
-    heavy = ["transformer_lens", "transformers", "datasets", "tokenizers", "matplotlib", "triton", "wandb", "scipy"]
+    heavy = [
+        "transformer_lens",
+        "transformers",
+        "datasets",
+        "tokenizers",
+        "matplotlib",
+        "triton",
+        "wandb",
+        "scipy",
+        "torchao",
+    ]
     # torch brings some of these by itself where they are installed; only what fastsae adds counts.
     script = (
         "import sys, torch; before = set(sys.modules); import fastsae; "

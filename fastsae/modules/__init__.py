@@ -16,10 +16,12 @@ ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
 }
 
 
-def new(config: TopKSAEConfig, *, device: torch.device | str | None = None) -> SparseAutoencoder:
+def new(
+    config: TopKSAEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> SparseAutoencoder:
     """An untrained SAE of the architecture that `config` describes."""
     by_config = {architecture.config_class: architecture for architecture in ARCHITECTURES.values()}
-    return by_config[type(config)](**to_dict(config), device=device)
+    return by_config[type(config)](**to_dict(config), device=device, dtype=dtype)
 
 
 def load(folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None) -> SparseAutoencoder:
