@@ -150,7 +150,7 @@ def test_the_compiled_quantiser_is_the_plain_one():
 
 @each_choice
 def test_losses_end_where_those_of_fp32_do(dtype: torch.dtype, state):
-    """Measured from twelve starts: within 0.9 % of fp32. Plain bf16, which loses small updates: 4 to 41 % above it."""
+    """Measured in twelve runs: within 0.9 % of fp32. Plain bf16, which loses small updates: 4 to 41 % above it."""
     ends = []
     for kind, kept in ((torch.float32, "fp32"), (dtype, state)):
         sae, losses = topk().to(kind), []
