@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 # Gradients of fewer entries are sent together: a message has a cost of its own.
 _SMALL = 1 << 18
+_AT_ONCE = 1 << 22
 # How long ranks wait for one that is known to be busy. If it dies they know at once.
 _FOR_HOURS = datetime.timedelta(days=365)
 # What gloo's errors have in common: the place in its sources. RuntimeErrors they are like any other.
@@ -107,7 +108,7 @@ class Ranks(Alone):
         return own
 
     def check_rows(self, batch: Tensor) -> None:
-        if self.worst(len(set(self.counts(int(_sum_of_bits(batch)))))) > 1:
+        if self.worst(len(set(self.counts(int(_fingerprint(batch)))))) > 1:
             raise ValueError(
                 "distributed: the ranks of an SAE were given different activations; give every rank the same whole "
                 "batches, of which it takes its rows"
@@ -215,7 +216,7 @@ class Ranks(Alone):
         if self.layout.ranks == 1:
             return
         names = sorted(tensors)
-        sums = torch.stack([_sum_of_bits(tensors[name]).cpu() for name in names])
+        sums = torch.stack([_fingerprint(tensors[name]).cpu() for name in names])
         every = [torch.empty_like(sums) for _ in range(self.count)]
         dist.all_gather(every, sums)
         for rank, theirs in enumerate(every):
@@ -285,9 +286,14 @@ class Ranks(Alone):
         return {name: value for part in every for name, value in part.items()}
 
 
-def _sum_of_bits(t: Tensor) -> Tensor:
+def _fingerprint(t: Tensor) -> Tensor:
+    """Of all bits and of where they stand; some rows at a time, since it takes 8 bytes an entry."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]
-    return t.detach().contiguous().view(-1).view(whole).sum(dtype=torch.int64)
+    found = torch.zeros((), dtype=torch.int64, device=t.device)
+    for part in t.detach().contiguous().view(-1).view(whole).split(_AT_ONCE):
+        places = torch.arange(1, len(part) + 1, device=t.device)
+        found = 31 * found + (part.long() * places).sum()
+    return found
 
 
 def _errno(error: BaseException) -> int | None:

@@ -281,3 +281,14 @@ def large_norm() -> float:
     grad = torch.zeros(4, D, dtype=torch.float16)
     grad[0, 0] = 600 / 2**0.5
     return distributed.start(2).norm({"W_enc": grad}).item()
+
+
+def test_a_fingerprint_tells_entries_that_changed_places():
+    from fastsae.distributed.ranks import _fingerprint
+
+    t = torch.randn(3, 5)
+    swapped = t.clone()
+    swapped[0, 1], swapped[2, 3] = t[2, 3], t[0, 1]
+    assert int(_fingerprint(t)) == int(_fingerprint(t.clone()))
+    assert int(_fingerprint(t)) != int(_fingerprint(swapped))
+    assert int(_fingerprint(t)) != int(_fingerprint(t.double().float() + 1e-6))
