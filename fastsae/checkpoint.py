@@ -109,8 +109,9 @@ def load(run_dir: Path, ranks: Alone = ALONE) -> Checkpoint | None:
 def read(folder: Path, ranks: Alone = ALONE) -> Checkpoint:
     """One checkpoint, verified. Raises OSError or ValueError naming what is missing or damaged."""
     sums = files.read_object(folder / "checksums.json")
-    if sums.keys() != {p.name for p in folder.iterdir()} - {"checksums.json"}:
-        raise ValueError(f"{folder / 'checksums.json'} is damaged: it is of other files than there are")
+    if differing := sorted(sums.keys() ^ ({p.name for p in folder.iterdir()} - {"checksums.json"})):
+        damaged = f"{folder / 'checksums.json'} is damaged: it is of other files than there are"
+        raise ValueError(f"{damaged} ({', '.join(differing)})")
     for name, found in ranks.on_files(folder, sorted(sums), files.crc32).items():
         if found != sums[name]:
             raise ValueError(f"{folder / name} is damaged: its checksum is not the one that was stored")

@@ -115,7 +115,8 @@ def test_a_damaged_part_is_named_on_every_rank(two, tmp_path):
         )
     part.unlink()
     for message in two(refused, "topk", 2, tmp_path):
-        assert f"{newest / 'checksums.json'} is damaged: it is of other files than there are. To resume" in message
+        told = f"{newest / 'checksums.json'} is damaged: it is of other files than there are ({part.name}). To resume"
+        assert told in message
 
 
 def without(name: str, content: bytes) -> bytes:
