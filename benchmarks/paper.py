@@ -92,7 +92,7 @@ def _effects(found: Found) -> str:
 def _linear(found: Found) -> str:
     moved = [e for one in found["factorial"].values() for e in one["effects"] if e["linear"] and e["active"] > 0]
     pairs = [f"{e['target']} {e['contrasts']['interaction']['estimate']:.1e} and {e['linear']:.1e}" for e in moved[:3]]
-    return "interaction per unit of dose, clamped and linear: " + "; ".join(pairs)
+    return "interaction per unit of amount, clamped and linear: " + "; ".join(pairs)
 
 
 def _discovered(found: Found) -> str:
@@ -176,13 +176,13 @@ ROWS = (
         "squared decoder norms have two modes",
         "about 0.05 and 0.37",
         lambda p, s: "dip test p: all {all:.3f}, alive {alive:.3f}".format(**p["joint"]["dip_p"]),
-        "two modes among all, one among features that fire: the low mode is features that never do",
+        "beside the same test among features that fire: where two modes become one, the low one is those that do not",
     ),
     Row(
         "Spearman of weight-norm share with squared norm: linear; pairwise; identity",
         "-0.866; -0.922; +0.987",
         lambda p, s: "; ".join(_null(p["joint"]["spearman"][c]) for c in ("linear", "interaction", "identity")),
-        "the same definition, beside W_lin and V drawn anew: that alone gives the correlation",
+        "the same definition, beside what the same W_dec gives with W_lin and V drawn anew: nothing learned in them",
     ),
     Row(
         "mean absolute cosine of decoder rows",
