@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/lab       ## train a TopK SAE and a joint SAE on a real model's activations, and compare them
 	$(BIN)/fastsae demo
 
+# Two processes of one thread each: most tests are too small for two threads. A file stays with one process.
 test: .venv/dev       ## everything that can be proved without a GPU
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n 2
 	$(BIN)/python -m csrc_triton.offline modern odd small narrow few wider
 

@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -194,6 +195,9 @@ def _or_be_refused(work: Work, folder: Path) -> None:
 
 def may_not_write(folder: Path) -> None:
     """What a user without rights to the folder is told. (Root has them all: it becomes nobody.)"""
+    with tempfile.TemporaryDirectory() as elsewhere:  # nobody may read the interpreter either: what is imported late
+        _into(train, Path(elsewhere) / "run")
+        harvest_all(Path(elsewhere) / "store")
     os.chdir(folder)  # the folders above belong to others
     if os.getuid() == 0:
         os.setuid(65534)
