@@ -41,6 +41,16 @@ class Trained(NamedTuple):
     base: JointSAE | None = None
     """Whose hidden layer it reads, if it is a SecondarySAE."""
 
+    @property
+    def spliced(self) -> SparseAutoencoder:
+        """What reads the model's activations: this SAE, or the base of a secondary one."""
+        return self.sae if self.base is None else self.base
+
+    @property
+    def secondary(self) -> SecondarySAE | None:
+        """This SAE if it is a secondary one."""
+        return self.sae if isinstance(self.sae, SecondarySAE) else None
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -169,11 +179,9 @@ def held_out_reconstruction(model: Any, run: Trained, windows: TokenWindows) -> 
 
 def measure(model: Any, run: Trained, windows: TokenWindows) -> Measured:
     """What the SAE of `run` does on held-out windows. A secondary SAE is spliced in through its base."""
-    spliced = run.sae if run.base is None else run.base
-    secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
 
     def behavior(bos: bool) -> Behavior:
-        return evaluate.behavior(spliced, model, run.data.hook, windows, bos=bos, secondary=secondary)
+        return evaluate.behavior(run.spliced, model, run.data.hook, windows, bos=bos, secondary=run.secondary)
 
     return Measured(
         reconstruction=held_out_reconstruction(model, run, windows),

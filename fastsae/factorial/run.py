@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fastsae.factorial.generate import Edit, begin, generate
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.responses import tokenized
 from fastsae.factorial.stimuli import LEVELS, Stimuli
-from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
+from fastsae.modules import JointSAE, SparseAutoencoder, evaluating
 
 _GENERATED_PROMPTS = 5
 _DRIVING_PAIRS = 4
@@ -52,8 +53,7 @@ def run_factorial(
     Features are chosen on the stimuli's texts and clamped in front of its prompts, which no choice has seen.
     keep: is given what is known after discovery, and after each target.
     """
-    secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
-    sae = run.sae if run.base is None else run.base
+    sae, secondary = run.spliced, run.secondary
     named = [Target.parse(text) for text in config.clamp]
     for target in named:
         target.check(sae, secondary)
@@ -90,7 +90,7 @@ def run_factorial(
             for target in tqdm(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
                 effects.append(experiment.effect(target, discovery))
                 if prompts:
-                    written[str(target)] = experiment.text(target, prompts)
+                    written[str(target)] = experiment.text(target)
                 keep(known())
         return known()
 
@@ -118,8 +118,8 @@ class _Clamping:
 
     def __init__(self, run: Trained, model: Any, stimuli: Stimuli, config: FactorialConfig) -> None:
         self.run, self.model, self.stimuli, self.config = run, model, stimuli, config
-        self.secondary = run.sae if isinstance(run.sae, SecondarySAE) else None
-        self.sae = run.sae if run.base is None else run.base
+        self.sae, self.secondary = run.spliced, run.secondary
+        self.prompts = stimuli.prompts[:_GENERATED_PROMPTS]
         words = [word for cell in stimuli.cells.values() for word in cell.words]
         self.readout = WordReadout(model, run.data.hook, stimuli.prompts, words)
         self.carriers = [self._carrier(self.readout.spliced.raw(part)) for part in self.readout.spliced.parts]
@@ -142,10 +142,16 @@ class _Clamping:
             self.directions,
         )
 
-    def text(self, target: Target, prompts: tuple[str, ...]) -> dict[str, list[str]]:
+    @cached_property
+    def _unclamped(self) -> dict[str, list[str]]:
+        """What is written without any clamp, the same beside every target."""
         edits: dict[str, Edit | None] = {"untouched": None}
         if self.config.splice:
             edits["reconstruction"] = lambda raw: self._carrier(raw).replaced(None, True)
+        return self._written(edits)
+
+    def text(self, target: Target) -> dict[str, list[str]]:
+        edits: dict[str, Edit | None] = {}
         clamps = {f"{self.config.operation} {amount:g}": amount for amount in self.config.amounts}
         for name, amount in clamps.items():
             edits[name] = self._edit(Clamp(target, amount, self.config.operation), None)
@@ -153,7 +159,10 @@ class _Clamping:
             largest = max(clamps, key=lambda name: abs(clamps[name]))
             clamp = Clamp(target, clamps[largest], self.config.operation)
             edits[f"random, as {largest}"] = self._edit(clamp, self.directions[0])
-        return generate(self.model, self.run.data.hook, prompts, edits, self.config.new_tokens)
+        return self._unclamped | self._written(edits)
+
+    def _written(self, edits: dict[str, Edit | None]) -> dict[str, list[str]]:
+        return generate(self.model, self.run.data.hook, self.prompts, edits, self.config.new_tokens)
 
     def _edit(self, clamp: Clamp, direction: Tensor | None) -> Edit:
         def edit(raw: Tensor) -> Tensor:
