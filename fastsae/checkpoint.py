@@ -106,8 +106,11 @@ def load(run_dir: Path, ranks: Alone = ALONE) -> Checkpoint | None:
         raise ValueError(f"checkpoint {newest} cannot be used: {error}. To resume, {offer}.") from error
 
 
-def read(folder: Path, ranks: Alone = ALONE) -> Checkpoint:
-    """One checkpoint, verified. Raises OSError or ValueError naming what is missing or damaged."""
+def read(folder: Path, ranks: Alone = ALONE, *, weights_only: bool = False) -> Checkpoint:
+    """One checkpoint, verified; its `tensors` are left out where only weights are wanted.
+
+    Raises OSError or ValueError naming what is missing or damaged.
+    """
     sums = files.read_object(folder / "checksums.json")
     if differing := sorted(sums.keys() ^ ({p.name for p in folder.iterdir()} - {"checksums.json"})):
         damaged = f"{folder / 'checksums.json'} is damaged: it is of other files than there are"
@@ -118,10 +121,14 @@ def read(folder: Path, ranks: Alone = ALONE) -> Checkpoint:
     state = files.read_object(folder / "state.json")
     if ranks.count == 1 and "weights.safetensors" in sums:
         weights = files.read_tensors(folder / "weights.safetensors")
-        return Checkpoint(folder, weights, files.read_tensors(folder / "optimizer.safetensors"), state)
+        tensors = {} if weights_only else files.read_tensors(folder / "optimizer.safetensors")
+        return Checkpoint(folder, weights, tensors, state)
     from fastsae.distributed import parts
 
-    tensors = parts.read(folder, ranks)
-    training = [name for name in sorted(tensors) if "/" in name or name in _OF_TRAINING]
-    weights = {name: t for name, t in tensors.items() if name not in training}
-    return Checkpoint(folder, weights, {name: tensors[name] for name in training}, state)
+    found = parts.read(folder, ranks, lambda name: not (weights_only and _is_of_training(name)))
+    weights = {name: t for name, t in found.items() if not _is_of_training(name)}
+    return Checkpoint(folder, weights, {name: t for name, t in found.items() if name not in weights}, state)
+
+
+def _is_of_training(name: str) -> bool:
+    return "/" in name or name in _OF_TRAINING

@@ -20,8 +20,8 @@ OptimizerState = Literal["fp32", "8bit"]
 
 # Entries that are in fp32 at once: temporaries stay small beside any dictionary, and in a GPU's cache.
 _AT_ONCE = 1 << 20
-# Smaller matrices, and vectors, keep fp32 moments, as in other 8-bit optimizers.
-_QUANTISED_FROM = 4096
+# Entries with one scale.
+_BLOCK = range(64, 257)
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # signed?
 
 
@@ -35,13 +35,15 @@ def kinds(shape: torch.Size | tuple[int, ...], state: OptimizerState) -> dict[st
 
 
 def is_quantised(shape: torch.Size | tuple[int, ...]) -> bool:
-    return len(shape) == 2 and math.prod(shape) >= _QUANTISED_FROM
+    """Vectors, and the few matrices with short rows, keep fp32 moments. How many rows does not matter: of ranks, each has
+    some of them."""
+    return len(shape) == 2 and shape[1] >= _BLOCK.start
 
 
 def block(width: int) -> int:
-    """Entries with one scale: a part of one row. While a feature is silent its moments decay by one factor, which the
+    """How many entries have one scale: a part of one row. While a feature is silent its moments decay by one factor, which the
     scale takes exactly; codes shared with features that fire would be rounded back to where they were."""
-    return max((n for n in range(64, 257) if width % n == 0), default=width)
+    return max((n for n in _BLOCK if width % n == 0), default=width)
 
 
 class NarrowAdam(torch.optim.Adam):

@@ -112,11 +112,6 @@ class Trainer:
                 f"TrainerConfig: adam_in_backward holds no gradients, and {self._ranks.adding} data ranks must add "
                 "theirs; leave it out, or let all ranks be feature ranks"
             )
-        if self.config.optimizer_state == "8bit" and self._ranks.count > 1:
-            raise ValueError(
-                f"TrainerConfig.optimizer_state: '8bit' is for one process, and these are {self._ranks.count}; leave "
-                "it at 'fp32' (weights may be bf16), or have each rank hold fewer features"
-            )
         if self.config.optimizer_state == "8bit" and sae.W_enc.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"TrainerConfig.optimizer_state: '8bit' is for float32 and bfloat16 weights; got {sae.W_enc.dtype}"
@@ -449,15 +444,14 @@ class Trainer:
         for key, t in found.tensors.items():
             moment, _, name = key.partition("/")
             if name:  # a run that was stopped before its first step has no moments
-                # Older checkpoints hold bf16 moments beside bf16 weights.
-                t = t.to(self.sae.W_enc.device, torch.float32 if t.dtype is torch.bfloat16 else t.dtype, copy=True)
+                t = t.to(self.sae.W_enc.device, copy=True)
                 self._optimizer.state[self._trained[name]][moment] = t.reshape(()) if moment == "step" else t
 
     def _restore_random_state(self, found: checkpoint.Checkpoint) -> None:
         try:
             torch.set_rng_state(found.tensors["rng_cpu"])
         except RuntimeError as error:
-            raise ValueError(f"{found.folder / 'optimizer.safetensors'} is damaged: rng_cpu: {error}") from error
+            raise ValueError(f"checkpoint {found.folder} is damaged: rng_cpu: {error}") from error
         if self.sae.W_enc.is_cuda:
             torch.cuda.set_rng_state(found.tensors["rng_cuda"], self.sae.W_enc.device)
 

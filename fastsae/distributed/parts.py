@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ def write(folder: Path, tensors: dict[str, Tensor], ranks: Any) -> None:
         raise OSError(getattr(failed, "errno", None) or errno.EIO, str(failed)) from error
 
 
-def read(folder: Path, ranks: Any) -> dict[str, Tensor]:
-    """This rank's part of what ranks of any layout wrote, or one process; all of it for one process (ranks.ALONE).
+def read(folder: Path, ranks: Any, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """This rank's part of the `wanted` tensors that ranks of any layout wrote, or one process; whole ones for one process.
 
     Raises OSError, or ValueError where the parts cannot be read or are not the whole.
     """
@@ -53,6 +54,8 @@ def read(folder: Path, ranks: Any) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder))
     state: dict[str, Any] = {}
     for name, stored in _stored(folder, reader).items():
+        if not wanted(name):
+            continue
         shape = list(stored.size)
         if ranks.count > 1 and by_feature(name):
             shape[0] //= ranks.layout.features

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,12 +68,14 @@ def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
     if features < 1 or world % features:
         raise ValueError(f"distributed.start: {world} ranks cannot be split into groups of {features} feature ranks")
     layout = Layout(world // features, features)
-    mesh = init_device_mesh(
-        "cuda" if torch.cuda.is_available() else "cpu",
-        (layout.data, layout.features),
-        mesh_dim_names=("data", "features"),
-    )
-    return Ranks(layout, mesh)
+    return Ranks(layout, _mesh(layout, dist.group.WORLD))
+
+
+@cache
+def _mesh(layout: Layout, world: dist.ProcessGroup) -> DeviceMesh:
+    """Made once for all processes of `world`: its groups hold connections, and memory of the GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return init_device_mesh(device, (layout.data, layout.features), mesh_dim_names=("data", "features"))
 
 
 class Ranks(Alone):

@@ -96,7 +96,7 @@ def consolidate(checkpoint: str | Path, folder: str | Path) -> Path:
     """
     from fastsae.checkpoint import read
 
-    found = read(Path(checkpoint))
+    found = read(Path(checkpoint), weights_only=True)
     described = dict(found.state["sae"])
     architecture, dtype = ARCHITECTURES[described.pop("architecture")], getattr(torch, described.pop("dtype"))
     del described["trained"]

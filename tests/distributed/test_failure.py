@@ -5,13 +5,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from ranked import trained
+from ranked import activations, trained
+from torch import Tensor
 
 import fastsae
-from fastsae import checkpoint
+from fastsae import checkpoint, files
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -66,6 +68,33 @@ def test_a_killed_rank(two, tmp_path):
     for ours, straight in zip(resumed, two(trained, "joint", 2, options), strict=True):
         assert [line["step"] for line in ours["lines"]] == [5, 6, 7, 8]
         assert [n for n, t in straight["weights"].items() if not torch.equal(ours["weights"][n], t)] == []
+
+
+def holding(run_dir: Path, steps: int) -> str:
+    """Ranks train; meanwhile one that does not hold the lock tries to take it, as another run would."""
+
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 2 and torch.distributed.get_rank() == 1:
+                with files.locked(run_dir, "another run"):
+                    pass
+            yield x
+
+    try:
+        trained("topk", 2, {"run_dir": run_dir, "steps": steps}, stream=stream())
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_two_runs_in_one_folder(two, tmp_path):
+    run_dir = tmp_path / "run"
+    assert f"another run: another process is writing into {run_dir}; wait for it" in two(holding, run_dir, 4)[1]
+    with files.locked(run_dir, "test"):
+        for said in two(holding, run_dir, 4):
+            assert f"Trainer: another process is writing into {run_dir}; wait for it" in said
+    # The first run was stopped by the second's error, with what it had trained saved; the second wrote nothing.
+    assert [p.name for p in checkpoint.folders(run_dir)] == ["step_00000002"]
 
 
 def test_the_command_line_under_torchrun(tmp_path):
