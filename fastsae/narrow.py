@@ -35,14 +35,13 @@ def kinds(shape: torch.Size | tuple[int, ...], state: OptimizerState) -> dict[st
 
 
 def is_quantised(shape: torch.Size | tuple[int, ...]) -> bool:
-    """Vectors, and the few matrices with short rows, keep fp32 moments. How many rows does not matter: of ranks, each has
-    some of them."""
+    """Vectors and matrices with short rows keep fp32 moments. The number of rows does not matter: ranks share them."""
     return len(shape) == 2 and shape[1] >= _BLOCK.start
 
 
 def block(width: int) -> int:
-    """How many entries have one scale: a part of one row. While a feature is silent its moments decay by one factor, which the
-    scale takes exactly; codes shared with features that fire would be rounded back to where they were."""
+    """How many entries have one scale: a part of one row. While a feature is silent its moments decay by one factor,
+    which the scale takes exactly; codes shared with features that fire would be rounded back to where they were."""
     return max((n for n in _BLOCK if width % n == 0), default=width)
 
 

@@ -123,7 +123,7 @@ def test_blocks_never_span_two_rows(width: int, size: int):
 
 @pytest.mark.parametrize("shape", [(4096,), (512, 63), (1, 64), (64, 64)], ids=str)
 def test_matrices_with_long_rows_are_quantised(shape: tuple[int, ...]):
-    """However many rows there are: ranks that share a matrix must agree with one process that reads their checkpoint."""
+    """However many rows there are: ranks that share a matrix agree with the process that reads their checkpoint."""
     p = parameter(torch.zeros(shape))
     optimizer = NarrowAdam([p], optimizer_state="8bit")
     p.grad = torch.ones_like(p)

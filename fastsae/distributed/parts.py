@@ -43,7 +43,7 @@ def write(folder: Path, tensors: dict[str, Tensor], ranks: Any) -> None:
 
 
 def read(folder: Path, ranks: Any, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """This rank's part of the `wanted` tensors that ranks of any layout wrote, or one process; whole ones for one process.
+    """This rank's part of the `wanted` tensors that ranks of any layout wrote, or one process; for one, all of them.
 
     Raises OSError, or ValueError where the parts cannot be read or are not the whole.
     """

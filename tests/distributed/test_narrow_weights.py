@@ -12,7 +12,7 @@ from ranked import Recording, config, whole
 from test_narrow import BF16, M, activations, each_choice, joint, topk
 from torch import Tensor
 
-from fastsae import checkpoint, distributed, files, narrow
+from fastsae import checkpoint, distributed, narrow
 from fastsae.distributed import parts
 from fastsae.ranks import ALONE
 
@@ -41,7 +41,7 @@ def trained(name: str, features: int, dtype: torch.dtype, options: dict[str, Any
 @each_choice
 @pytest.mark.parametrize(("crew", "features"), [("two", 1), ("two", 2), ("four", 2)])
 def test_losses_end_where_those_of_one_process_do(request, crew, features, dtype, state):
-    """To what rounding does: in bf16, gradients of data ranks and partial sums of feature ranks are rounded once more."""
+    """In bf16, gradients of data ranks and partial sums of feature ranks are rounded once more."""
     options = {"steps": 200, "lr": 2e-3, "optimizer_state": state, "log_every": 1, "normalize": "scale"}
     results = request.getfixturevalue(crew)(trained, "topk", features, dtype, options)
     whole(results, features)  # asserts that ranks with the same part hold the same bits
