@@ -152,7 +152,8 @@ def told(found: dict[str, Any]) -> str:
         f"After the first {WARM_UP_SECONDS // 60} minutes resident memory lay between {min(rss):.1f} and "
         f"{max(rss):.1f} MiB ({spread(found):.2%}), open files were {' or '.join(map(str, opened))}, and a minute's "
         f"speed lay between {min(rates):,.0f} and {max(rates):,.0f} rows/s (median {median(rates):,.0f}), at a load of "
-        f"the machine between {min(loads):.1f} and {max(loads):.1f}. {' '.join(found['remarks'])}"
+        f"the machine between {min(loads):.1f} and {max(loads):.1f}."
+        + "".join(f" {remark}" for remark in found["remarks"])
     )
 
 
@@ -181,7 +182,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     load = speed.twinx()
     load.plot(minutes, [s["load"] for s in samples], color="#9aa1ad", linewidth=1, label="load of the machine")
     load.set(ylabel="load", ylim=(0, None))
-    speed.legend([*speed.lines, *load.lines], [line.get_label() for line in (*speed.lines, *load.lines)])
+    lines = [*speed.lines, *load.lines]
+    speed.legend(lines, [line.get_label() for line in lines], loc="lower right")
     handles.step(minutes, [s["files"] for s in samples], color="#2563a8", where="post")
     handles.set(ylabel="open files", xlabel="minutes", ylim=(0, 1.5 * max(s["files"] for s in samples)))
     for axes in (memory, speed, handles):

@@ -326,7 +326,7 @@ def plan(
 ) -> None:
     """Print parameters, memory and steps for a shape, before anything is allocated; of several ranks, what they send.
 
-    Memory is that of one process, by how weights and Adam's state are kept, and what d_sae fits which GPU.
+    Memory is that of each process, by how weights and Adam's state are kept, and what d_sae fits which GPUs.
 
     Args:
         sae: The architecture and its shape.
@@ -340,19 +340,26 @@ def plan(
     config = dataclasses.replace(sae, d_in=d_in)
     if not all(0 < size < float("inf") for size in gpu_memory_gb):
         raise ValueError(f"plan: --gpu-memory-gb: expected sizes above 0; got {gpu_memory_gb}")
+    layout = distributed.Layout(data_ranks, feature_ranks)
+    layout.features_each(config.d_sae)  # raises where ranks cannot share it
     p = planner.plan(config, batch_size, tokens)
     rows = [{"parameter": name, "entries": f"{n:,}"} for name, n in p.parameters.items()]
     _say(report.table([*rows, {"parameter": "all", "entries": f"{p.n_parameters:,}"}]), "")
-    _say(report.table([_memory(config, batch_size, memory) for memory in planner.MEMORY]), "")
+    own_rows = -(-batch_size // data_ranks)
+    # Data ranks add gradients, which Adam in the backward does not hold.
+    choices = [memory for memory in planner.MEMORY if data_ranks == 1 or not memory.adam_in_backward]
+    _say(report.table([_memory(config, own_rows, memory, feature_ranks) for memory in choices]), "")
     if gpu_memory_gb:
-        _say(f"The largest d_sae that trains at d_in = {d_in:,}, by a GPU's memory ({planner.USABLE:.0%} of it used):")
-        _say(report.table([_fitting(config, batch_size, memory, gpu_memory_gb) for memory in planner.MEMORY]), "")
+        gpus = "a GPU's memory" if feature_ranks == 1 else f"the memory of each of {feature_ranks} GPUs"
+        _say(f"The largest d_sae that trains at d_in = {d_in:,}, by {gpus} ({planner.USABLE:.0%} of it used):")
+        fitting = [_fitting(config, own_rows, memory, feature_ranks, gpu_memory_gb) for memory in choices]
+        _say(report.table(fitting), "")
     _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
-    _say("", *cost.report(config, batch_size, distributed.Layout(data_ranks, feature_ranks), p.steps))
+    _say("", *cost.report(config, batch_size, layout, p.steps))
 
 
-def _memory(config: TopKSAEConfig, batch_size: int, memory: planner.Memory) -> dict[str, str]:
-    p = planner.plan(config, batch_size, memory=memory)
+def _memory(config: TopKSAEConfig, own_rows: int, memory: planner.Memory, feature_ranks: int) -> dict[str, str]:
+    p = planner.plan(config, own_rows, memory=memory, feature_ranks=feature_ranks)
     held = {
         "weights": p.weights_bytes,
         "gradients": p.gradients_bytes,
@@ -365,9 +372,9 @@ def _memory(config: TopKSAEConfig, batch_size: int, memory: planner.Memory) -> d
 
 
 def _fitting(
-    config: TopKSAEConfig, batch_size: int, memory: planner.Memory, sizes: tuple[float, ...]
+    config: TopKSAEConfig, own_rows: int, memory: planner.Memory, feature_ranks: int, sizes: tuple[float, ...]
 ) -> dict[str, str]:
-    found = {f"{size:g} GB": planner.largest(config, size * 1e9, batch_size, memory) for size in sizes}
+    found = {f"{size:g} GB": planner.largest(config, size * 1e9, own_rows, memory, feature_ranks) for size in sizes}
     return {"": memory.name, **{size: f"{d_sae:,}" if d_sae else "none" for size, d_sae in found.items()}}
 
 

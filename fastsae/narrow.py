@@ -5,7 +5,6 @@ that updates far below the last bit of a weight add up. 8-bit moments are those 
 as torchao keeps them: codes of a fixed table, and one fp32 scale per block.
 """
 
-import logging
 import math
 from collections.abc import Iterable
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastsae import quiet
 from fastsae.optim import adam_step_, normalize_rows_
 
 OptimizerState = Literal["fp32", "8bit"]
@@ -163,13 +163,9 @@ def _quantise(device: str) -> Any:
 @cache
 def _state_8bit() -> Any:
     """torchao's class of 8-bit optimizer states."""
-    # It warns of every library of its own that was built for another machine, none of which is needed here.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        from torchao.optim.subclass_8bit import OptimState8bit
+        with quiet.imports():
+            from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         raise ImportError("optimizer_state='8bit' needs torchao: `pip install torchao` (or `.[memory]`)") from error
-    finally:
-        logging.disable(before)
     return OptimState8bit

@@ -58,7 +58,7 @@ class Plan:
     """Counted, except for `activations_bytes`, which is an estimate."""
 
     parameters: dict[str, int]
-    """Entries of each parameter."""
+    """Entries of each parameter that a process holds."""
     trained: tuple[str, ...]
     """Those that have gradients and moments."""
     weights_bytes: int
@@ -85,13 +85,22 @@ class Plan:
         return held + self.pre_activations_bytes + self.activations_bytes
 
 
-def plan(config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_000, memory: Memory = MEMORY[0]) -> Plan:
-    """The plan for training `config` on batches of `batch_size` rows, kept in memory as `memory` says."""
+def plan(
+    config: TopKSAEConfig,
+    batch_size: int = 2048,
+    tokens: int = 100_000_000,
+    memory: Memory = MEMORY[0],
+    feature_ranks: int = 1,
+) -> Plan:
+    """The plan for training `config` on batches of `batch_size` rows, kept in memory as `memory` says.
+
+    feature_ranks: processes that share the SAE, equally; entries and bytes are those of one of them.
+    """
     if batch_size < 1 or tokens < 1:
         raise ValueError(f"plan: expected batch_size and tokens of at least 1; got {batch_size} and {tokens}")
-    d_in, d_sae, k = config.d_in, config.d_sae, config.k
+    d_in, d_sae, k, each = config.d_in, config.d_sae, config.k, config.d_sae // feature_ranks
     dtype = memory.dtype
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_sae, d_in), "b_enc": (d_sae,), "W_dec": (d_sae, d_in)}
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (each, d_in), "b_enc": (each,), "W_dec": (each, d_in)}
     if config.pre_bias:
         shapes["b_dec"] = (d_in,)
     frozen = isinstance(config, SequentialSAEConfig)
@@ -100,10 +109,10 @@ def plan(config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_00
     if isinstance(config, JointSAEConfig):
         n, E = config.n, config.d_embedding
         if config.linear:
-            shapes |= {"W_lin": (d_sae, d_in), "b_lin": (d_in,)}
+            shapes |= {"W_lin": (each, d_in), "b_lin": (d_in,)}
             sparse += 2 * batch_size * n * d_in * (2 if frozen else 3)  # a frozen encoder needs no gradient of a_j
         if config.interaction:
-            shapes |= {"V": (d_sae, E), "W1": (E, E), "b1": (E,), "W2": (d_in, E), "b2": (d_in,)}
+            shapes |= {"V": (each, E), "W1": (E, E), "b1": (E,), "W2": (d_in, E), "b2": (d_in,)}
             sparse += 2 * batch_size * n * E * (4 if frozen else 6) + 6 * batch_size * E * (E + d_in)
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = tuple(name for name in parameters if not (frozen and name in FROZEN))
@@ -113,29 +122,34 @@ def plan(config: TopKSAEConfig, batch_size: int = 2048, tokens: int = 100_000_00
         weights_bytes=sum(parameters.values()) * dtype.itemsize,
         gradients_bytes=sum(memory.gradient_bytes(name, shapes[name]) for name in trained),
         optimizer_bytes=sum(memory.optimizer_bytes(shapes[name]) for name in trained),
-        pre_activations_bytes=cpu.plan(batch_size, d_in, d_sae, k, dtype).bytes,
+        pre_activations_bytes=cpu.plan(batch_size, d_in, each, min(k, each), dtype).bytes,
         activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),
     )
 
 
-def on_gpu(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory) -> float:
+def on_gpu(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory, feature_ranks: int = 1) -> float:
     """Bytes that training takes on a GPU with `gpu_bytes` of memory: the plan's, with pre-activations as that backend
     keeps them."""
-    counted = plan(config, batch_size, memory=memory)
-    pre_activations = min(batch_size * config.d_sae * memory.dtype.itemsize, _PRE_ACTIVATIONS * gpu_bytes)
+    counted = plan(config, batch_size, memory=memory, feature_ranks=feature_ranks)
+    each = config.d_sae // feature_ranks
+    pre_activations = min(batch_size * each * memory.dtype.itemsize, _PRE_ACTIVATIONS * gpu_bytes)
     return counted.total_bytes - counted.pre_activations_bytes + pre_activations
 
 
-def largest(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory) -> int | None:
-    """The largest d_sae, a multiple of 1024, that trains on a GPU with `gpu_bytes` of memory; None if none does."""
+def largest(
+    config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory, feature_ranks: int = 1
+) -> int | None:
+    """The largest d_sae, 1024 features of each process or a multiple, that trains on GPUs with `gpu_bytes` of memory;
+    None if none does."""
+    step = 1024 * feature_ranks
 
-    def fits(thousands: int) -> bool:
-        wider = dataclasses.replace(config, d_sae=1024 * thousands)
-        return on_gpu(wider, gpu_bytes, batch_size, memory) <= USABLE * gpu_bytes
+    def fits(steps: int) -> bool:
+        wider = dataclasses.replace(config, d_sae=steps * step)
+        return on_gpu(wider, gpu_bytes, batch_size, memory, feature_ranks) <= USABLE * gpu_bytes
 
-    low = math.ceil(config.k / 1024)
+    low = math.ceil(config.k / step)
     if not fits(low):
         return None
     high = 2 * low
@@ -144,4 +158,4 @@ def largest(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Me
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return 1024 * low
+    return low * step

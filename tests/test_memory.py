@@ -65,6 +65,20 @@ def test_the_largest_that_fits_is_the_largest(memory):
     assert taken[0] <= planner.USABLE * 24e9 < taken[1]
 
 
+@pytest.mark.parametrize("memory", MEMORY, ids=lambda m: m.name)
+def test_ranks_that_share_the_features_hold_a_part_each(memory):
+    """What is held alike, b_dec and the network over z, is counted on each."""
+    config = fastsae.JointSAEConfig(768, 8192, 32, d_embedding=64, pre_bias=True)
+    alone, shared = (planner.plan(config, 512, memory=memory, feature_ranks=n) for n in (1, 4))
+    each = {"W_enc", "b_enc", "W_dec", "W_lin", "V"}
+    assert shared.parameters == {n: size // 4 if n in each else size for n, size in alone.parameters.items()}
+    held = planner.plan(dataclasses.replace(config, d_sae=2048), 512, memory=memory)
+    for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "pre_activations_bytes"):
+        assert getattr(shared, name) == getattr(held, name), name
+    d_sae = planner.largest(config, 24e9, 4096, memory, feature_ranks=4)
+    assert d_sae == 4 * planner.largest(config, 24e9, 4096, memory)
+
+
 def test_nothing_fits_a_small_gpu():
     assert planner.largest(fastsae.TopKSAEConfig(4096, 1024, 32), 1e7, 2048, MEMORY[0]) is None
     wide = planner.largest(fastsae.TopKSAEConfig(64, 4096, 2000), 24e9, 64, MEMORY[0])
@@ -160,6 +174,15 @@ def test_plan_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert f"{planner.plan(config, memory=memory).total_bytes / 2**20:,.0f}" in counted
         (fitting,) = (line for line in out.splitlines() if line.startswith(memory.name) and line != counted)
         assert fitting.split()[-2:] == [f"{planner.largest(config, gb * 1e9, 2048, memory):,}" for gb in (12, 80)]
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--feature-ranks", "4", "--data-ranks", "2"])
+    cli.main()
+    out = capsys.readouterr().out
+    assert MEMORY[1].name not in out  # holds no gradients to add up
+    config = fastsae.TopKSAEConfig(1024, 65536, 64)
+    for memory in (MEMORY[0], MEMORY[-1]):
+        counted, fitting = (line for line in out.splitlines() if line.startswith(memory.name))
+        assert counted.split()[-1] == f"{planner.plan(config, 1024, 1, memory, 4).total_bytes / 2**20:,.0f}"
+        assert fitting.split()[-1] == f"{planner.largest(config, 80e9, 1024, memory, 4):,}"
     monkeypatch.setattr(sys, "argv", [*words.split()[:-2], "0"])
     with pytest.raises(SystemExit, match="expected sizes above 0"):
         cli.main()

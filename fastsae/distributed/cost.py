@@ -12,7 +12,7 @@ from pathlib import Path
 from csrc_triton.plan import BANDWIDTH, FLOPS
 from fastsae import planner
 from fastsae.config import JointSAEConfig, TopKSAEConfig
-from fastsae.distributed.layout import BY_FEATURE, Layout
+from fastsae.distributed.layout import Layout
 from fastsae.report import table as table_of
 
 # Assumptions, bytes per second of one GPU in one direction: what a ring of GPUs in one machine reaches over NVLink (of
@@ -91,9 +91,8 @@ def cost(config: TopKSAEConfig, batch_size: int, layout: Layout, auxk: int = 0) 
     if batch_size < layout.data:
         raise ValueError(f"cost: {batch_size} rows cannot be split over {layout.data} data ranks")
     rows, D, k, features = -(-batch_size // layout.data), config.d_in, config.k, layout.features
-    counted = planner.plan(config, rows)
-    held = {name: n // features if name in BY_FEATURE else n for name, n in counted.parameters.items()}
-    trained = sum(held[name] for name in counted.trained)
+    counted = planner.plan(config, rows, feature_ranks=features)
+    trained = sum(counted.parameters[name] for name in counted.trained)
     n, E = (config.n, config.d_embedding if config.interaction else 0) if isinstance(config, JointSAEConfig) else (0, 0)
     linear = isinstance(config, JointSAEConfig) and config.linear
     # Rows of weights that are read and gradients that are added up, as planner.plan counts operations.
@@ -107,9 +106,13 @@ def cost(config: TopKSAEConfig, batch_size: int, layout: Layout, auxk: int = 0) 
         ranking=2 * _SORT_PASSES * ranked * 12 / BANDWIDTH,
         gathers=rows * widths * _NUMBER / BANDWIDTH,
         adam=_ADAM_PASSES * _NUMBER * trained / BANDWIDTH,
-        memory=_NUMBER * (sum(held.values()) + 3 * trained) + counted.activations_bytes + _PRE_ACTIVATIONS,
+        memory=_memory(counted),
         rows=batch_size,
     )
+
+
+def _memory(counted: planner.Plan) -> int:
+    return counted.total_bytes - counted.pre_activations_bytes + _PRE_ACTIVATIONS
 
 
 def _longest(k: int, features: int) -> float:
@@ -226,23 +229,27 @@ _SAES = {
 
 
 def table() -> str:
-    """Predicted steps of large SAEs on 8 to 64 GPUs, each in its fastest layout that fits; Markdown."""
+    """Predicted steps of large SAEs on 8 to 64 GPUs, each in its fastest layout that fits in fp32; Markdown."""
     lines = [
-        "| SAE | GPUs | data x features | GB a GPU | working ms | ranking ms | sending ms | step ms | rows/s "
-        "| stops scaling at |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| SAE | GPUs | data x features | GB a GPU | GB, narrow | working ms | ranking ms | sending ms | step ms "
+        "| rows/s | stops scaling at |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, config in _SAES.items():
         for ranks in (8, 16, 32, 64):
-            best = layouts(config, _BATCH, ranks)[0]
+            found = layouts(config, _BATCH, ranks)
+            best = found[0] if found[0].memory <= MEMORY else min(found, key=lambda c: c.memory)
+            rows = _BATCH // best.layout.data
+            narrow = planner.plan(config, rows, memory=planner.MEMORY[-1], feature_ranks=best.layout.features)
+            held = f"{best.memory / 1e9:,.0f} | {_memory(narrow) / 1e9:,.0f}"
             if best.memory > MEMORY:
-                lines.append(f"| {name} | {ranks} | does not fit | {best.memory / 1e9:,.0f} | | | | | | |")
+                lines.append(f"| {name} | {ranks} | fp32 does not fit | {held} | | | | | | |")
                 continue
             turn = stops_scaling(config, _BATCH, best.layout, "features")
             where = f"{turn.data} x {turn.features}" if turn else "never"
             times = (f"{1e3 * t:,.0f}" for t in (best.working, best.ranking, best.sending, best.step))
             lines.append(
-                f"| {name} | {ranks} | {best.layout.data} x {best.layout.features} | {best.memory / 1e9:,.0f} | "
+                f"| {name} | {ranks} | {best.layout.data} x {best.layout.features} | {held} | "
                 f"{' | '.join(times)} | {best.rows / best.step:,.0f} | {where} |"
             )
     return "\n".join(lines)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from fastsae import quiet
+
 EMBEDDED = "embedded"
 
 
@@ -18,8 +20,9 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub.
     """
     try:
-        from transformer_lens.model_bridge import TransformerBridge
-        from transformers.utils import logging
+        with quiet.imports():
+            from transformer_lens.model_bridge import TransformerBridge
+            from transformers.utils import logging
     except ImportError as error:
         raise ImportError("loading a language model needs TransformerLens: `pip install fastsae[lab]`") from error
 

@@ -269,6 +269,16 @@ def refused(what: str, folder: Path) -> str:
     return "not refused"
 
 
+def test_groups_are_made_once(two):
+    """Each holds connections, and memory of the GPU."""
+    assert two(groups) == [(True, False)] * 2
+
+
+def groups() -> tuple[bool, bool]:
+    first, again, other = (distributed.start(n).feature_group for n in (2, 2, 1))
+    return first is again, first is other
+
+
 def test_without_torchrun():
     with pytest.raises(RuntimeError, match=r"this process is no rank of a run. Start it with torchrun"):
         distributed.start()
