@@ -269,9 +269,9 @@ def refused(what: str, folder: Path) -> str:
     return "not refused"
 
 
-def test_groups_are_made_once(two):
+def test_groups_are_made_once(four):
     """Each holds connections, and memory of the GPU."""
-    assert two(groups) == [(True, False)] * 2
+    assert four(groups) == [(True, False)] * 4
 
 
 def groups() -> tuple[bool, bool]:
