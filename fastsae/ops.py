@@ -9,7 +9,6 @@ gradients exist on the reference backend only.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import gradients
@@ -144,8 +143,8 @@ def reconstruct(
 
     The first six arguments as in joint_decode. bias (d_in): all biases of the output, summed. mlp: W1 (E, E), b1 (E),
     W2 (d_in, E), given exactly when V is. dropout: share of z dropped; 0 in evaluation. target (B, d_in).
-    Returns the reconstruction (B, d_in) and mean((reconstruction - target)^2), 0 without a target. All float tensors
-    get gradients.
+    Returns the reconstruction (B, d_in) and mean((reconstruction - target)^2), 0 without a target, in fp32 if the code
+    is narrower. All float tensors get gradients.
     """
     where = "reconstruct"
     name = _choose_for_code(where, backend, values, indices, W_dec=W_dec, W_lin=W_lin, V=V)
@@ -230,7 +229,9 @@ def finish(
         if drawn is not None:
             z, dropout = z * drawn, 0.0
         out = out + interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
-    return out, out.new_zeros(()) if target is None else F.mse_loss(out, target)
+    if target is None:
+        return out, out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
+    return out, reference.squared_error(out, target)
 
 
 def pooled(s: Tensor, q: Tensor) -> Tensor:

@@ -297,6 +297,7 @@ class Trainer:
 
     def _metrics(self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
         ranks = self._ranks
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         variance = ranks.mean((x - ranks.mean(x.mean(dim=0))).square().mean())
         loss = ranks.mean(output.loss)
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)

@@ -127,6 +127,22 @@ def test_reconstruction_by_the_equations():
     torch.testing.assert_close(output.loss, (identity + linear + interaction - x).square().mean())
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_loss_of_narrow_numbers_is_precise(joint, dtype, backend):
+    """Rounded to bf16 it would be off by up to 0.4 %, and a curve of it a staircase."""
+    sae = fastsae.JointSAE(64, 100, 6) if joint else fastsae.TopKSAE(64, 100, 6)
+    sae = sae.to(dtype).eval()
+    sae.backend = backend
+    for seed in range(3):
+        x = torch.randn(50, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        output = sae(x)
+        assert output.loss.dtype == torch.promote_types(dtype, torch.float32)
+        expected = (output.reconstruction.double() - x.double()).square().mean()
+        torch.testing.assert_close(output.loss.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_with_one_active_feature_the_interaction_is_constant():
     sae = fastsae.JointSAE(8, 50, 6, k_integration=1, dtype=torch.float64).eval()
     for p in sae.parameters():

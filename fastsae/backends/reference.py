@@ -79,3 +79,9 @@ def interaction_mlp(
     """interaction = W2 relu(W1 dropout(z) + b1) + b2, without b2 where it is None."""
     z = F.dropout(z, dropout, training)
     return F.linear(torch.relu(F.linear(z, W1, b1)), W2, b2)
+
+
+def squared_error(out: Tensor, target: Tensor) -> Tensor:
+    """mean((out - target)^2), of narrow numbers in fp32: the eight bits of bf16 would hide what training does."""
+    precise = torch.promote_types(out.dtype, torch.float32)
+    return F.mse_loss(out.to(precise), target.to(precise))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastsae.backends.cpu.memory import workspace
 from fastsae.backends.cpu.sparse import Destination, gathered_dot, weight_gradient
+from fastsae.backends.reference import squared_error
 from fastsae.code import FeatureOrder, feature_order
 
 
@@ -33,7 +34,7 @@ def joint_decode(
     else:
         s = sparse_decode(strongest, their_indices, V).to(sums)
         q = sparse_decode(strongest.square(), their_indices, _squared(V)).to(sums)
-    return out, s, q, s.new_zeros(()) if target is None else F.mse_loss(out, target).to(sums)
+    return out, s, q, s.new_zeros(()) if target is None else squared_error(out, target).to(sums)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
