@@ -122,7 +122,8 @@ def _round_at_random(exact: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 to bf16: to the neighbour further from 0 with the probability that makes the mean exact."""
     noise = torch.empty_like(exact, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
     bits = (noise + exact.view(torch.int32)) & -(1 << 16)
-    return bits.view(torch.float32).to(torch.bfloat16)
+    # NaN as a GPU writes it has all bits set but the sign: with noise added it would be read as 0.
+    return torch.where(exact.isnan(), exact, bits.view(torch.float32)).to(torch.bfloat16)
 
 
 class _State8bit:

@@ -72,6 +72,12 @@ def test_rounding_at_random_is_exact_in_the_mean_and_keeps_what_is_exact():
         assert rounded[:, i].mean().item() == pytest.approx(x[0, i].item(), abs=5 * spacing / 2 / 200)
 
 
+def test_not_a_number_stays_so_however_it_is_written():
+    """A GPU writes all bits of it but the sign; noise must not carry beyond them."""
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32).repeat(1000, 1)
+    assert narrow._round_at_random(x, torch.Generator().manual_seed(0)).isnan().all()
+
+
 @pytest.mark.parametrize(
     "make", [lambda: torch.randn(3000, 500), lambda: torch.randn(70, 90).T, lambda: torch.randn(5)]
 )
