@@ -153,6 +153,9 @@ def _table(signed: bool, device: torch.device) -> Tensor:
 
 def _copy(to: Any, values: Tensor) -> None:
     to.copy_(values)
+    if not to.signed:
+        # 0 in place of a small second moment would leave eps to divide by: steps of thousands of learning rates.
+        to.codes.clamp_(min=1)
 
 
 @cache

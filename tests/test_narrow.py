@@ -122,6 +122,19 @@ def test_8bit_moments_are_near_and_a_silent_rows_decay_exactly():
     torch.testing.assert_close(state["exp_avg_sq_scale"], before["exp_avg_sq_scale"] * 0.999**100)
 
 
+@pytest.mark.parametrize("ratio", [1e-2, 3e-4, 1e-5])
+def test_no_step_is_longer_than_in_fp32_where_gradients_of_a_block_differ_widely(ratio: float):
+    """A second moment rounded to 0 beside a first one that is not would be a division by eps: 12,700 rates long."""
+    gradient = torch.full((1, 256), ratio).index_fill_(1, torch.tensor(0), 1.0)
+    p = parameter(torch.zeros(1, 256))
+    optimizer = NarrowAdam([p], lr=1.0, optimizer_state="8bit")
+    for i in range(100):
+        before = p.detach().clone()
+        p.grad = gradient * (i % 10 == 0)  # a feature that fires now and then
+        optimizer.step()
+        assert (p - before).abs().max() <= 1.01
+
+
 @pytest.mark.parametrize(("width", "size"), [(768, 256), (1600, 200), (64, 64), (769, 769), (2304, 256)])
 def test_blocks_never_span_two_rows(width: int, size: int):
     assert narrow.block(width) == size
