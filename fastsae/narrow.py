@@ -161,7 +161,16 @@ def _copy(to: Any, values: Tensor) -> None:
 @cache
 def _quantise(device: str) -> Any:
     # Some fifty passes over memory unless compiled, as torchao compiles it. A CPU would wait for its compiler instead.
-    return torch.compile(_copy, fullgraph=True, dynamic=False) if device == "cuda" else _copy
+    if device != "cuda":
+        return _copy
+    compiled = torch.compile(_copy, fullgraph=True, dynamic=False)
+
+    def quantise(to: Any, values: Tensor) -> None:
+        # As many shapes as a model's weights have, of which torch would refuse the ninth.
+        with torch._dynamo.utils.disable_cache_limit():
+            compiled(to, values)
+
+    return quantise
 
 
 @cache

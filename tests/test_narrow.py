@@ -1,5 +1,6 @@
 """bf16 weights and 8-bit moments: nothing small is lost, training ends where it does in fp32, and all of it resumes."""
 
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -173,6 +174,19 @@ def test_the_compiled_quantiser_is_the_plain_one():
         results.append(state)
     assert results[0]["exp_avg_codes"].unique().numel() > 100
     assert_same(*results)
+
+
+def test_any_number_of_shapes_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """torch would stop at the ninth; a joint SAE has up to twelve. As on CUDA, but nothing is made of the graphs."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    quantise = narrow._quantise.__wrapped__("cuda")
+    for rows in range(1, 7):
+        kinds = narrow.kinds((rows, 64), "8bit")
+        state = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+        for moment, signed in narrow._MOMENTS.items():
+            part = narrow._State8bit(state, moment, signed)._part(slice(0, rows))
+            quantise(part, torch.ones(rows, 64))
+            assert (part.dequantize() == 1).all()
 
 
 # ---- the Trainer ----
