@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae import quiet
-from fastsae.optim import adam_step_, normalize_rows_
+from fastsae.optim import adam_step_, load_as_saved, normalize_rows_
 
 OptimizerState = Literal["fp32", "8bit"]
 
@@ -84,6 +84,11 @@ class NarrowAdam(torch.optim.Adam):
                     if p.device not in generators:
                         generators[p.device] = torch.Generator(p.device).manual_seed(seed)
                     self._step_of(p, group, generators[p.device])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Like torch's, but moments stay fp32 beside bf16 weights, and codes stay codes."""
+        super().load_state_dict(state_dict)
+        load_as_saved(self, state_dict)
 
     def _step_of(self, p: Tensor, group: dict[str, Any], generator: torch.Generator) -> None:
         assert p.grad is not None

@@ -97,6 +97,15 @@ def check_state(
         raise ValueError(f"{folder} is damaged: it lacks some of Adam's moments")
 
 
+def load_as_saved(optimizer: torch.optim.Adam, state_dict: dict[str, Any]) -> None:
+    """Put back what torch's load_state_dict cast to the dtype of the weights: moments, codes, fp32 copies."""
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, p in zip(numbers, weights, strict=True):
+        for name, value in state_dict["state"].get(number, {}).items():
+            optimizer.state[p][name] = value.to(p.device, copy=True)
+
+
 class AdamInBackward(torch.optim.Adam):
     """torch.optim.Adam(fused=True) whose steps for large weights happen in the backward, so no gradient is ever held.
 
@@ -206,9 +215,7 @@ class AdamInBackward(torch.optim.Adam):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but what is fp32 beside narrow parameters stays fp32."""
         super().load_state_dict(state_dict)
-        for number, p in zip(state_dict["param_groups"][0]["params"], self._parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                self.state[p][name] = value.to(p.device, copy=True)
+        load_as_saved(self, state_dict)
 
     def _step_alone(self, p: Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(p)

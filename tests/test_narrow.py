@@ -189,6 +189,30 @@ def test_any_number_of_shapes_is_compiled(monkeypatch: pytest.MonkeyPatch):
             assert (part.dequantize() == 1).all()
 
 
+@each_choice
+def test_its_state_dict_goes_on_bit_for_bit(dtype: torch.dtype, state):
+    """torch would cast what is loaded, codes too, to the dtype of the weights."""
+    start = torch.randn(70, 128).to(dtype)
+    weights = [parameter(start), parameter(start[0])]
+    optimizer = NarrowAdam([{"params": [p]} for p in weights], optimizer_state=state)
+    gradients = [[torch.randn_like(p) for p in weights] for _ in range(6)]
+
+    def steps(optimizer, weights, gradients):
+        for i, each in enumerate(gradients):
+            torch.manual_seed(i)
+            for p, gradient in zip(weights, each, strict=True):
+                p.grad = gradient
+            optimizer.step()
+
+    steps(optimizer, weights, gradients[:3])
+    others = [parameter(p.detach()) for p in weights]
+    other = NarrowAdam([{"params": [p]} for p in others], optimizer_state=state)
+    other.load_state_dict(optimizer.state_dict())
+    steps(optimizer, weights, gradients[3:])
+    steps(other, others, gradients[3:])
+    assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
+
+
 # ---- the Trainer ----
 
 
