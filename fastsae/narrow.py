@@ -64,6 +64,7 @@ class NarrowAdam(torch.optim.Adam):
         unit_norm: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler would leave it to a step to look for infinity
         self._optimizer_state: OptimizerState = optimizer_state
         self._unit_norm = {id(p) for p in unit_norm}
         for p in (p for group in self.param_groups for p in group["params"]):

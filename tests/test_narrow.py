@@ -213,6 +213,20 @@ def test_its_state_dict_goes_on_bit_for_bit(dtype: torch.dtype, state):
     assert all(torch.equal(*pair) for pair in zip(weights, others, strict=True))
 
 
+def test_a_grad_scaler_leaves_out_steps_whose_gradients_are_infinite():
+    p = parameter(torch.ones(4, 64, dtype=BF16))
+    optimizer, scaler = NarrowAdam([p], lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for bad in (True, False):
+        before = p.detach().clone()
+        scaler.scale(p.sum() * (torch.inf if bad else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(p, before) == bad
+    assert (p.float() - 0.9).abs().max() < 0.01
+    assert optimizer.state[p]["step"] == 1
+
+
 # ---- the Trainer ----
 
 
