@@ -67,11 +67,19 @@ class NarrowAdam(torch.optim.Adam):
         self._step_supports_amp_scaling = False  # a GradScaler would leave it to a step to look for infinity
         self._optimizer_state: OptimizerState = optimizer_state
         self._unit_norm = {id(p) for p in unit_norm}
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if p.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(f"NarrowAdam: expected weights in float32 or bfloat16; got {p.dtype}")
         if optimizer_state == "8bit":
             _state_8bit()  # a missing package says so now
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ValueError for weights of another dtype, and for options of torch's Adam that a step does not heed."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for option in ("weight_decay", "amsgrad", "maximize"):
+            if group[option]:
+                raise ValueError(f"NarrowAdam: {option} is not supported")
+        for p in group["params"]:
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"NarrowAdam: expected weights in float32 or bfloat16; got {p.dtype}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

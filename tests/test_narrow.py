@@ -227,6 +227,21 @@ def test_a_grad_scaler_leaves_out_steps_whose_gradients_are_infinite():
     assert optimizer.state[p]["step"] == 1
 
 
+def test_a_group_with_options_it_does_not_have_is_refused():
+    p, q = parameter(torch.ones(4, 64)), parameter(torch.ones(4, 64))
+    for option in ("weight_decay", "maximize", "amsgrad"):
+        with pytest.raises(ValueError, match=f"NarrowAdam: {option} is not supported"):
+            NarrowAdam([{"params": [p], option: True}])
+    optimizer = NarrowAdam([p])
+    with pytest.raises(ValueError, match="expected weights in float32 or bfloat16; got"):
+        optimizer.add_param_group({"params": [parameter(q.double())]})
+    optimizer.add_param_group({"params": [q], "lr": 0.5})
+    p.grad = q.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p - (1 - 1e-3)).abs().max() < 1e-6
+    assert (q - 0.5).abs().max() < 1e-6
+
+
 # ---- the Trainer ----
 
 
