@@ -66,9 +66,13 @@ class NarrowAdam(torch.optim.Adam):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler would leave it to a step to look for infinity
         self._optimizer_state: OptimizerState = optimizer_state
-        self._unit_norm = {id(p) for p in unit_norm}
+        self._unit_norm = list(unit_norm)
         if optimizer_state == "8bit":
             _state_8bit()  # a missing package says so now
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {"_optimizer_state": self._optimizer_state, "_unit_norm": self._unit_norm}
+        return super().__getstate__() | ours
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError for weights of another dtype, and for options of torch's Adam that a step does not heed."""
@@ -109,7 +113,7 @@ class NarrowAdam(torch.optim.Adam):
             exp_avg, exp_avg_sq = read
             grad, step = p.grad[rows].float().contiguous(), state["step"].clone()
             adam_step_(weight, grad, exp_avg, exp_avg_sq, step, group, getattr(self, "grad_scale", None))
-            if id(p) in self._unit_norm:
+            if any(p is q for q in self._unit_norm):
                 normalize_rows_(weight)
             if weight.data_ptr() != whole[rows].data_ptr():
                 whole[rows] = _round_at_random(weight, generator) if p.dtype is torch.bfloat16 else weight

@@ -1,8 +1,10 @@
 """bf16 weights and 8-bit moments: nothing small is lost, training ends where it does in fp32, and all of it resumes."""
 
 import functools
+import pickle
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
@@ -240,6 +242,17 @@ def test_a_group_with_options_it_does_not_have_is_refused():
     optimizer.step()
     assert (p - (1 - 1e-3)).abs().max() < 1e-6
     assert (q - 0.5).abs().max() < 1e-6
+
+
+def test_a_copy_goes_on_as_the_optimizer_does():
+    p = parameter(torch.randn(4, 64))
+    optimizer = NarrowAdam([p], optimizer_state="8bit", unit_norm=[p])
+    for again in (deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (q,) = again.param_groups[0]["params"]
+        q.grad = torch.randn_like(q)
+        again.step()
+        assert "exp_avg_codes" in again.state[q]
+        assert (q.norm(dim=1) - 1).abs().max() < 1e-6
 
 
 # ---- the Trainer ----
