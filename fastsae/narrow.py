@@ -93,7 +93,7 @@ class NarrowAdam(torch.optim.Adam):
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.numel():
                     if p.device not in generators:
                         generators[p.device] = torch.Generator(p.device).manual_seed(seed)
                     self._step_of(p, group, generators[p.device])
@@ -131,7 +131,9 @@ class NarrowAdam(torch.optim.Adam):
         return state
 
 
-def _rows(p: Tensor) -> list[slice]:
+def _rows(p: Tensor) -> list[Any]:
+    if p.dim() == 0:
+        return [...]
     count = max(1, _AT_ONCE // p[:1].numel())
     return [slice(first, first + count) for first in range(0, len(p), count)]
 

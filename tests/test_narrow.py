@@ -255,6 +255,16 @@ def test_a_copy_goes_on_as_the_optimizer_does():
         assert (q.norm(dim=1) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 64), (5, 0), (1, 1), (3, (1 << 20) + 64)], ids=str)
+def test_weights_of_any_shape(shape: tuple[int, ...]):
+    """The last: rows longer than what is stepped at once."""
+    p, q = parameter(torch.ones(shape)), parameter(torch.ones(shape))
+    p.grad = q.grad = torch.randn(shape)
+    NarrowAdam([p], optimizer_state="8bit").step()
+    torch.optim.Adam([q]).step()
+    torch.testing.assert_close(p, q)
+
+
 # ---- the Trainer ----
 
 
