@@ -138,6 +138,20 @@ def test_no_step_is_longer_than_in_fp32_where_gradients_of_a_block_differ_widely
         assert (p - before).abs().max() <= 1.01
 
 
+def test_parts_of_a_weight_are_as_the_whole(monkeypatch: pytest.MonkeyPatch):
+    """Codes and scales of the rows they belong to, also where the last part is shorter."""
+    states, start = [], torch.randn(11, 512)
+    for at_once in (1 << 20, 4 * 512):
+        monkeypatch.setattr(narrow, "_AT_ONCE", at_once)
+        p = parameter(start)
+        optimizer = NarrowAdam([p], optimizer_state="8bit")
+        for scale in (1.0, 0.1, 2.0):
+            p.grad = start.flip(0) * scale * torch.arange(1, 12)[:, None]
+            optimizer.step()
+        states.append({**optimizer.state[p], "weight": p.detach()})
+    assert_same(*states)
+
+
 @pytest.mark.parametrize(("width", "size"), [(768, 256), (1600, 200), (64, 64), (769, 769), (2304, 256)])
 def test_blocks_never_span_two_rows(width: int, size: int):
     assert narrow.block(width) == size
