@@ -227,7 +227,7 @@ class TrainerConfig:
     """CUDA: large weights make Adam's step inside the backward, and no gradient is ever held. Not with clip_grad_norm
     or auxk. bf16 weights are then trained through fp32 copies."""
     optimizer_state: Literal["fp32", "8bit"] = "fp32"
-    """Adam's moments: fp32, or 8 bits for matrices (needs torchao; one process only; slow on a CPU)."""
+    """Adam's moments: fp32, or 8 bits for matrices (needs torchao; slow on a CPU)."""
     k_anneal_from: int | None = None
     """Start with this k and come down linearly to the SAE's own; None does not anneal."""
     k_anneal_steps: int = 0
