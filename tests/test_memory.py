@@ -79,6 +79,16 @@ def test_ranks_that_share_the_features_hold_a_part_each(memory):
     assert d_sae == 4 * planner.largest(config, 24e9, 4096, memory)
 
 
+def test_what_is_assumed_of_a_gpu():
+    """92 % of it can be used, and pre-activations take 3 % of it at most."""
+    fits = fastsae.TopKSAEConfig(64, 1024, 4, pre_bias=False)
+    for rows, pre_activations in ((16, 16 * 1024 * 4), (2048, 0.03 * 1e7)):
+        p = planner.plan(fits, rows)
+        held = 16 * (2 * 64 * 1024 + 1024) + p.activations_bytes
+        assert planner.on_gpu(fits, 1e7, rows, MEMORY[0]) == held + pre_activations
+    assert planner.USABLE == 0.92  # as docs/memory.md says
+
+
 def test_nothing_fits_a_small_gpu():
     assert planner.largest(fastsae.TopKSAEConfig(4096, 1024, 32), 1e7, 2048, MEMORY[0]) is None
     wide = planner.largest(fastsae.TopKSAEConfig(64, 4096, 2000), 24e9, 64, MEMORY[0])

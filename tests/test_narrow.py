@@ -65,6 +65,15 @@ def test_updates_below_the_last_bit_add_up():
     assert ours.double().mean().item() == pytest.approx(1 - 50e-4, abs=6e-5)
 
 
+def test_weights_are_rounded_apart_from_one_another():
+    weights = [parameter(torch.ones(64, 64, dtype=BF16)) for _ in range(2)]
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    NarrowAdam(weights, lr=2e-3).step()
+    moved = [(p != 1).float().mean().item() for p in (*weights, torch.where(weights[0] == 1, 1, weights[1]))]
+    assert moved[2] == pytest.approx(moved[0] * moved[1], abs=0.03)
+
+
 def test_rounding_at_random_is_exact_in_the_mean_and_keeps_what_is_exact():
     x = torch.tensor([1.0, 1.001, -3.3, 1e-30, 0.0, -0.0, torch.inf, -torch.inf, torch.nan]).repeat(40_000, 1)
     rounded = narrow._round_at_random(x, torch.Generator().manual_seed(0)).double()
@@ -256,6 +265,8 @@ def test_a_group_with_options_it_does_not_have_is_refused():
     optimizer.step()
     assert (p - (1 - 1e-3)).abs().max() < 1e-6
     assert (q - 0.5).abs().max() < 1e-6
+    with pytest.raises(RuntimeError, match="takes no closure"):
+        optimizer.step(lambda: None)
 
 
 def test_a_copy_goes_on_as_the_optimizer_does():
