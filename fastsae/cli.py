@@ -338,8 +338,8 @@ def plan(
         feature_ranks: Processes of a group, each with its part of the features.
     """
     config = dataclasses.replace(sae, d_in=d_in)
-    if not all(0 < size < float("inf") for size in gpu_memory_gb):
-        raise ValueError(f"plan: --gpu-memory-gb: expected sizes above 0; got {gpu_memory_gb}")
+    if not all(0 < size <= 1e6 for size in gpu_memory_gb):
+        raise ValueError(f"plan: --gpu-memory-gb: expected sizes above 0 and up to 1e6; got {gpu_memory_gb}")
     layout = distributed.Layout(data_ranks, feature_ranks)
     layout.features_each(config.d_sae)  # raises where ranks cannot share it
     p = planner.plan(config, batch_size, tokens)

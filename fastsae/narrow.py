@@ -18,8 +18,9 @@ from fastsae.optim import adam_step_, load_as_saved, normalize_rows_
 
 OptimizerState = Literal["fp32", "8bit"]
 
-# Entries that are in fp32 at once: temporaries stay small beside any dictionary, and in a GPU's cache.
-_AT_ONCE = 1 << 20
+# Entries that are in fp32 at once: temporaries stay small beside any dictionary. On a GPU to start a part's twenty or so
+# kernels takes longer, by estimate, than 2^20 entries do.
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Entries with one scale.
 _BLOCK = range(64, 257)
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # signed?
@@ -89,7 +90,7 @@ class NarrowAdam(torch.optim.Adam):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if closure is not None:
             raise RuntimeError("NarrowAdam.step takes no closure")
-        seed = int(torch.randint(1 << 62, ()))
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
         generators: dict[torch.device, torch.Generator] = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -134,7 +135,7 @@ class NarrowAdam(torch.optim.Adam):
 def _rows(p: Tensor) -> list[Any]:
     if p.dim() == 0:
         return [...]
-    count = max(1, _AT_ONCE // p[:1].numel())
+    count = max(1, _AT_ONCE[p.device.type] // p[:1].numel())
     return [slice(first, first + count) for first in range(0, len(p), count)]
 
 

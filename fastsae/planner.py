@@ -36,8 +36,6 @@ class Memory:
 
     def optimizer_bytes(self, shape: tuple[int, ...]) -> int:
         """Moments, and the fp32 copy that Adam in the backward trains in place of narrow weights."""
-        if self.dtype in (torch.float64, torch.float16) and not self.adam_in_backward:  # as wide as the weights
-            return 2 * math.prod(shape) * self.dtype.itemsize
         kept = narrow.kinds(shape, self.optimizer_state).values()
         master = 4 * math.prod(shape) if self.adam_in_backward and self.dtype.itemsize < 4 else 0
         return sum(math.prod(size) * dtype.itemsize for size, dtype in kept) + master

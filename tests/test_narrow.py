@@ -163,7 +163,7 @@ def test_parts_of_a_weight_are_as_the_whole(monkeypatch: pytest.MonkeyPatch):
     """Codes and scales of the rows they belong to, also where the last part is shorter."""
     states, start = [], torch.randn(11, 512)
     for at_once in (1 << 20, 4 * 512):
-        monkeypatch.setattr(narrow, "_AT_ONCE", at_once)
+        monkeypatch.setitem(narrow._AT_ONCE, "cpu", at_once)
         p = parameter(start)
         optimizer = NarrowAdam([p], optimizer_state="8bit")
         for scale in (1.0, 0.1, 2.0):
