@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsae import gradients
 from fastsae.backends import choose, implementation, reference
-from fastsae.backends.reference import interaction_mlp
 
 __all__ = ["interaction_mlp", "joint_decode", "pairwise_interaction", "reconstruct", "sparse_decode", "topk_encode"]
 
@@ -58,9 +57,12 @@ def topk_encode(
         _check_shape(where, "scale", scale, (len(W_enc),), "(d_sae,) of W_enc")
         scale = scale.detach()
     if features is not None:
+        _check_strided(where, features=features)
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
             raise TypeError(f"{where}: features must be int64 indices; got {features.dtype}. Of a mask: .nonzero().")
+        if features.device != x.device:
+            raise ValueError(f"{where}: x is on {x.device} but features on {features.device}; move them to one device.")
         if features.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would be a wait
             inside = len(features) == 0 or (features[0] >= 0 and features[-1] < len(W_enc))
             if not (inside and (features.diff() > 0).all()):
@@ -162,7 +164,9 @@ def reconstruct(
         _check_shape(where, "b1", b1, (E,), "(E,) of V")
         _check_shape(where, "W2", W2, (d_in, E), "(d_in, E) of W_dec and V")
     _check_floats(where, W_dec=W_dec, bias=bias)
-    if target is not None and (target.device != values.device or not target.is_floating_point()):
+    _check_strided(where, target=target)
+    is_float = target is None or (target.is_floating_point() and target.dtype.itemsize > 1)  # no float8
+    if target is not None and (target.device != values.device or not is_float):
         raise TypeError(
             f"{where}: target must be a float tensor on {values.device}; got {target.dtype} on {target.device}"
         )
@@ -175,6 +179,25 @@ def reconstruct(
         return out, loss
     sums = decode_sums(values, indices, W_dec, W_lin, V, n, name)
     return finish(*sums, bias=bias, mlp=mlp, dropout=dropout, target=target, compute=values.dtype, backend=name)
+
+
+def interaction_mlp(
+    z: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor | None, dropout: float = 0.0, training: bool = False
+) -> Tensor:
+    """interaction = W2 relu(W1 dropout(z) + b1) + b2, without b2 where it is None.
+
+    z (B, E), W1 (E, E), b1 (E), W2 (d_in, E), b2 (d_in): float, all get gradients. Returns (B, d_in).
+    """
+    where = "interaction_mlp"
+    _check_floats(where, z=z, W1=W1, b1=b1, W2=W2, b2=b2)
+    _check_shape(where, "z", z, (None, None), "(B, E)")
+    E = z.shape[1]
+    _check_shape(where, "W1", W1, (E, E), "(E, E) of z")
+    _check_shape(where, "b1", b1, (E,), "(E,) of z")
+    _check_shape(where, "W2", W2, (None, E), "(d_in, E) with E of z")
+    if b2 is not None:
+        _check_shape(where, "b2", b2, (len(W2),), "(d_in,) of W2")
+    return reference.interaction_mlp(z, W1, b1, W2, b2, dropout, training)
 
 
 # ---- the two halves of reconstruct: sums over entries, which entries of several ranks make together, and the rest ---
@@ -228,7 +251,7 @@ def finish(
         z = pooled(s, q).to(W1.dtype)
         if drawn is not None:
             z, dropout = z * drawn, 0.0
-        out = out + interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
+        out = out + reference.interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
     if target is None:
         return out, out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
     return out, reference.squared_error(out, target)

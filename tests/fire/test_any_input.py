@@ -268,9 +268,29 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 B, D, M, k, E = 4, 8, 20, 3, 5
-GIVEN = {"x": (B, D), "W_enc": (M, D), "b_enc": (M,), "values": (B, k), "W_dec": (M, D), "W_lin": (M, D), "V": (M, E)}
+GIVEN = {
+    "x": (B, D),
+    "W_enc": (M, D),
+    "b_enc": (M,),
+    "b_dec": (D,),
+    "scale": (M,),
+    "values": (B, k),
+    "W_dec": (M, D),
+    "W_lin": (M, D),
+    "V": (M, E),
+    "z": (B, E),
+    "W1": (E, E),
+    "b1": (E,),
+    "W2": (D, E),
+    "b2": (D,),
+    "bias": (D,),
+    "target": (B, D),
+}
 CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
-    "topk_encode": (("x", "W_enc", "b_enc"), lambda *a, backend: ops.topk_encode(*a, k, backend)),
+    "topk_encode": (
+        ("x", "W_enc", "b_enc", "features", "b_dec", "scale"),
+        lambda x, W_enc, b_enc, *optional, backend: ops.topk_encode(x, W_enc, b_enc, k, backend, *optional),
+    ),
     "sparse_decode": (("values", "indices", "W_dec"), lambda *a, backend: ops.sparse_decode(*a, backend)),
     "pairwise_interaction": (("values", "indices", "V"), lambda *a, backend: ops.pairwise_interaction(*a, backend)),
     "joint_decode": (
@@ -278,12 +298,27 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
         lambda *a, backend: ops.joint_decode(*a, 2, backend),
     ),
     "reconstruct": (
-        ("values", "indices", "W_dec", "W_lin"),
-        lambda *a, backend: ops.reconstruct(*a, None, 2, backend=backend),
+        ("values", "indices", "W_dec", "W_lin", "V", "W1", "b1", "W2", "bias", "target"),
+        lambda *a, backend: ops.reconstruct(*a[:5], 2, mlp=a[5:8], bias=a[8], target=a[9], backend=backend),
     ),
+    "interaction_mlp": (("z", "W1", "b1", "W2", "b2"), lambda *a, backend: ops.interaction_mlp(*a)),
 }
-# A dictionary of one row more, or of narrower rows, is one as well.
-FITS = {("sparse_decode", "W_dec"), ("pairwise_interaction", "V"), ("joint_decode", "V")}
+# More rows are rows as well, and so are fewer features that compete; a dictionary of narrower rows is one too.
+FITS = {
+    ("topk_encode", "x", "a row more"),
+    ("topk_encode", "features", "narrower"),
+    ("sparse_decode", "W_dec", "narrower"),
+    ("sparse_decode", "W_dec", "a row more"),
+    ("pairwise_interaction", "V", "narrower"),
+    ("pairwise_interaction", "V", "a row more"),
+    ("joint_decode", "V", "narrower"),
+    ("reconstruct", "target", "another float"),  # as x is under autocast
+    ("interaction_mlp", "z", "a row more"),
+}
+
+
+def test_no_operation_is_left_out():
+    assert set(CALLS) == set(ops.__all__)
 
 
 @pytest.mark.parametrize("how", SPOILED)
@@ -292,11 +327,11 @@ FITS = {("sparse_decode", "W_dec"), ("pairwise_interaction", "V"), ("joint_decod
 def test_what_does_not_fit_is_refused_by_name(op: str, how: str, backend: str):
     """One argument of a call that was right is spoiled; nothing is computed of it, and nothing breaks inside."""
     names, call = CALLS[op]
-    given = {name: torch.randn(shape) for name, shape in GIVEN.items()} | {"indices": torch.randint(M, (B, k))}
+    given = {name: torch.rand(shape) for name, shape in GIVEN.items()}
+    given |= {"indices": torch.randint(M, (B, k)), "features": torch.arange(M)}
     call(*(given[name] for name in names), backend=backend)
     for spoiled in names:
-        fits = (op, spoiled) in FITS and (how == "narrower" or (how == "a row more" and op != "joint_decode"))
-        if fits or (how == "a row more" and spoiled == "x"):
+        if (op, spoiled, how) in FITS:
             continue
         arguments = [SPOILED[how](given[name]) if name == spoiled else given[name] for name in names]
         with pytest.raises((ValueError, TypeError), match=f"{op}: "):
