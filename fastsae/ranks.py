@@ -31,7 +31,7 @@ class Alone:
         return batch
 
     def check_rows(self, batch: Tensor) -> None:
-        """Raise ValueError unless all processes that share an SAE have this batch."""
+        """Raise ValueError unless all processes have this batch."""
 
     def batch_rows(self, own: int) -> int:
         """The rows of the whole batch, of which `own` are ours."""

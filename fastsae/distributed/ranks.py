@@ -111,10 +111,11 @@ class Ranks(Alone):
         return own
 
     def check_rows(self, batch: Tensor) -> None:
-        if self.worst(len(set(self.counts(int(_fingerprint(batch)))))) > 1:
+        found = int(_fingerprint(batch))
+        if self.worst(found) != -self.worst(-found):
             raise ValueError(
-                "distributed: the ranks of an SAE were given different activations; give every rank the same whole "
-                "batches, of which it takes its rows"
+                "distributed: the ranks were given different activations; give every rank the same whole batches, of "
+                "which it takes its rows"
             )
 
     def batch_rows(self, own: int) -> int:

@@ -135,12 +135,12 @@ def too_large(features: int) -> None:
     fastsae.Trainer(sae, config(normalize="none")).fit([x])
 
 
-@pytest.mark.parametrize("features", [2, 4])
+@pytest.mark.parametrize("features", [1, 2, 4])
 def test_each_rank_is_given_rows_of_its_own(four, features):
     for said in said_by(four, rows_of_its_own, features):
         assert said == (
-            "ValueError: distributed: the ranks of an SAE were given different activations; give every rank the same "
-            "whole batches, of which it takes its rows"
+            "ValueError: distributed: the ranks were given different activations; give every rank the same whole "
+            "batches, of which it takes its rows"
         )
 
 
