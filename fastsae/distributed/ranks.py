@@ -184,6 +184,11 @@ class Ranks(Alone):
         for t in tensors:
             dist.broadcast(t, 0)
 
+    def equalise_parts(self, *tensors: Tensor) -> None:
+        """Make parts by feature those of the first group: ranks that were seeded otherwise would never agree again."""
+        for t in tensors if self.layout.data > 1 else ():
+            dist.broadcast(t, self.feature_rank, group=self.data_group)  # that rank of the first group has its number
+
     def least(self, counters: Tensor) -> None:
         if self.layout.data > 1:
             dist.all_reduce(counters, dist.ReduceOp.MIN, group=self.data_group)

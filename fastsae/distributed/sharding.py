@@ -22,7 +22,8 @@ def shard(sae: SparseAutoencoder, ranks: Ranks) -> SparseAutoencoder:
 
     A new SAE of the same class on the device of this rank; encode, decode, forward and save_pretrained then take all
     ranks of the group together, and give on each what `sae` would have given. Of the first rank's `sae` the whole
-    tensors (b_dec, W1, ...) are taken. A new SAE too large for one process is made by `new`.
+    tensors (b_dec, W1, ...) are taken, and of the first group's the rows.
+    A new SAE too large for one process is made by `new`.
     """
     if sae.ranks.count > 1:
         raise ValueError(f"distributed.shard: this SAE is spread over {sae.ranks.count} ranks already; use it as it is")
@@ -84,6 +85,7 @@ def _part(whole: SparseAutoencoder, tensors: dict[str, Tensor], ranks: Ranks) ->
         module = part.get_submodule(module_name)
         setattr(module, own_name, nn.Parameter(t, requires_grad=trained[name]) if name in trained else t)
     ranks.equalise(*(t for name, t in tensors.items() if name not in BY_FEATURE))
+    ranks.equalise_parts(*(t for name, t in tensors.items() if name in BY_FEATURE))
     part.backend = whole.backend
     part.ops, part.ranks = ShardedOps(ranks), ranks
     return part

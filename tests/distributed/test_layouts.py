@@ -326,6 +326,19 @@ def test_whole_tensors_are_those_of_the_first_rank(two):
     assert all(r["requires"] for r in results)
 
 
+def test_data_ranks_begin_alike_whatever_each_was_given(two):
+    results = two(of_own_seed, 1)
+    whole(results, 1)  # asserts that ranks with the same part hold the same bits
+    assert torch.equal(results[0]["weights"]["W_enc"], results[0]["given"])
+
+
+def of_own_seed(features: int) -> dict[str, Any]:
+    torch.manual_seed(torch.distributed.get_rank())
+    sae = fastsae.TopKSAE(D, M, K)
+    part = distributed.shard(sae, distributed.start(features))
+    return {"weights": part.state_dict(), "counters": torch.zeros(0), "given": sae.W_enc.detach()}
+
+
 def test_frozen_stays_frozen(two):
     assert two(frozen, 2) == [["V", "W1", "W2", "W_lin", "b1", "b2", "b_lin"]] * 2
 
