@@ -103,7 +103,7 @@ class Alone:
         files.write_tensors(path, tensors)
 
     def on_files(self, folder: Path, names: list[str], what: Callable[[Path], T]) -> dict[str, T]:
-        """`what` of each file of a folder, which processes share among themselves."""
+        """`what` of each file of a folder, which processes share among themselves; the names are those of the first."""
         return {name: what(folder / name) for name in names}
 
 

@@ -289,7 +289,9 @@ class Ranks(Alone):
         parts.write_whole(path, tensors, self)
 
     def on_files(self, folder: Path, names: list[str], what: Callable[[Path], T]) -> dict[str, T]:
-        ours = self.together(lambda: {name: what(folder / name) for name in names[self.rank :: self.count]})
+        seen = [names]
+        dist.broadcast_object_list(seen)  # what another rank has just written, a network may not show to all yet
+        ours = self.together(lambda: {name: what(folder / name) for name in seen[0][self.rank :: self.count]})
         every: list[Any] = [None] * self.count
         dist.all_gather_object(every, ours)
         return {name: value for part in every for name, value in part.items()}

@@ -164,6 +164,16 @@ def refused(name: str, features: int, run_dir: Path) -> str:
     return "not refused"
 
 
+def test_files_are_those_that_the_first_rank_sees(two, tmp_path):
+    """What another rank has just written, a folder on a network does not show to all at once."""
+    assert two(looked_at, tmp_path) == [dict.fromkeys("abc", tmp_path.name)] * 2
+
+
+def looked_at(folder: Path) -> dict[str, str]:
+    seen = ["a", "c"] if torch.distributed.get_rank() else ["a", "b", "c"]
+    return distributed.start(2).on_files(folder, seen, lambda path: path.parent.name)
+
+
 def test_ranks_that_no_longer_agree_are_found_out(four, tmp_path):
     messages = four(moved, tmp_path)
     assert all("W1 of rank 1 is no longer that of the others" in m for m in messages), messages
