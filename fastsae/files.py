@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+LOCK = ".lock"
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in place: after a crash `path` is the old file or the new one."""
@@ -154,7 +156,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / LOCK).open("w")
     except OSError as error:
         raise OSError(error.errno, f"{who}: cannot write into {folder}: {error.strerror}") from error
     with file:

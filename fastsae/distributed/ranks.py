@@ -265,8 +265,16 @@ class Ranks(Alone):
     @contextmanager
     def locked(self, folder: Path, who: str) -> Iterator[None]:
         lock = files.locked(folder, who)
+
+        def look() -> None:
+            if not (folder / files.LOCK).exists():  # or its parts of checkpoints would lie where nobody looks for them
+                raise ValueError(
+                    f"{who}: {folder} must be one folder that all ranks see, on a file system that they share"
+                )
+
         self.first_does(lock.__enter__)
         try:
+            self.together(look)
             yield
         finally:
             if self.first:
