@@ -176,7 +176,7 @@ class SparseAutoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and weights.safetensors (normalisation included) into `folder`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.ranks.together(lambda: folder.mkdir(parents=True, exist_ok=True))
         weights, new_weights = folder / "weights.safetensors", folder / ".weights.safetensors.new"
         self.ranks.write_tensors(new_weights, self.state_dict())
 

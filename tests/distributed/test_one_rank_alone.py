@@ -242,6 +242,17 @@ def without_room_for_the_sae(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_folder_that_one_rank_alone_may_not_make(two, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for said in said_by(two, saved_into_a_file, tmp_path):
+        assert said.startswith("FileExistsError: [Errno 17]")
+
+
+def saved_into_a_file(folder: Path) -> None:
+    sae = distributed.shard(new("topk"), distributed.start(2))
+    sae.save_pretrained(folder / ("taken" if rank() else "free"))
+
+
 def test_whatever_kind_of_error_it_is(two):
     assert said_by(two, unlucky) == ["KeyError: 'batch'", "RuntimeError: rank 0: 'batch'"]
 
