@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae import files
 from fastsae.distributed import parts
@@ -47,6 +47,7 @@ def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
     Each process takes the GPU of its local rank (NCCL), or the CPU (gloo). A rank that answers nothing for `timeout`
     seconds is given up; one that dies is noticed at once. A process group that is already there is used.
     """
+    patience = datetime.timedelta(seconds=timeout)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             raise RuntimeError(
@@ -63,19 +64,27 @@ def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
                 )
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"  # flags are agreed on without the device
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=patience)
     world = dist.get_world_size()
     if features < 1 or world % features:
         raise ValueError(f"distributed.start: {world} ranks cannot be split into groups of {features} feature ranks")
     layout = Layout(world // features, features)
-    return Ranks(layout, _mesh(layout, dist.group.WORLD))
+    return Ranks(layout, _mesh(layout, dist.group.WORLD, patience))
 
 
 @cache
-def _mesh(layout: Layout, world: dist.ProcessGroup) -> DeviceMesh:
+def _mesh(layout: Layout, world: dist.ProcessGroup, patience: datetime.timedelta) -> DeviceMesh:
     """Made once for all processes of `world`: its groups hold connections, and memory of the GPU."""
+
+    def own(lines: Tensor) -> Any:
+        if len(lines) == 1:
+            return world
+        return dist.new_subgroups_by_enumeration(lines.tolist(), timeout=patience)[0]
+
+    # init_device_mesh would give a rank of these groups as long as it likes.
+    places = torch.arange(layout.ranks).view(layout.data, layout.features)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(device, (layout.data, layout.features), mesh_dim_names=("data", "features"))
+    return DeviceMesh.from_group([own(places.T), own(places)], device, places, mesh_dim_names=("data", "features"))
 
 
 class Ranks(Alone):

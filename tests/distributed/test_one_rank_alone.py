@@ -274,6 +274,16 @@ def sounding() -> None:
         raise RuntimeError("Trainer: another process is writing into runs/gloo-or-NCCL: Broken pipe")
 
 
+def test_a_rank_that_hangs_is_given_up_after_as_long_as_was_said(four):
+    assert four(patience, 2, 7.0) == [[7.0, 7.0]] * 4
+
+
+def patience(features: int, timeout: float) -> list[float]:
+    ranks = distributed.start(features, timeout=timeout)
+    groups = [g for g in (ranks.data_group, ranks.feature_group) if g.size() > 1]
+    return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups]
+
+
 BUSY = """
 import sys, time
 from fastsae import distributed
