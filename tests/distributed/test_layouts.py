@@ -348,7 +348,13 @@ def frozen(features: int) -> list[str]:
     return sorted(n for n, p in part.named_parameters() if p.requires_grad)
 
 
-def own_loop(features: int) -> dict[str, Any]:
+def own_loop(features: int, small: int = 1 << 18) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.distributed.ranks._SMALL", small)
+        return _own_loop(features)
+
+
+def _own_loop(features: int) -> dict[str, Any]:
     sae, ranks = new("joint").eval(), None
     if features:
         ranks = distributed.start(features)
@@ -364,5 +370,6 @@ def own_loop(features: int) -> dict[str, Any]:
     return {"weights": sae.state_dict(), "counters": torch.zeros(0), "lines": []}
 
 
-def test_a_loop_of_ones_own(four):
-    assert_equal_to_rounding(four(own_loop, 2), 2, own_loop(0))
+@pytest.mark.parametrize("small", [1 << 18, 100, 0], ids=["together", "the large ones alone", "each alone"])
+def test_a_loop_of_ones_own(four, small):
+    assert_equal_to_rounding(four(own_loop, 2, small), 2, own_loop(0))
