@@ -86,18 +86,21 @@ def test_consolidate(four, tmp_path):
             assert torch.equal(saved.state_dict()[name], t)
 
 
+@pytest.mark.parametrize("at_once", [1 << 26, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_weights_are_written_too(two, tmp_path, dtype):
-    results = two(saved_as, 2, tmp_path, dtype)
+def test_narrow_weights_are_written_too(two, tmp_path, dtype, at_once):
+    results = two(saved_as, 2, tmp_path, dtype, at_once)
     sae = fastsae.load(tmp_path)
     assert sae.W_enc.dtype == dtype
     for name, t in whole(results, 2).items():
         assert name == "rows_since_fired" or torch.equal(sae.state_dict()[name], t)
 
 
-def saved_as(features: int, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def saved_as(features: int, folder: Path, dtype: torch.dtype, at_once: int) -> dict[str, Any]:
     sae = distributed.shard(new("joint", dtype=dtype), distributed.start(features))
-    sae.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsae.distributed.parts._WRITTEN_AT_ONCE", at_once)
+        sae.save_pretrained(folder)
     return {"weights": sae.state_dict(), "counters": torch.zeros(0)}
 
 

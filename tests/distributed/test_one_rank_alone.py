@@ -317,9 +317,11 @@ def large_norm() -> float:
     return distributed.start(2).norm({"W_enc": grad}).item()
 
 
-def test_a_fingerprint_tells_entries_that_changed_places():
+@pytest.mark.parametrize("at_once", [1 << 22, 5, 1])
+def test_a_fingerprint_tells_entries_that_changed_places(at_once, monkeypatch):
     from fastsae.distributed.ranks import _fingerprint
 
+    monkeypatch.setattr("fastsae.distributed.ranks._AT_ONCE", at_once)
     t = torch.randn(3, 5)
     swapped = t.clone()
     swapped[0, 1], swapped[2, 3] = t[2, 3], t[0, 1]
