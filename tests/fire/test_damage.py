@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from victims import same, weights
 
 import fastsae
-from fastsae import checkpoint, files, provenance, report
+from fastsae import checkpoint, experiment, files, provenance, report
 from fastsae.activations import ActivationStore, ActivationStream
+from fastsae.config import DataConfig, FactorialConfig
 from fastsae.evaluate import record
+from fastsae.factorial import run_factorial
 from fastsae.integrations import convert
 from fastsae.report import figures
 
@@ -272,17 +274,26 @@ def test_the_log(there, times):
 @pytest.fixture
 def measured(there, monkeypatch) -> Path:
     """A run with all its results."""
+    import planted
+    import test_factorial
     import test_html_report
 
     run = there / "run"
     provenance.record(fastsae.config.DataConfig(), run)
+    example = test_html_report.features()["features"][0]["examples"][0]
+    shares = {"together": 0.1, "together_if_independent": 0.02, "dot": 0.5, "output_change": 0.3}
+    secondary = experiment.Trained(test_factorial.secondary(), DataConfig(hook=planted.HOOK), planted.joint())
+    options = FactorialConfig(clamped=0, clamp=("pair:0,1",), permutations=99, directions=1, new_tokens=1)
+    experiments = run_factorial(secondary, planted.Planted(), planted.stimuli(3), options, lambda *_: None)
     results = {
         "eval": test_html_report.measured(test_html_report.Numbers()),
         "geometry": test_html_report.geometry(),
         "features": test_html_report.features(),
+        "pairs": {"pairs": [{"features": [3, 5], "examples": [example], **shares}]},
+        "factorial-planted": experiments,
     }
     for name, result in results.items():
-        record.write(run, name, result)
+        record.write(run, name, result, pool="mean")
     drawn = figures.figure
     # To draw takes most of the time; whatever draws is called all the same, with axes that take anything.
     monkeypatch.setattr(figures, "figure", lambda title, draw, size=None: (draw(MagicMock()), f"<svg>{title}</svg>")[1])
@@ -291,11 +302,11 @@ def measured(there, monkeypatch) -> Path:
 
 
 def page(run: Path) -> str:
-    results = {name: record.read(run, name) for name in ("eval", "geometry", "features")}
-    return report.write_html(run, results).read_text()
+    names = ("eval", "geometry", "features", "pairs", "factorial-planted")
+    return report.write_html(run, {name: record.read(run, name) for name in names}).read_text()
 
 
-@pytest.mark.parametrize("name", ["run", "data", "eval", "geometry", "features"])
+@pytest.mark.parametrize("name", ["run", "data", "eval", "geometry", "features", "pairs", "factorial-planted"])
 def test_what_a_report_is_made_of(name, measured, times):
     draw = random.Random(name)
     for _ in damage(measured / f"{name}.json", draw, 15 * times):
@@ -351,3 +362,24 @@ def test_a_study(name, study_of, monkeypatch, times):
                 other.parent.mkdir(parents=True, exist_ok=True)
                 other.write_bytes(content)
     test_study.assert_same(test_study.started(study_of, seeds=1), whole)
+
+
+def test_a_note_that_a_run_diverged(study_of, tmp_path, monkeypatch, times):
+    import test_study
+
+    test_study.only(monkeypatch, "topk", "sequential")
+    shutil.copytree(study_of, tmp_path / "study")
+    chosen = files.read_json(tmp_path / "study" / "topk" / "lr.json")["lr"]
+    (other,) = (p for p in (tmp_path / "study" / "topk").glob("lr_*/seed_0") if p.parent.name != f"lr_{chosen:g}")
+    (other / "choice.json").unlink()
+    files.write_json(other / "diverged.json", {"error": "the loss is nan at step 3"})
+    monkeypatch.setattr(fastsae.Trainer, "fit", lambda *_: pytest.fail("trained again"))
+
+    def started() -> Any:
+        return test_study.started(tmp_path / "study", seeds=1)
+
+    noticed = [
+        assert_told(started, r"diverged\.json") for _ in damage(other / "diverged.json", random.Random(9), 4 * times)
+    ]
+    assert sum(noticed) > 0.5 * len(noticed)
+    started()

@@ -146,6 +146,22 @@ def test_a_joint_dictionary_trains_and_is_loaded(tmp_path):
     assert ((features != 0).sum(1) <= K).all()
 
 
+@pytest.mark.parametrize("name", ["config.json", "ae.pt"])
+def test_a_damaged_joint_dictionary_is_named(tmp_path, name):
+    trained(fast.JointTrainer, tmp_path)
+    path = tmp_path / "trainer_0" / "ae.pt"
+    content = (path.parent / name).read_bytes()
+    cases = [b"", content[:-9], content[: len(content) // 2], b"[]", b'{"trainer": 3}', b'{"trainer": {}}']
+    if name == "config.json":
+        recorded = json.loads(content)
+        for change in ({"sae": None}, {"sae": {}}, {"sae": recorded["trainer"]["sae"] | {"d_sae": 10**12}}):
+            cases.append(json.dumps({"trainer": recorded["trainer"] | change}).encode())
+    for damaged in cases:
+        (path.parent / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            fast.JointDictionary.from_pretrained(path)
+
+
 def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(TypeError, match="dict_class is its own AutoEncoderTopK"):
         fast.TopKTrainer(**options(TopKTrainer), dict_class=AutoEncoderTopK)

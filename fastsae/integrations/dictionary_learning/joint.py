@@ -16,6 +16,7 @@ from fastsae import files
 from fastsae.code import SparseCode
 from fastsae.config import JointSAEConfig, from_dict, to_dict
 from fastsae.integrations.convert.dictionary_learning import JOINT
+from fastsae.integrations.convert.form import by_name, expect, read_pickled
 from fastsae.integrations.dense import strongest_first
 from fastsae.integrations.dictionary_learning.steps import Step
 from fastsae.modules import JointSAE
@@ -59,13 +60,18 @@ class JointDictionary(Dictionary):
         config = next((file for file in beside if file.is_file()), None)
         if config is None:
             raise FileNotFoundError(f"{path}: there is no config.json beside it, which says what the weights are")
-        trainer = files.read_json(config)["trainer"]
+        trainer = by_name(f"{config}, trainer", files.read_object(config).get("trainer"))
         if trainer.get("dict_class") != JOINT:
             raise ValueError(
                 f"{config} is of a {trainer.get('dict_class')}, not of a {JOINT}; dictionary_learning loads it"
             )
-        made = cls(JointSAE(**to_dict(from_dict(JointSAEConfig, trainer["sae"])), device="meta"))
-        made.load_state_dict(torch.load(path, map_location=device or "cpu", weights_only=True), assign=True)
+        weights = read_pickled(path)
+        try:
+            (options,) = expect(config, trainer, ("sae",))
+            made = cls(JointSAE(**to_dict(from_dict(JointSAEConfig, options)), device="meta"))
+            made.load_state_dict({name: t.to(device or "cpu") for name, t in weights.items()}, assign=True)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{config} is damaged, or {path} is not of it: {error}") from error
         return made.eval()
 
 
