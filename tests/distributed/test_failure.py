@@ -1,6 +1,7 @@
 """A rank that is killed ends the run within seconds, with an error that says what to do; and the run goes on."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from ranked import activations, trained
+from ranked import D, activations, trained
 from torch import Tensor
 
 import fastsae
 from fastsae import checkpoint, files
+from fastsae.activations.store import Rows, StoreWriter
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -70,6 +72,17 @@ def test_a_killed_rank(two, tmp_path):
         assert [n for n, t in straight["weights"].items() if not torch.equal(ours["weights"][n], t)] == []
 
 
+def test_a_killed_rank_under_torchrun(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [*TORCHRUN, tmp_path / "train.py", tmp_path / "run", "5"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    told = done.stderr.split("Root Cause")[1]
+    assert re.search(r"rank +: 1 \(local_rank: 1\)", told)
+    assert "Signal 9 (SIGKILL)" in told
+    assert checkpoint.folders(tmp_path / "run")[0].name == "step_00000004"
+
+
 def holding(run_dir: Path, steps: int) -> str:
     """Ranks train; meanwhile one that does not hold the lock tries to take it, as another run would."""
 
@@ -114,3 +127,29 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert fastsae.load(tmp_path / "run" / "sae").V.shape == (128, 8)
     (newest,) = checkpoint.folders(tmp_path / "run")
     assert len(list(newest.glob("shard-*.safetensors"))) == 2
+
+
+def test_the_script_of_the_page_and_what_comes_after(tmp_path):
+    script, after = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    for name, on_the_page, small in (
+        ("script", "features=4", "features=2"),
+        ("script", "d_sae=65536, k=32", "d_sae=64, k=4"),
+        ("script", "batch_size=2048", "batch_size=16"),
+        ("script", "steps=1000", "steps=3, normalize_rows=32"),
+        ("after", "step_00001000", "step_00000003"),
+    ):
+        text = script if name == "script" else after
+        assert on_the_page in text
+        text = text.replace(on_the_page, small)
+        script, after = (text, after) if name == "script" else (script, text)
+    writer = StoreWriter(tmp_path / "activations", {"d_in": D}, ["a"])
+    writer.write(0, Rows(torch.randn(200, D), *torch.zeros(2, 200, dtype=torch.int32).unbind()))
+    writer.finish([200])
+    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "after.py").write_text(after)
+    for command in ([*TORCHRUN, "script.py"], [sys.executable, "after.py"]):
+        done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    ours, saved = fastsae.load(tmp_path / "sae"), fastsae.load(tmp_path / "runs" / "script" / "sae")
+    assert ours.W_dec.shape == (64, D)
+    assert all(torch.equal(t, saved.state_dict()[name]) for name, t in ours.state_dict().items())
