@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Crew
-from ranked import D, K, M, activations, assert_equal_to_rounding, new, trained, whole
+from ranked import D, K, M, Recording, activations, assert_equal_to_rounding, config, new, trained, whole
 from torch import Tensor
 
 import fastsae
@@ -101,6 +101,27 @@ def test_some_features_compete_and_some_ranks_have_none(four, k):
     for found in four(encoded, 4, k, "auto", torch.float64, dead):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def revived(name: str, features: int) -> dict[str, Any]:
+    """Steps while features 50 and up are dead, all of which one of four ranks holds."""
+    sae = new(name)
+    if features:
+        sae = distributed.shard(sae, distributed.start(features))
+    trainer = Recording(sae, config(auxk=3, dead_after_tokens=1000, normalize="none"))
+    own = sae.ranks.own_features(torch.arange(50, M), M)
+    trainer._rows_since_fired[own[own < M]] = 5000
+    for x in activations(2):
+        trainer._train_step(sae.ranks.own_rows(x))
+    return {"weights": sae.state_dict(), "counters": trainer._rows_since_fired[:-1], "lines": []}
+
+
+@pytest.mark.parametrize("name", ["topk", "linear"])
+def test_ranks_without_dead_features_take_part_in_reviving_those_of_others(four, name):
+    """They too add up the gradient of b_dec, where there is one, or the others would wait for them."""
+    alone = revived(name, 0)
+    assert (alone["counters"] >= 5000).any()
+    assert_equal_to_rounding(four(revived, name, 4), 4, alone)
 
 
 # ---- the SAE itself -------------------------------------------------------------------------------------------------
