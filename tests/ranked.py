@@ -15,6 +15,7 @@ D, M, K, E, B = 12, 64, 6, 5, 24
 
 MAKERS = {
     "topk": lambda **o: fastsae.TopKSAE(D, M, K, **o),
+    "many": lambda **o: fastsae.TopKSAE(D, M, 20, **o),  # more than each of four ranks has features
     "joint": lambda **o: fastsae.JointSAE(D, M, K, k_integration=4, d_embedding=E, pre_bias=True, **o),
     "one pair": lambda **o: fastsae.JointSAE(D, M, K, k_integration=2, d_embedding=E, **o),
     "no pairs": lambda **o: fastsae.JointSAE(D, M, K, k_integration=1, d_embedding=E, dropout=0.0, **o),

@@ -40,7 +40,7 @@ def sent(name: str, features: int, auxk: int) -> list[tuple[str, int, int]]:
     return sorted(seen)
 
 
-@pytest.mark.parametrize("name", ["topk", "joint", "no pairs", "linear"])
+@pytest.mark.parametrize("name", ["topk", "many", "joint", "no pairs", "linear"])
 @pytest.mark.parametrize(("features", "auxk"), [(1, 7), (2, 0), (2, 7), (4, 7), (4, 40)])
 def test_bytes_are_those_that_are_sent(four, name, features, auxk):
     model = cost.cost(new(name).config, B, Layout(4 // features, features), auxk)
