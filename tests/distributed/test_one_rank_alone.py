@@ -1,5 +1,6 @@
 """What happens to one rank alone ends all of them with an error, at once: none is left waiting for it."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Crew
-from ranked import B, D, activations, config, new, trained
+from ranked import B, D, Recording, activations, config, new, trained, whole
 from test_failure import TORCHRUN, environment
 from torch import Tensor
 
@@ -146,6 +147,45 @@ def test_each_rank_is_given_rows_of_its_own(four, features):
 
 def rows_of_its_own(features: int) -> None:
     trained("topk", features, {"normalize": "none"}, stream=activations(seed=rank() // 3))
+
+
+def test_statistics_are_those_of_the_first_rank(two):
+    results = two(measured_on_other_rows)
+    whole(results, 1)  # asserts that ranks hold the same bits
+    assert results[0]["weights"]["normalizer.mean"].any()
+
+
+def measured_on_other_rows() -> dict[str, Any]:
+    return trained("topk", 1, {"steps": 1}, stream=(x + i * rank() for i, x in enumerate(activations())))
+
+
+def test_the_loss_of_one_data_rank_diverges(two, tmp_path):
+    for said in said_by(two, diverging, tmp_path, 100):
+        assert said.startswith("FloatingPointError: Trainer: the loss is inf at step 2: training diverged. There is no")
+    first, second = said_by(two, diverging, tmp_path, 1)
+    assert first.startswith("RuntimeError: Trainer: batch 2 of the activations: another rank could not draw it")
+    assert second == "OSError: the disk is gone"
+    assert checkpoint.folders(tmp_path) == []
+
+
+def diverging(run_dir: Path, batches: int) -> None:
+    """Rank 1 makes nothing of its rows, and after so many batches it cannot draw any more."""
+    trainer = Recording(
+        distributed.shard(new("topk"), distributed.start(1)),
+        config(run_dir=run_dir, resume=True, log_every=100, checkpoint_every=2, normalize="none"),
+    )
+    step = trainer._train_step
+
+    def spoiled(x: Tensor) -> Any:
+        output, norm = step(x)
+        return dataclasses.replace(output, loss=output.loss * (float("inf") if rank() else 1.0)), norm
+
+    def stream() -> Iterator[Tensor]:
+        yield from activations(batches)
+        raise OSError("the disk is gone")
+
+    trainer._train_step = spoiled
+    trainer.fit(on_rank_1(stream))
 
 
 def test_too_few_rows_cost_nothing(two, tmp_path):
