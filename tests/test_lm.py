@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,16 @@ def test_it_is_clearly_better_than_a_trigram(model, metrics):
         ]
     # Another sample of the held-out documents than the whole the card speaks of, and perhaps another Python.
     assert torch.cat(losses)[is_text].mean().item() < metrics["trigram_loss_nats_per_token"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_folder_is_named(name, tmp_path):
+    folder = shutil.copytree(lm.weights_folder(), tmp_path / "model")
+    content = (folder / name).read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"[]"):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{folder} cannot be read as a transformers model"):
+            lm.load(str(folder))
 
 
 def test_a_name_that_is_no_model():

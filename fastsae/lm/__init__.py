@@ -17,7 +17,8 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     """A TransformerLens model (TransformerBridge, fp32, eval mode) with its tokenizer as `.tokenizer`.
 
     name: "embedded" (offline), a folder as transformers saves it, or a name on the Hugging Face hub such as "gpt2".
-    Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub.
+    Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub,
+    ValueError when a folder is damaged.
     """
     try:
         with quiet.imports():
@@ -30,7 +31,13 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     source = str(weights_folder()) if name == EMBEDDED else name
     try:
         model = TransformerBridge.boot_transformers(source, device=device)
-    except OSError as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise as many kinds as there are damages
+        if Path(source).is_dir():
+            raise ValueError(
+                f"lm.load: {source} cannot be read as a transformers model: {error}. Restore it or use another copy."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise OSError(
             f"lm.load: {name!r} is neither 'embedded', nor a folder with a transformers model, nor a model that the "
             f"Hugging Face hub gave ({error}). Check the name and the network."
