@@ -18,8 +18,8 @@ from fastsae.optim import adam_step_, load_as_saved, normalize_rows_
 
 OptimizerState = Literal["fp32", "8bit"]
 
-# Entries that are in fp32 at once: temporaries stay small beside any dictionary. On a GPU to start a part's twenty or so
-# kernels takes longer, by estimate, than 2^20 entries do.
+# Entries that are in fp32 at once: temporaries stay small beside any dictionary. On a GPU the twenty or so kernels of a
+# part take longer to start, by estimate, than 2^20 entries take.
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 24}
 # Entries with one scale.
 _BLOCK = range(64, 257)

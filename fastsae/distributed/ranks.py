@@ -65,6 +65,12 @@ def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"  # flags are agreed on without the device
         dist.init_process_group(backend, timeout=patience)
+    if "cpu:" not in dist.get_backend_config():
+        raise RuntimeError(
+            f"distributed.start: the process group that is there ({dist.get_backend_config()}) has nothing for tensors "
+            "on the CPU, by which ranks agree on whether to go on; make it with "
+            "init_process_group('cpu:gloo,cuda:nccl'), or leave it to start()"
+        )
     world = dist.get_world_size()
     if features < 1 or world % features:
         raise ValueError(f"distributed.start: {world} ranks cannot be split into groups of {features} feature ranks")
@@ -161,8 +167,12 @@ class Ranks(Alone):
         return int(t)
 
     def share(self, loss: Tensor) -> Tensor:
+        if self.layout.data == 1:
+            return loss
         own, whole = self._batch
-        return loss if self.layout.data == 1 else loss * (own / whole)
+        if not whole:
+            raise RuntimeError("Ranks.share: of which batch? Take its rows by own_rows(batch) first")
+        return loss * (own / whole)
 
     def mean(self, own: Tensor) -> Tensor:
         if self.layout.data == 1:

@@ -263,6 +263,8 @@ def interrupted(run_dir: Path) -> str:
         ("adam", "adam_in_backward holds no gradients, and 2 data ranks must add theirs"),
         ("folder", "already holds a run"),
         ("twice", "this SAE is spread over 2 ranks already"),
+        ("share", "of which batch? Take its rows by own_rows"),
+        ("group", "the process group that is there (cuda:nccl) has nothing for tensors on the CPU"),
     ],
 )
 def test_refusals(two, what, message, tmp_path):
@@ -280,6 +282,12 @@ def refused(what: str, folder: Path) -> str:
             distributed.shard(distributed.shard(new("topk"), distributed.start(2)), distributed.start(2))
         if what == "rows":
             trained("topk", 1, {"normalize": "none"}, 1)
+        if what == "share":
+            distributed.start(1).share(torch.ones(()))
+        if what == "group":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+                distributed.start(2)
         if what == "adam":
             trained("topk", 1, {"adam_in_backward": True})
         if what == "folder":
