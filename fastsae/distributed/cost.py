@@ -22,9 +22,9 @@ NETWORK = 40e9
 GPUS_PER_MACHINE = 8
 # Assumption: seconds until a message has gone once around, per rank in the ring.
 LATENCY = 5e-6
-# Bytes of one GPU for weights, gradients, moments and activations; and of those, for pre-activations and the rest.
-MEMORY = 130e9
-_PRE_ACTIVATIONS = 4 << 30
+# Bytes of an H200, and of those, what can be used.
+_GPU = 141e9
+MEMORY = planner.USABLE * _GPU
 # Adam reads weight, gradient and two moments, and writes all but the gradient, which the backward wrote.
 _ADAM_PASSES = 8
 # Assumption: times that a sort of candidates reads and writes their keys and places, 12 bytes each.
@@ -106,13 +106,13 @@ def cost(config: TopKSAEConfig, batch_size: int, layout: Layout, auxk: int = 0) 
         ranking=2 * _SORT_PASSES * ranked * 12 / BANDWIDTH,
         gathers=rows * widths * _NUMBER / BANDWIDTH,
         adam=_ADAM_PASSES * _NUMBER * trained / BANDWIDTH,
-        memory=_memory(counted),
+        memory=_memory(config, rows, features, planner.MEMORY[0]),
         rows=batch_size,
     )
 
 
-def _memory(counted: planner.Plan) -> int:
-    return counted.total_bytes - counted.pre_activations_bytes + _PRE_ACTIVATIONS
+def _memory(config: TopKSAEConfig, rows: int, features: int, kept: planner.Memory) -> int:
+    return round(planner.on_gpu(config, _GPU, rows, kept, features))
 
 
 def _longest(k: int, features: int) -> float:
@@ -240,8 +240,8 @@ def table() -> str:
             found = layouts(config, _BATCH, ranks)
             best = found[0] if found[0].memory <= MEMORY else min(found, key=lambda c: c.memory)
             rows = _BATCH // best.layout.data
-            narrow = planner.plan(config, rows, memory=planner.MEMORY[-1], feature_ranks=best.layout.features)
-            held = f"{best.memory / 1e9:,.0f} | {_memory(narrow) / 1e9:,.0f}"
+            narrow = _memory(config, rows, best.layout.features, planner.MEMORY[-1])
+            held = f"{best.memory / 1e9:,.0f} | {narrow / 1e9:,.0f}"
             if best.memory > MEMORY:
                 lines.append(f"| {name} | {ranks} | fp32 does not fit | {held} | | | | | | |")
                 continue
