@@ -44,8 +44,7 @@ def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Te
 
     def begin() -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        for left_by_a_killed_run in parent.glob(".step_*.tmp"):
-            shutil.rmtree(left_by_a_killed_run)
+        tidy(run_dir)
         temporary.mkdir()
 
     def put_in_place() -> None:
@@ -56,10 +55,9 @@ def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Te
         os.rename(temporary, final)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def tidy() -> None:
+    def drop_old() -> None:
         files.sync(parent)
-        for old in folders(run_dir)[KEPT:]:
-            shutil.rmtree(old)
+        tidy(run_dir)
 
     try:
         ranks.first_does(begin)
@@ -79,8 +77,14 @@ def save(run_dir: Path, step: int, sae: SparseAutoencoder, tensors: dict[str, Te
         last = next(iter(folders(run_dir)), None)
         standing = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise OSError(error.errno, f"could not write checkpoint {final}: {error.strerror}; {standing}") from error
-    ranks.first_does(tidy)
+    ranks.first_does(drop_old)
     return final
+
+
+def tidy(run_dir: Path) -> None:
+    """Delete what is older than the last two, and what a killed run left half written."""
+    for left in [*(run_dir / "checkpoints").glob(".step_*.tmp"), *folders(run_dir)[KEPT:]]:
+        shutil.rmtree(left)
 
 
 def folders(run_dir: Path) -> list[Path]:

@@ -391,6 +391,7 @@ class Trainer:
         found = checkpoint.load(run_dir, self._ranks) if self.config.resume else None
         if found is not None:
             self._restore(found)
+            self._ranks.first_does(lambda: checkpoint.tidy(run_dir))  # a kill may have come before it was done
             return found
 
         def begin() -> None:

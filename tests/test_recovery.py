@@ -96,7 +96,7 @@ def test_a_kill_at_every_operation_on_the_disk(uninterrupted, tmp_path):
         assert_same(weights(fastsae.load(run_dir / "sae")), uninterrupted)
         steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3]
-        assert [p.name for p in checkpoint.folders(run_dir)][:2] == ["step_00000003", "step_00000002"]
+        assert [p.name for p in checkpoint.folders(run_dir)] == ["step_00000003", "step_00000002"]
         shutil.rmtree(run_dir)
     assert last > 80
 

@@ -32,7 +32,7 @@ def largest(folder: Path) -> int:
 def test_training_is_killed(tmp_path, times):
     store = tmp_path / "store"
     victims.harvest_all(store)
-    operations = victims.finish(victims.train, tmp_path)
+    took = victims.finish(victims.train, tmp_path)
     expected, size = weights(fastsae.load(tmp_path / "run" / "sae")), largest(tmp_path / "run")
     draw, kills = random.Random(20), []
     for round in range(times * TRAINING):
@@ -40,7 +40,7 @@ def test_training_is_killed(tmp_path, times):
         folder.mkdir()
         (folder / "store").symlink_to(store)
         for _ in range(draw.choice((1, 1, 2))):  # now and then while it goes on after a kill
-            kill = random_kill(draw, 0.3, operations, size)
+            kill = random_kill(draw, round, took, size)
             if victims.die(victims.train, folder, kill):
                 kills.append(kill)
         victims.finish(victims.train, folder)
@@ -53,12 +53,12 @@ def test_training_is_killed(tmp_path, times):
 
 
 def test_harvesting_is_killed(tmp_path, times):
-    operations = victims.finish(victims.harvest_all, tmp_path / "whole")
+    took = victims.finish(victims.harvest_all, tmp_path / "whole")
     expected, size = contents(tmp_path / "whole"), largest(tmp_path / "whole")
     draw, kills = random.Random(21), []
     for round in range(times * HARVESTING):
         folder = tmp_path / str(round)
-        kill = random_kill(draw, 0.03, operations, size)
+        kill = random_kill(draw, round, took, size)
         if victims.die(victims.harvest_all, folder, kill):
             kills.append(kill)
             if (folder / "index.json").exists() and json.loads((folder / "index.json").read_text())["shards"] is None:
@@ -74,12 +74,12 @@ def test_saving_is_killed(tmp_path, times):
     """Over an SAE that lies there: it is the old one or the new one, and never none."""
     ours = {seed: weights(victims.joint(seed)) for seed in (1, 2)}
     draw, kills, found = random.Random(22), [], Counter()
-    operations = victims.finish(victims.save_again_and_again, tmp_path / "whole")
+    took = victims.finish(victims.save_again_and_again, tmp_path / "whole")
     whole, size = contents(tmp_path / "whole"), largest(tmp_path / "whole")
     for round in range(times * SAVING):
         folder = tmp_path / str(round)
         victims.joint(2).save_pretrained(folder)
-        kill = random_kill(draw, 0.06, operations, size)
+        kill = random_kill(draw, round, took, size)
         if victims.die(victims.save_again_and_again, folder, kill):
             kills.append(kill)
         there = weights(fastsae.load(folder))

@@ -10,13 +10,14 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,15 +48,21 @@ class Kill:
     byte: int | None = None
 
 
-def random_kill(draw: random.Random, seconds: float, operations: int, size: int) -> Kill:
-    """A moment anywhere in a work of so many seconds, operations on the disk, and bytes of its largest file."""
-    return draw.choice(
-        [
-            Kill(seconds=draw.uniform(0, seconds)),
-            Kill(operation=draw.randint(1, operations)),
-            Kill(byte=draw.randint(0, size)),
-        ]
+class Took(NamedTuple):
+    """What a whole work takes: seconds as busy as the machine is, and operations on the disk."""
+
+    seconds: float
+    operations: int
+
+
+def random_kill(draw: random.Random, round: int, whole: Took, size: int) -> Kill:
+    """A moment anywhere in a work, the largest of whose files has `size` bytes; each kind of moment in its turn."""
+    moments = (
+        Kill(seconds=draw.uniform(0, whole.seconds)),
+        Kill(operation=draw.randint(1, whole.operations)),
+        Kill(byte=draw.randint(0, size)),
     )
+    return moments[round % len(moments)]
 
 
 @cache
@@ -67,9 +74,9 @@ def _serve() -> None:
         forkserver.ensure_running()
 
 
-def start(work: Work, folder: Path, kill: Kill = Kill(), operations: Any = None) -> Any:
+def start(work: Work, folder: Path, kill: Kill = Kill(), took: Any = None) -> Any:
     _serve()
-    process = _CONTEXT.Process(target=_live, args=(work, folder, kill, operations))
+    process = _CONTEXT.Process(target=_live, args=(work, folder, kill, took))
     process.start()
     return process
 
@@ -85,16 +92,16 @@ def die(work: Work, folder: Path, kill: Kill) -> bool:
     return process.exitcode != 0
 
 
-def finish(work: Work, folder: Path) -> int:
-    """Do the work to its end; returns how many operations on the disk it took."""
-    operations = _CONTEXT.Value("i")
-    process = start(work, folder, operations=operations)
+def finish(work: Work, folder: Path) -> Took:
+    """Do the work to its end."""
+    took = _CONTEXT.Array("d", 2)
+    process = start(work, folder, took=took)
     process.join()
     assert process.exitcode == 0, "see its traceback above"
-    return operations.value
+    return Took(took[0], round(took[1]))
 
 
-def _live(work: Work, folder: Path, kill: Kill, operations: Any) -> None:
+def _live(work: Work, folder: Path, kill: Kill, took: Any) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # against power cuts: a kill leaves what was written
     if kill.byte is not None:  # the kernel cuts the write off there, and ends who writes on
@@ -112,9 +119,10 @@ def _live(work: Work, folder: Path, kill: Kill, operations: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count_operations)
+    begun = time.monotonic()
     work(folder)
-    if operations is not None:
-        operations.value = count
+    if took is not None:
+        took[:] = time.monotonic() - begun, count
 
 
 # ---- the works ------------------------------------------------------------------------------------------------------
