@@ -165,6 +165,10 @@ class _State8bit:
 
     def write(self, rows: slice, values: Tensor) -> None:
         _quantise(values.device.type)(self._part(rows), values)
+        if not self._signed:
+            # 0 in place of a small second moment would leave eps to divide by: steps of thousands of learning rates.
+            # Outside of what is compiled, which refuses to write codes twice.
+            self._codes[rows].clamp_(min=1)
 
 
 @cache
@@ -174,9 +178,6 @@ def _table(signed: bool, device: torch.device) -> Tensor:
 
 def _copy(to: Any, values: Tensor) -> None:
     to.copy_(values)
-    if not to.signed:
-        # 0 in place of a small second moment would leave eps to divide by: steps of thousands of learning rates.
-        to.codes.clamp_(min=1)
 
 
 @cache
