@@ -4,10 +4,12 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from fastsae import lm
 from fastsae.activations import is_held_out, read_documents, tokenize
@@ -77,6 +79,16 @@ def test_a_damaged_folder_is_named(name, tmp_path):
         (folder / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{folder} cannot be read as a transformers model"):
             lm.load(str(folder))
+
+
+def test_what_is_no_fault_of_the_folder(monkeypatch):
+    """Its copy would be restored in vain."""
+    with pytest.raises(RuntimeError, match="nowhere"):
+        lm.load(device="nowhere")
+    for kind in (ImportError, MemoryError, torch.OutOfMemoryError):
+        monkeypatch.setattr(TransformerBridge, "boot_transformers", MagicMock(side_effect=kind("full")))
+        with pytest.raises(kind, match=r"^full$"):
+            lm.load()
 
 
 def test_a_name_that_is_no_model():

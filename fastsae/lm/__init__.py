@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastsae import quiet
 
 EMBEDDED = "embedded"
@@ -29,8 +31,11 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
 
     logging.disable_progress_bar()
     source = str(weights_folder()) if name == EMBEDDED else name
+    torch.empty(0, device=device)  # raises where there is none such, which is no fault of the folder
     try:
         model = TransformerBridge.boot_transformers(source, device=device)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise as many kinds as there are damages
         if Path(source).is_dir():
             raise ValueError(
