@@ -162,6 +162,12 @@ def test_a_damaged_joint_dictionary_is_named(tmp_path, name):
             fast.JointDictionary.from_pretrained(path)
 
 
+def test_a_device_that_is_none_is_no_damage(tmp_path):
+    trained(fast.JointTrainer, tmp_path)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        fast.JointDictionary.from_pretrained(tmp_path / "trainer_0" / "ae.pt", device="nowhere")
+
+
 def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(TypeError, match="dict_class is its own AutoEncoderTopK"):
         fast.TopKTrainer(**options(TopKTrainer), dict_class=AutoEncoderTopK)

@@ -69,10 +69,10 @@ class JointDictionary(Dictionary):
         try:
             (options,) = expect(config, trainer, ("sae",))
             made = cls(JointSAE(**to_dict(from_dict(JointSAEConfig, options)), device="meta"))
-            made.load_state_dict({name: t.to(device or "cpu") for name, t in weights.items()}, assign=True)
+            made.load_state_dict(weights, assign=True)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{config} is damaged, or {path} is not of it: {error}") from error
-        return made.eval()
+        return made.to(device or "cpu").eval()
 
 
 class JointTrainer(SAETrainer):
