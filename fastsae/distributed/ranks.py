@@ -65,6 +65,8 @@ def start(features: int = 1, *, timeout: float = 1800.0) -> "Ranks":
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"  # flags are agreed on without the device
         dist.init_process_group(backend, timeout=patience)
+    elif torch.cuda.is_available() and not torch.cuda.is_initialized():  # nor has whoever made the group taken a GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", dist.get_rank() % torch.cuda.device_count())))
     if "cpu:" not in dist.get_backend_config():
         raise RuntimeError(
             f"distributed.start: the process group that is there ({dist.get_backend_config()}) has nothing for tensors "

@@ -308,6 +308,24 @@ def groups() -> tuple[bool, bool]:
     return first is again, first is other
 
 
+def test_each_rank_has_a_gpu_of_its_own_in_a_process_group_that_is_there(two):
+    assert two(gpus_of_one_that_is_there) == [([0], []), ([1], [])]
+
+
+def gpus_of_one_that_is_there() -> tuple[list[int], ...]:
+    """The GPUs that start() takes, where this process has taken none before and where it has."""
+    mesh, found = distributed.start(2).mesh, ([], [])
+    for taken, before in zip(found, (False, True), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastsae.distributed.ranks._mesh", lambda *_: mesh)
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "device_count", lambda: 2)
+            patch.setattr(torch.cuda, "is_initialized", lambda before=before: before)
+            patch.setattr(torch.cuda, "set_device", taken.append)
+            distributed.start(2)
+    return found
+
+
 def test_without_torchrun():
     with pytest.raises(RuntimeError, match=r"this process is no rank of a run. Start it with torchrun"):
         distributed.start()
