@@ -78,13 +78,14 @@ class NarrowAdam(torch.optim.Adam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ValueError for weights of another dtype, and for options of torch's Adam that a step does not heed."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        group = self.param_groups.pop()  # until it is found to be right
         for option in ("weight_decay", "amsgrad", "maximize"):
             if group[option]:
                 raise ValueError(f"NarrowAdam: {option} is not supported")
         for p in group["params"]:
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"NarrowAdam: expected weights in float32 or bfloat16; got {p.dtype}")
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -277,6 +277,7 @@ def test_a_group_with_options_it_does_not_have_is_refused():
     optimizer = NarrowAdam([p])
     with pytest.raises(ValueError, match="expected weights in float32 or bfloat16; got"):
         optimizer.add_param_group({"params": [parameter(q.double())]})
+    assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [q], "lr": 0.5})
     p.grad = q.grad = torch.ones_like(p)
     optimizer.step()
