@@ -136,7 +136,7 @@ class NarrowAdam(torch.optim.Adam):
 def _rows(p: Tensor) -> list[Any]:
     if p.dim() == 0:
         return [...]
-    count = max(1, _AT_ONCE[p.device.type] // p[:1].numel())
+    count = max(1, _AT_ONCE.get(p.device.type, _AT_ONCE["cpu"]) // p[:1].numel())
     return [slice(first, first + count) for first in range(0, len(p), count)]
 
 

@@ -308,6 +308,10 @@ def test_weights_of_any_shape(shape: tuple[int, ...]):
     torch.testing.assert_close(p, q)
 
 
+def test_weights_of_another_device_are_stepped_in_parts_too():
+    assert narrow._rows(torch.empty(3, 64, device="meta")) == [slice(0, 1 << 14)]
+
+
 # ---- the Trainer ----
 
 
