@@ -121,7 +121,7 @@ def joint_decode(
     )
     if dense is not None:
         out = dense if bias is None else dense.add_(bias)
-        error = None if target is None else (out.float() - target).square().sum()
+        error = None if target is None else (out.float() - target).square().sum().float()
     return out, s, q, s.new_zeros(()) if error is None else error / out.numel()
 
 

@@ -69,6 +69,19 @@ def test_one_gather_serves_both_decoders_of_the_same_code(way: Way, device: str,
     assert_every_gradient(case, {n: t.to(device) for n, t in case.inputs(torch.float32).items()}, "cuda")
 
 
+@pytest.mark.parametrize("way", [gather, dense], ids=lambda w: w.__name__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_loss_is_fp32_whatever_the_target_is(way: Way, dtype: torch.dtype, device: str, monkeypatch):
+    """As a compiled model expects it."""
+    way(monkeypatch)
+    values, W = (torch.randn(*shape, device=device).to(dtype) for shape in ((3, 2), (9, 4)))
+    indices, target = torch.tensor([[3, 1], [0, 2], [8, 0]], device=device), torch.randn(3, 4, device=device)
+    for to in (torch.float64, dtype):
+        out, loss = ops.reconstruct(values, indices, W, None, None, 2, target=target.to(to), backend="cuda")
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, (out - target.to(to)).float().square().mean(), rtol=5e-3, atol=0)
+
+
 def test_repeated_and_unused_features(device: str):
     """Features repeat within a row, are used by one row, or by none."""
     indices = torch.tensor([[3, 3, 1], [0, 2, 0], [3, 0, 3]], device=device)
