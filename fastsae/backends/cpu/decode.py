@@ -34,7 +34,7 @@ def joint_decode(
     else:
         s = sparse_decode(strongest, their_indices, V).to(sums)
         q = sparse_decode(strongest.square(), their_indices, _squared(V)).to(sums)
-    return out, s, q, s.new_zeros(()) if target is None else squared_error(out, target).to(sums)
+    return out, s, q, s.new_zeros(()) if target is None else squared_error(out, target)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
