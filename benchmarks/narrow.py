@@ -115,6 +115,8 @@ def measure(path: Path) -> dict[str, Any]:
         process = context.Process(target=make_stores, args=(folder,))
         process.start()
         process.join()
+        if process.exitcode:
+            raise SystemExit("the activations could not be harvested: see the traceback above")
         with context.Pool(2) as pool:
             runs: Iterator[dict[str, Any]] = pool.imap(trained, [(folder, case) for case in missing])
             for run in tqdm(runs, total=len(missing), desc="runs"):

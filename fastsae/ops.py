@@ -254,7 +254,8 @@ def finish(
         out = out + reference.interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
     if target is None:
         return out, out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
-    return out, reference.squared_error(out, target)
+    narrow = name != "reference" and out.dtype.itemsize < 4
+    return out, _SquaredError.apply(out, target) if narrow else reference.squared_error(out, target)
 
 
 def pooled(s: Tensor, q: Tensor) -> Tensor:
@@ -525,6 +526,20 @@ def _with_loss(
     # One pass: 2 (out - target) d_loss / numel.
     of_loss = torch.ops.aten.mse_loss_backward(d_loss.to(out.dtype), out, target.to(out.dtype), 1)
     return of_loss if d_out is None else d_out + of_loss, -of_loss if need_target else None
+
+
+class _SquaredError(torch.autograd.Function):
+    """reference.squared_error of narrow tensors, of which autograd would keep copies in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(out, target)
+        return reference.squared_error(out, target)
+
+    @staticmethod
+    def backward(ctx: Any, *d_loss: Any) -> Any:
+        out, target = ctx.saved_tensors
+        return _with_loss(None, d_loss[0], out, target, ctx.needs_input_grad[1])
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------

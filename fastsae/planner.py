@@ -15,6 +15,8 @@ from fastsae.modules.sequential import FROZEN
 USABLE = 0.92
 # The CUDA backend's pre-activations take so much of a GPU's memory at most (backends/cuda.py).
 _PRE_ACTIVATIONS = 0.03
+# Estimate: bytes of a candidate for the k largest of all ranks, while it is sent and sorted (distributed/ops.py).
+_CANDIDATE = 32
 # Weights that make their step in the backward, so that no gradient of theirs is held.
 _IN_BACKWARD = ("W_enc", "W_dec", "W_lin", "V")
 
@@ -66,7 +68,8 @@ class Plan:
     pre_activations_bytes: int
     """The one reused chunk of rows of pre-activations (CPU backend)."""
     activations_bytes: int
-    """Estimate: tensors that grow with the batch: about ten (batch, d_in), two (batch, k) with their indices."""
+    """Estimate: tensors that grow with the batch: about ten (batch, d_in), two (batch, k) with their indices, and the
+    candidates of all feature ranks, of which each row has k per rank."""
     flops_per_step: int
     """Forward and backward: the encoder's matrix product, the sparse sums over active features, and the network over
     z. Of frozen weights the forward only."""
@@ -112,6 +115,7 @@ def plan(
         if config.interaction:
             shapes |= {"V": (each, E), "W1": (E, E), "b1": (E,), "W2": (d_in, E), "b2": (d_in,)}
             sparse += 2 * batch_size * n * E * (4 if frozen else 6) + 6 * batch_size * E * (E + d_in)
+    gathered = _CANDIDATE * feature_ranks * min(k, each) if feature_ranks > 1 else 0
     parameters = {name: math.prod(shape) for name, shape in shapes.items()}
     trained = tuple(name for name in parameters if not (frozen and name in FROZEN))
     return Plan(
@@ -121,7 +125,7 @@ def plan(
         gradients_bytes=sum(memory.gradient_bytes(name, shapes[name]) for name in trained),
         optimizer_bytes=sum(memory.optimizer_bytes(shapes[name]) for name in trained),
         pre_activations_bytes=cpu.plan(batch_size, d_in, each, min(k, each), dtype).bytes,
-        activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8)),
+        activations_bytes=batch_size * (10 * d_in * dtype.itemsize + 2 * k * (dtype.itemsize + 8) + gathered),
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),
     )

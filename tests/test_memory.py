@@ -75,8 +75,13 @@ def test_ranks_that_share_the_features_hold_a_part_each(memory):
     held = planner.plan(dataclasses.replace(config, d_sae=2048), 512, memory=memory)
     for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "pre_activations_bytes"):
         assert getattr(shared, name) == getattr(held, name), name
+    assert shared.activations_bytes - held.activations_bytes == 32 * 512 * 4 * 32  # what all ranks offer for each row
     d_sae = planner.largest(config, 24e9, 4096, memory, feature_ranks=4)
-    assert d_sae == 4 * planner.largest(config, 24e9, 4096, memory)
+    taken = [
+        planner.on_gpu(dataclasses.replace(config, d_sae=n), 24e9, 4096, memory, feature_ranks=4)
+        for n in (d_sae, d_sae + 4096)
+    ]
+    assert taken[0] <= planner.USABLE * 24e9 < taken[1]
 
 
 def test_what_is_assumed_of_a_gpu():

@@ -92,7 +92,7 @@ class ShardedOps:
         place = best - ranks.feature_rank * width
         own = (place >= 0) & (place < width)
         chosen = values.gather(1, place.clamp(0, width - 1))
-        return torch.where(own, chosen, candidates.gather(1, best).to(values.dtype)), of.gather(1, best)
+        return torch.where(own, chosen, candidates.gather(1, best).to(values.dtype)), of.gather(1, best).long()
 
     def _gathered(self, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The candidates of all feature ranks, (B, ranks * width), indices among all features; in one message."""
@@ -103,7 +103,7 @@ class ShardedOps:
         every = message.new_empty(ranks.layout.features, *message.shape)
         dist.all_gather(list(every.unbind()), message, group=ranks.feature_group)
         candidates, of = every.split(shape[0], dim=1)
-        first = torch.arange(ranks.layout.features, device=of.device).view(-1, 1, 1) * ranks.features_each
+        first = torch.arange(ranks.layout.features, device=of.device, dtype=whole).view(-1, 1, 1) * ranks.features_each
 
         def by_row(t: Tensor) -> Tensor:
             return t.permute(1, 0, 2).reshape(shape[0], -1)

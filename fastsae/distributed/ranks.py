@@ -3,6 +3,8 @@
 import datetime
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +26,8 @@ T = TypeVar("T")
 # Gradients of fewer entries are sent together: a message has a cost of its own.
 _SMALL = 1 << 18
 _AT_ONCE = 1 << 22
+# Seconds in which a network's file system shows to all what one has written.
+_SHOWN_WITHIN = 30.0
 # How long ranks wait for one that is known to be busy. If it dies they know at once.
 _FOR_HOURS = datetime.timedelta(days=365)
 # What gloo's errors have in common: the place in its sources. RuntimeErrors they are like any other.
@@ -286,15 +290,22 @@ class Ranks(Alone):
     @contextmanager
     def locked(self, folder: Path, who: str) -> Iterator[None]:
         lock = files.locked(folder, who)
+        token: list[Any] = [uuid.uuid4().hex]
+        dist.broadcast_object_list(token)
 
         def look() -> None:
-            if not (folder / files.LOCK).exists():  # or its parts of checkpoints would lie where nobody looks for them
-                raise ValueError(
-                    f"{who}: {folder} must be one folder that all ranks see, on a file system that they share"
-                )
+            # Or a rank's parts of checkpoints would lie where nobody looks for them.
+            until = time.monotonic() + _SHOWN_WITHIN
+            while not _holds(folder / files.LOCK, token[0]):
+                if time.monotonic() > until:
+                    raise ValueError(
+                        f"{who}: {folder} must be one folder that all ranks see, on a file system that they share"
+                    )
+                time.sleep(0.1)
 
         self.first_does(lock.__enter__)
         try:
+            self.first_does(lambda: (folder / files.LOCK).write_text(token[0]))
             self.together(look)
             yield
         finally:
@@ -324,6 +335,13 @@ class Ranks(Alone):
         every: list[Any] = [None] * self.count
         dist.all_gather_object(every, ours)
         return {name: value for part in every for name, value in part.items()}
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except FileNotFoundError:
+        return False
 
 
 def _fingerprint(t: Tensor) -> Tensor:
