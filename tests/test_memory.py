@@ -6,17 +6,20 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastsae
+from benchmarks import narrow as quality
 from fastsae import planner
 from fastsae.config import TrainerConfig
 from fastsae.optim import AdamInBackward
 from fastsae.planner import MEMORY
 from fastsae.train import Trainer
 
+ROOT = Path(__file__).parents[1]
 SAES: dict[str, Callable[[torch.dtype], fastsae.TopKSAE]] = {
     "topk": lambda dtype: fastsae.TopKSAE(96, 300, 4, dtype=dtype),
     "joint": lambda dtype: fastsae.JointSAE(769, 90, 4, d_embedding=70, pre_bias=True, dtype=dtype),
@@ -201,3 +204,11 @@ def test_plan_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", [*words.split()[:-2], "0"])
     with pytest.raises(SystemExit, match="expected sizes above 0"):
         cli.main()
+
+
+def test_the_page_shows_what_was_measured():
+    found = quality.newest()
+    measured = [quality.Case(r["architecture"], r["choice"], r["seed"]) for r in found["runs"]]
+    assert sorted(measured) == sorted(quality.cases())
+    assert found["settings"] == quality.SETTINGS
+    assert quality.told(found) in (ROOT / quality.PAGE).read_text()
