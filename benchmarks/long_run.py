@@ -28,7 +28,6 @@ from fastsae import JointSAE, Trainer, TrainerConfig, files
 
 ROOT = Path(__file__).parents[1]
 PLOT, PAGE = "docs/reliability/long_run.png", "docs/reliability.md"
-_BEGIN, _END = "<!-- long run -->", "<!-- /long run -->"
 # Matrices and buffer of more than 32 MiB, which glibc maps and unmaps. An earlier run with d_sae = 8192 and a buffer of
 # 16 MiB went up and down by 4 %, and by 8 % once, without growing; its heap is the likely reason, not measured.
 SETTINGS = {
@@ -201,11 +200,7 @@ def publish() -> None:
     """Draw the newest results, and say them in the page."""
     found = files.read_json(max(results(), key=lambda p: files.read_json(p)["hardware"]["date"]))
     draw(found, ROOT / PLOT)
-    page = ROOT / PAGE
-    text = page.read_text()
-    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
-    said = f"{before}{_BEGIN}\n{told(found)}\n{_END}{after}"
-    files.write_atomically(page, lambda p: p.write_text(said))
+    files.put_section(ROOT / PAGE, "long run", told(found))
 
 
 def main() -> None:

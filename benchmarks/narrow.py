@@ -23,7 +23,6 @@ from fastsae.narrow import OptimizerState
 
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/memory.md"
-BEGIN, END = "<!-- narrow -->", "<!-- /narrow -->"
 SETTINGS = {
     "tokens": 300_000,
     "held_out_tokens": 30_000,
@@ -155,11 +154,7 @@ def newest() -> dict[str, Any]:
 
 
 def publish(found: dict[str, Any]) -> None:
-    page = ROOT / PAGE
-    text = page.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    said = f"{before}{BEGIN}\n{told(found)}\n{END}{after}"
-    files.write_atomically(page, lambda p: p.write_text(said))
+    files.put_section(ROOT / PAGE, "narrow", told(found))
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ from fastsae.report import interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS, STUDY, PAGE = (ROOT / "docs" / name for name in ("results/paper.json", "results/study.json", "paper.md"))
-BEGIN, END = "<!-- paper -->", "<!-- /paper -->"
 SETS = ("formality_emotion", "code_files", "code_failure")
 _TRAINING = "--tokens 1000000 --steps 1500 --warmup-steps 75 --decay-steps 300 --store runs/paper/activations"
 COMMANDS = {
@@ -299,10 +298,7 @@ def table() -> str:
 
 def page() -> str:
     """docs/paper.md with the table in its place."""
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return files.with_section(PAGE, "paper", table())
 
 
 def main(arguments: list[str]) -> int:

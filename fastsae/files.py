@@ -121,6 +121,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def with_section(page: Path, name: str, content: str) -> str:
+    """A page written by hand, `content` in place of what lies between <!-- name --> and <!-- /name -->.
+
+    Raises ValueError where the two marks are not there once each.
+    """
+    text, begin, end = page.read_text(encoding="utf-8"), f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{page}: expected one {begin} and one {end}, between which the results go")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{content.rstrip()}\n{end}{after}"
+
+
+def put_section(page: Path, name: str, content: str) -> None:
+    """Write with_section."""
+    text = with_section(page, name, content)
+    write_atomically(page, lambda p: p.write_text(text, encoding="utf-8"))
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises FileNotFoundError, or ValueError naming the file when it is damaged.
 

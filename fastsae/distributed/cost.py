@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csrc_triton.plan import BANDWIDTH, FLOPS
-from fastsae import planner
+from fastsae import files, planner
 from fastsae.config import JointSAEConfig, TopKSAEConfig
 from fastsae.distributed.layout import Layout
 from fastsae.report import table as table_of
@@ -219,7 +219,6 @@ def report(config: TopKSAEConfig, batch_size: int, layout: Layout, steps: int) -
 
 # ---- the table of docs/distributed.md -------------------------------------------------------------------------------
 
-BEGIN, END = "<!-- predicted: begin -->", "<!-- predicted: end -->"
 _BATCH = 65536
 _SAES = {
     f"{name} {kind}": make(d_in=4096, d_sae=d_sae, k=64)
@@ -255,11 +254,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write(page: Path) -> None:
-    """Put the table between its marks in a page."""
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
-
-
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    files.put_section(Path(sys.argv[1]), "predicted", table())

@@ -9,7 +9,6 @@ from fastsae import files
 from fastsae.report import interval
 
 Found = dict[str, Any]
-_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 PLOTS = ("differences.png", "sizes.png")
 
 
@@ -61,15 +60,11 @@ def write(found: Found, folder: Path) -> Path:
 
 def publish(results: Path, page: Path) -> None:
     """Bring what a page written by hand holds between the two marks up to date, its plots in a folder of its name."""
-    found, text, plots = files.read_json(results), page.read_text(), page.with_suffix("")
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
-        raise ValueError(f"{page}: expected one {_BEGIN} and one {_END}, between which the results go")
-    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
+    found, plots = files.read_json(results), page.with_suffix("")
+    files.put_section(page, "results", markdown(found, f"{plots.name}/"))
     plots.mkdir(exist_ok=True)
     draw_differences(found, plots / PLOTS[0])
     draw_sizes(found, plots / PLOTS[1])
-    block = f"{_BEGIN}\n{markdown(found, f'{plots.name}/')}{_END}"
-    files.write_atomically(page, lambda p: p.write_text(before + block + after))
 
 
 def markdown(found: Found, plots: str = "") -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranked import B, D, Recording, activations, config, new
 
-from fastsae import cli, distributed
+from fastsae import cli, distributed, files
 from fastsae.config import JointSAEConfig, TopKSAEConfig
 from fastsae.distributed import Layout, cost
 
@@ -90,15 +90,7 @@ def test_scaling_stops_where_ranks_spend_more_time_on_one_another(over):
 
 def test_the_page_has_the_table_of_the_code():
     """`python -m fastsae.distributed.cost docs/distributed.md` writes it."""
-    table = PAGE.read_text().split(cost.BEGIN)[1].split(cost.END)[0]
-    assert table.strip() == cost.table()
-
-
-def test_writing_the_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{cost.BEGIN}\nold\n{cost.END}\nafter\n")
-    cost.write(page)
-    assert page.read_text() == f"before\n{cost.BEGIN}\n{cost.table()}\n{cost.END}\nafter\n"
+    assert PAGE.read_text() == files.with_section(PAGE, "predicted", cost.table())
 
 
 @pytest.mark.parametrize(
