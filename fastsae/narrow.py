@@ -79,9 +79,7 @@ class NarrowAdam(torch.optim.Adam):
         """Raises ValueError for weights of another dtype, and for options of torch's Adam that a step does not heed."""
         super().add_param_group(param_group)
         group = self.param_groups.pop()  # until it is found to be right
-        for option in ("weight_decay", "amsgrad", "maximize"):
-            if group[option]:
-                raise ValueError(f"NarrowAdam: {option} is not supported")
+        _check_options(group)
         for p in group["params"]:
             if p.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"NarrowAdam: expected weights in float32 or bfloat16; got {p.dtype}")
@@ -101,7 +99,10 @@ class NarrowAdam(torch.optim.Adam):
                     self._step_of(p, group, generators[p.device])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like torch's, but moments stay fp32 beside bf16 weights, and codes stay codes."""
+        """Like torch's, but moments stay fp32 beside bf16 weights, and codes stay codes. Raises ValueError for options of
+        torch's Adam that a step does not heed."""
+        for group in state_dict["param_groups"]:
+            _check_options(group)
         super().load_state_dict(state_dict)
         load_as_saved(self, state_dict)
 
@@ -131,6 +132,12 @@ class NarrowAdam(torch.optim.Adam):
             for name, (shape, dtype) in kinds(p.shape, self._optimizer_state).items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         return state
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for option in ("weight_decay", "amsgrad", "maximize"):
+        if group.get(option):
+            raise ValueError(f"NarrowAdam: {option} is not supported")
 
 
 def _rows(p: Tensor) -> list[Any]:

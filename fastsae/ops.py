@@ -186,9 +186,12 @@ def interaction_mlp(
 ) -> Tensor:
     """interaction = W2 relu(W1 dropout(z) + b1) + b2, without b2 where it is None.
 
-    z (B, E), W1 (E, E), b1 (E), W2 (d_in, E), b2 (d_in): float, all get gradients. Returns (B, d_in).
+    z (B, E), W1 (E, E), b1 (E), W2 (d_in, E), b2 (d_in): float, all get gradients. dropout: share of z dropped in
+    training, in [0, 1). Returns (B, d_in).
     """
     where = "interaction_mlp"
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}: dropout must be in [0, 1); got {dropout}")
     _check_floats(where, z=z, W1=W1, b1=b1, W2=W2, b2=b2)
     _check_shape(where, "z", z, (None, None), "(B, E)")
     E = z.shape[1]

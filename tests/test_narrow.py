@@ -274,6 +274,9 @@ def test_a_group_with_options_it_does_not_have_is_refused():
     for option in ("weight_decay", "maximize", "amsgrad"):
         with pytest.raises(ValueError, match=f"NarrowAdam: {option} is not supported"):
             NarrowAdam([{"params": [p], option: True}])
+        saved = torch.optim.Adam([p], **{option: True}).state_dict()
+        with pytest.raises(ValueError, match=f"NarrowAdam: {option} is not supported"):
+            NarrowAdam([p]).load_state_dict(saved)
     optimizer = NarrowAdam([p])
     with pytest.raises(ValueError, match="expected weights in float32 or bfloat16; got"):
         optimizer.add_param_group({"params": [parameter(q.double())]})

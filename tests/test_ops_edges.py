@@ -217,3 +217,10 @@ def test_gradients_of_gradients_are_refused_by_the_fast_backend():
         (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "cpu").pow(3).sum(), W, create_graph=True)
     (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "reference").pow(3).sum(), W, create_graph=True)
     assert torch.autograd.grad(grad.sum(), W)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_a_share_that_cannot_be_dropped(dropout: float):
+    z, W1, b1, W2 = torch.ones(2, 3), torch.ones(3, 3), torch.ones(3), torch.ones(5, 3)
+    with pytest.raises(ValueError, match=r"interaction_mlp: dropout must be in \[0, 1\); got"):
+        ops.interaction_mlp(z, W1, b1, W2, None, dropout)
