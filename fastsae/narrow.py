@@ -99,8 +99,10 @@ class NarrowAdam(torch.optim.Adam):
                     self._step_of(p, group, generators[p.device])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like torch's, but moments stay fp32 beside bf16 weights, and codes stay codes. Raises ValueError for options of
-        torch's Adam that a step does not heed."""
+        """Like torch's, but moments stay fp32 beside bf16 weights, and codes stay codes.
+
+        Raises ValueError for options of torch's Adam that a step does not heed.
+        """
         for group in state_dict["param_groups"]:
             _check_options(group)
         super().load_state_dict(state_dict)
