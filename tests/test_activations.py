@@ -606,10 +606,19 @@ def test_a_harvest_into_whole_numbers_is_refused(hooked: Any, windows: TokenWind
         ModelActivations(hooked, HOOK, windows, batch_windows=0)
 
 
-@pytest.mark.parametrize("index", [{"format": 1}, {"format": 1, "identity": {}, "documents": [], "shards": []}])
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"format": 1},
+        {"format": 1, "identity": {}, "documents": [], "shards": []},
+        {"format": 1, "identity": 7, "documents": [], "shards": []},
+        {"format": 1, "identity": {"d_in": 8}, "documents": []},
+        {"format": 1, "identity": {"d_in": 8}, "shards": []},
+    ],
+)
 def test_an_index_that_lacks_parts(index: dict, tmp_path: Path):
     (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index\.json is damaged: it lacks parts"):
+    with pytest.raises(ValueError, match=r"index\.json is damaged: .* is missing or wrong; harvest again"):
         ActivationStore(tmp_path)
 
 

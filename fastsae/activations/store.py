@@ -37,8 +37,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{path} has format {found}, this fastsae reads {FORMAT}; harvest again, into a new folder")
-    if not {"identity", "documents", "shards"} <= description.keys() or "d_in" not in description["identity"]:
-        raise ValueError(f"{path} is damaged: it lacks parts of the index; harvest again, into a new folder")
     with files.expected_in(path, "harvest again, into a new folder"):
         numbers = [description["identity"]["d_in"], *(n for s in description["shards"] or () for n in _numbers(s))]
         wrong = [n for n in numbers if type(n) is not int or n < 0]
