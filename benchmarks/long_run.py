@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, hardware, results_file, versions
+from benchmarks.machine import RESULTS, hardware, newest, results_file, versions
 from fastsae import JointSAE, Trainer, TrainerConfig, files
 
 ROOT = Path(__file__).parents[1]
@@ -191,14 +191,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Description": digest(found)})
 
 
-def results() -> list[Path]:
-    """The committed ones."""
-    return sorted((RESULTS / "long_run").glob("*.json"))
-
-
 def publish() -> None:
     """Draw the newest results, and say them in the page."""
-    found = files.read_json(max(results(), key=lambda p: files.read_json(p)["hardware"]["date"]))
+    found = newest("long_run")
     draw(found, ROOT / PLOT)
     files.put_section(ROOT / PAGE, "long run", told(found))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastsae.backends.cpu import screen
+from fastsae.files import read_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy", "fastsae", "sae-lens", "eai-sparsify", "dictionary-learning")
@@ -38,6 +39,11 @@ def results_file() -> Path:
     found = hardware()
     told = f"{found['cpu']} {found['cores']} cores {found['instructions']}" + " bf16" * found["native_bf16"]
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', told.lower()).strip('-')}.json"
+
+
+def newest(kind: str) -> dict[str, Any]:
+    """Of the results of one kind, each machine's in a file of RESULTS / kind."""
+    return max(map(read_json, (RESULTS / kind).glob("*.json")), key=lambda found: found["hardware"]["date"])
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.machine import RESULTS, hardware, results_file, versions
+from benchmarks.machine import RESULTS, hardware, newest, results_file, versions
 from fastsae import JointSAE, TopKSAE, Trainer, TrainerConfig, files
 from fastsae.narrow import OptimizerState
 
@@ -148,11 +148,6 @@ def told(found: dict[str, Any]) -> str:
     )
 
 
-def newest() -> dict[str, Any]:
-    """Of the committed results."""
-    return max(map(files.read_json, (RESULTS / "narrow").glob("*.json")), key=lambda found: found["hardware"]["date"])
-
-
 def publish(found: dict[str, Any]) -> None:
     files.put_section(ROOT / PAGE, "narrow", told(found))
 
@@ -161,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="measure nothing; write the page from what is there")
     if parser.parse_args().write:
-        publish(newest())
+        publish(newest("narrow"))
         return
     path = RESULTS / "narrow" / results_file().name
     path.parent.mkdir(parents=True, exist_ok=True)

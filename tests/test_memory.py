@@ -13,6 +13,7 @@ import torch
 
 import fastsae
 from benchmarks import narrow as quality
+from benchmarks.machine import newest
 from fastsae import planner
 from fastsae.config import TrainerConfig
 from fastsae.optim import AdamInBackward
@@ -207,7 +208,7 @@ def test_plan_says_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_the_page_shows_what_was_measured():
-    found = quality.newest()
+    found = newest("narrow")
     measured = [quality.Case(r["architecture"], r["choice"], r["seed"]) for r in found["runs"]]
     assert sorted(measured) == sorted(quality.cases())
     assert found["settings"] == quality.SETTINGS
