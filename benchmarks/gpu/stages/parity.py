@@ -26,13 +26,14 @@ ALLOWED = 3.0
 FLOOR = {"fp32": 1e-4, "bf16": 3e-3}
 STEPS = {False: 200, True: 3}
 LR = 1e-3
-# (dtype of weights, state of NarrowAdam). On a CPU these losses end within 0.1 % of those of fp32.
+# (dtype of weights, state of NarrowAdam). On a CPU these losses end within 0.1 % of those of fp32; bf16 weights under
+# torch's Adam, which loses small updates, 0.65 % away.
 NARROW: dict[str, tuple[torch.dtype, OptimizerState]] = {
     "bf16 weights": (torch.bfloat16, "fp32"),
     "fp32 weights, 8-bit state": (torch.float32, "8bit"),
     "bf16 weights, 8-bit state": (torch.bfloat16, "8bit"),
 }
-NARROW_ALLOWED = 0.02
+NARROW_ALLOWED = 0.004
 
 
 def run(stage: Stage) -> None:
