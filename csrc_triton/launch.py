@@ -1,11 +1,13 @@
-"""How every kernel is started: on the device, or noted down for the offline compile."""
+"""How every kernel is started: on the device, or by whoever asked to be handed what is to be started."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,46 @@ class Launch:
     flops: int
     """Counted multiply-adds, two each; 0 where memory alone matters."""
 
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.fn.__name__
 
-_noted: list[Launch] | None = None
+    @property
+    def config(self) -> str:
+        """The constants the author chose, not those Triton makes of an argument that happens to be 1."""
+        parameters = inspect.signature(self.kernel.fn).parameters.values()
+        return " ".join(f"{p.name}={self.arguments[p.name]}" for p in parameters if p.annotation is tl.constexpr)
+
+    def start(self) -> None:
+        """On the device of its tensors. An empty grid starts nothing."""
+        if not all(self.grid):
+            return
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+_receive: Callable[[Launch], object] = Launch.start
+
+
+@contextmanager
+def handing_to(receive: Callable[[Launch], object]) -> Iterator[None]:
+    """Inside, each launch is handed to `receive` instead of being started."""
+    global _receive
+    before, _receive = _receive, receive
+    try:
+        yield
+    finally:
+        _receive = before
 
 
 @contextmanager
 def noting() -> Iterator[list[Launch]]:
     """Inside, kernels are not started but noted in the list: launchers then take tensors on the meta device."""
-    global _noted
-    before, _noted = _noted, []
-    try:
-        yield _noted
-    finally:
-        _noted = before
+    launches: list[Launch] = []
+    with handing_to(launches.append):
+        yield launches
 
 
 def launch(
@@ -48,10 +77,5 @@ def launch(
     bytes_moved: int,
     flops: int = 0,
 ) -> None:
-    """Start `kernel` on `grid`, on the device of its tensors. An empty grid starts nothing."""
-    if _noted is not None:
-        _noted.append(Launch(kernel, grid, arguments, num_warps, num_stages, bytes_moved, flops))
-    elif all(grid):
-        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    """Start `kernel` on `grid`, unless launches are handed to somebody else."""
+    _receive(Launch(kernel, grid, arguments, num_warps, num_stages, bytes_moved, flops))

@@ -10,19 +10,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from tqdm import tqdm
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -30,156 +28,14 @@ from triton.compiler import ASTSource, CompilationError, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from csrc_triton import plan
-from csrc_triton.adam import AdamStep, Gradient
-from csrc_triton.feature_order import work_items
-from csrc_triton.interaction_mlp import interaction_mlp, interaction_mlp_backward
-from csrc_triton.joint_decode import joint_decode
-from csrc_triton.launch import Launch, noting
-from csrc_triton.topk_encode import topk_encode
-from csrc_triton.weight_gradients import Decoder, decode_backward, feature_sums, gathered_dot, weight_gradient
+from csrc_triton.cases import SHAPES, Part, parts
+from csrc_triton.launch import Launch
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 """Bytes one program may use. The compiler never checks it: the launch fails."""
 
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async"}
 """Instructions of PTX that become HMMA and HGMMA. sm_90 executes the former too, but slower."""
-
-# About 3 % of an H200's memory: what topk_encode may hold of pre-activations.
-BUDGET = 4 << 30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one training step, named as in docs/architecture.md, and what of it is compiled in which dtypes."""
-
-    B: int
-    D: int
-    M: int
-    K: int
-    N: int
-    E: int
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    cases: tuple[str, ...] = ("encode", "decode", "integrate", "gradients")
-
-
-_SMALL = Shape(B=4096, D=768, M=32768, K=32, N=16, E=128, dtypes=(torch.float32,))
-SHAPES = {
-    "modern": Shape(B=8192, D=4096, M=131072, K=64, N=32, E=256),
-    "paper": Shape(B=4096, D=3200, M=50000, K=1024, N=512, E=300),
-    "million": Shape(B=8192, D=2048, M=1048576, K=64, N=32, E=128, cases=("encode", "gradients")),
-    "widest": Shape(B=4096, D=8192, M=65536, K=64, N=32, E=256, cases=("gradients",)),
-    "precise": Shape(B=4096, D=4096, M=65536, K=64, N=32, E=256, dtypes=(torch.float32,), cases=("gradients",)),
-    "few": Shape(B=1024, D=512, M=1000, K=200, N=100, E=64, dtypes=(torch.bfloat16, torch.float32), cases=("encode",)),
-    "wider": Shape(B=4096, D=16384, M=65536, K=64, N=32, E=256, cases=("wide gradients",)),
-    "small": _SMALL,
-    # The gathers come out as in `modern`; fp16 as bf16, but for how numbers become keys, and the matrix instructions.
-    "narrow": replace(_SMALL, dtypes=(torch.bfloat16, torch.float16), cases=("encode", "integrate")),
-    # Nothing is divisible by 16, so that no load is known to be aligned.
-    "odd": Shape(B=4097, D=1001, M=30011, K=37, N=19, E=37, dtypes=(torch.bfloat16, torch.float32)),
-}
-
-
-class Step:
-    """A training step at one shape: what its launchers take, without memory, named as in docs/architecture.md."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        B, D, M, K, E = shape.B, shape.D, shape.M, shape.K, shape.E
-        self.shape, self.dtype = shape, dtype
-        self.x, self.out, self.delta = (self.meta(B, D) for _ in range(3))
-        self.values, self.indices = self.meta(B, K), self.meta(B, K, dtype=torch.int64)
-        self.W_enc, self.W_dec, self.W_lin, self.V = (self.meta(M, width) for width in (D, D, D, E))
-        self.b_enc, self.bias = self.meta(M), self.meta(D)
-        self.W1, self.b1, self.W2 = self.meta(E, E), self.meta(E), self.meta(D, E)
-        self.s, self.q = (self.meta(B, E, dtype=torch.float32) for _ in range(2))
-
-    def meta(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(size, dtype=dtype or self.dtype, device="meta")
-
-    def fp32(self, *weights: Tensor) -> list[Tensor]:
-        """The parameters of a module under autocast, which the gathers read as they are."""
-        return [self.meta(*weight.shape, dtype=torch.float32) for weight in weights]
-
-    def adam(self, weight: Tensor, unit_norm: bool = False) -> AdamStep:
-        master, exp_avg, exp_avg_sq = self.fp32(weight, weight, weight)
-        copy = None if self.dtype == torch.float32 else weight
-        corrections = self.meta(2, dtype=torch.float32)
-        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm, [])
-
-
-def _topk_encode(t: Step) -> None:
-    s = t.shape
-    topk_encode(t.x, t.W_enc, t.b_enc, s.K, None, plan.encode(s.B, s.D, s.M, s.K, t.dtype.itemsize, BUDGET))
-
-
-def _is_dense(t: Step) -> bool:
-    """Whether the plan leaves the decoder to matrix products, and only V is gathered."""
-    s = t.shape
-    itemsize = t.dtype.itemsize
-    return plan.decode(s.B, s.D, s.M, s.K, s.N, True, itemsize, itemsize, BUDGET, False).backward == "dense"
-
-
-def _joint_decode(t: Step) -> None:
-    if _is_dense(t):
-        joint_decode(t.values, t.indices, None, None, t.V, None, None, t.shape.N)
-        return
-    n, weights = t.shape.N, [t.W_dec, t.W_lin, t.V]
-    joint_decode(t.values, t.indices, t.W_dec, None, None, t.bias, t.x, n)
-    for W_dec, W_lin, V in (weights, t.fp32(*weights)):
-        joint_decode(t.values, t.indices, W_dec, W_lin, V, t.bias, None, n)
-
-
-def _interaction_mlp(t: Step) -> None:
-    seed = t.meta(1, dtype=torch.int64)
-    for path in ("triton", "cublas"):
-        interaction_mlp(t.out, t.s, t.q, t.W1, t.b1, t.W2, t.bias, t.x, 0.15, seed, path)
-        interaction_mlp_backward(t.delta, t.s, t.q, t.W1, t.b1, t.W2, 0.15, seed, True, path)
-
-
-def _gradients(t: Step) -> None:
-    n, d_values = t.shape.N, torch.empty_like(t.values)
-    d_s, d_q = t.meta(*t.s.shape), t.meta(*t.q.shape)
-    items = work_items(t.indices, t.shape.M)
-    feature_sums(items, d_values, t.shape.M)
-    weights = [t.W_dec, t.W_lin, t.V]
-    written = [Decoder(weight, Gradient(weight, add=False)) for weight in t.fp32(*weights)]
-    used_up = [Decoder(weight, t.adam(weight, unit_norm=weight is t.W_dec)) for weight in weights]
-    if _is_dense(t):
-        for _, _, v in (written, used_up):
-            decode_backward(items, t.values, n, None, d_s, d_q, None, None, v, d_values, True)
-        return
-    for dec, lin, v in (written, used_up):
-        decode_backward(items, t.values, n, t.delta, None, None, dec, None, None, d_values, False)
-        decode_backward(items, t.values, n, t.delta, d_s, d_q, dec, lin, v, d_values, False)
-    for d_W_enc in (Gradient(*t.fp32(t.W_enc), add=False), t.adam(t.W_enc)):
-        weight_gradient(items, d_values, t.x, d_W_enc)
-
-
-def _wide_gradients(t: Step) -> None:
-    items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, torch.empty_like(t.values)
-    gathered_dot(t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
-    weight_gradient(items, t.values, t.delta, Gradient(t.W_lin, add=False), n)
-
-
-CASES: dict[str, Callable[[Step], None]] = {
-    "encode": _topk_encode,
-    "decode": _joint_decode,
-    "integrate": _interaction_mlp,
-    "gradients": _gradients,
-    "wide gradients": _wide_gradients,
-}
-
-
-def cases(*shapes: str) -> list[tuple[str, Launch]]:
-    """Everything launched at these shapes, beside the name of shape and dtype."""
-    found = []
-    for name in shapes:
-        for dtype in SHAPES[name].dtypes:
-            case = f"{name} {str(dtype).removeprefix('torch.')}"
-            with noting() as launches:
-                for part in SHAPES[name].cases:
-                    CASES[part](Step(SHAPES[name], dtype))
-            found += [(case, launch) for launch in launches]
-    return found
 
 
 @dataclass(frozen=True)
@@ -326,39 +182,32 @@ def compile_all(jobs: Sequence[Job]) -> list[Result]:
 
 @dataclass(frozen=True)
 class Row:
-    """A launch of a case, and what its kernel came to for each architecture."""
+    """A launch of a part, and what its kernel came to for each architecture."""
 
-    case: str
+    part: Part
     launch: Launch
     jobs: tuple[Job, ...]
     results: tuple[Result, ...]
 
     @property
-    def config(self) -> str:
-        """The constants the author chose, not those Triton makes of an argument that happens to be 1."""
-        constants = (param.name for param in self.launch.kernel.params if param.is_constexpr)
-        return " ".join(f"{name}={self.launch.arguments[name]}" for name in constants)
-
-    @property
     def seconds(self) -> float:
         """Predicted: memory and arithmetic overlap, each at the rate that plan.py assumes."""
-        itemsize = getattr(torch, self.case.split()[1]).itemsize
-        return max(self.launch.bytes_moved / plan.BANDWIDTH, self.launch.flops / plan.FLOPS[itemsize])
+        return max(self.launch.bytes_moved / plan.BANDWIDTH, self.launch.flops / plan.FLOPS[self.part.dtype.itemsize])
 
 
-def compiled_cases(shapes: Iterable[str]) -> list[Row]:
+def compiled_parts(shapes: Iterable[str]) -> list[Row]:
     """Every launch at these shapes, compiled for every architecture."""
-    launches = cases(*shapes)
+    launches = [(part, launch) for part in parts(*shapes) for launch in part.launches()]
     jobs = [tuple(specialise(launch, arch) for arch in SHARED_MEMORY) for _, launch in launches]
     results = iter(compile_all([job for each in jobs for job in each]))
     return [
-        Row(case, launch, each, tuple(next(results) for _ in each))
-        for (case, launch), each in zip(launches, jobs, strict=True)
+        Row(part, launch, each, tuple(next(results) for _ in each))
+        for (part, launch), each in zip(launches, jobs, strict=True)
     ]
 
 
 def lines(rows: Iterable[Row]) -> Iterator[str]:
-    """What the command prints: a line per compile, under the first case that needs it."""
+    """What the command prints: a line per compile, under the first shape that needs it."""
     seen = set()
     for row in rows:
         for job, result in zip(row.jobs, row.results, strict=True):
@@ -366,8 +215,8 @@ def lines(rows: Iterable[Row]) -> Iterator[str]:
                 continue
             seen.add(job.key)
             yield (
-                f"{'FAIL' if result.violations else 'ok  '} sm_{job.arch} {row.case:14} {job.kernel:24} {row.config} "
-                f"warps={job.num_warps} stages={job.num_stages}: {result.registers} registers, "
+                f"{'FAIL' if result.violations else 'ok  '} sm_{job.arch} {row.part.heading:14} {job.kernel:24} "
+                f"{row.launch.config} warps={job.num_warps} stages={job.num_stages}: {result.registers} registers, "
                 f"{human(result.shared, 'B')} shared"
             )
             yield from (f"     {line}" for violation in result.violations for line in violation.splitlines())
@@ -405,12 +254,13 @@ costs. The rates are estimates, held in `csrc_triton/plan.py` until a GPU has be
 
 def document(rows: Sequence[Row]) -> str:
     """docs/kernels.md."""
-    parts = [INTRODUCTION]
-    for case in dict.fromkeys(row.case for row in rows):
-        shape = SHAPES[case.split()[0]]
+    texts = [INTRODUCTION]
+    for heading in dict.fromkeys(row.part.heading for row in rows):
+        same = [row for row in rows if row.part.heading == heading]
+        shape = SHAPES[same[0].part.shape]
         sizes = ", ".join(f"{name} = {getattr(shape, name)}" for name in "BDMKNE")
-        parts.append(f"## {case.replace(' ', ', ')}\n\n{sizes}\n\n{table([row for row in rows if row.case == case])}")
-    return "\n".join(parts)
+        texts.append(f"## {heading.replace(' ', ', ')}\n\n{sizes}\n\n{table(same)}")
+    return "\n".join(texts)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -430,7 +280,7 @@ def table(rows: Iterable[Row]) -> str:
         registers = " / ".join("**fails**" if r.violations else str(r.registers) for r in first.results)
         shared = " / ".join(human(r.shared, "B") for r in first.results)
         text += (
-            f"| {first.jobs[0].kernel} | {first.config} | {first.launch.num_warps}, {first.launch.num_stages} "
+            f"| {first.jobs[0].kernel} | {first.launch.config} | {first.launch.num_warps}, {first.launch.num_stages} "
             f"| {registers} | {shared} | {len(same)} | {human(moved, 'B')} | {human(flops, 'FLOP')} "
             f"| {human(seconds, 's')} |\n"
         )
@@ -449,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no shape is called {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     if options.write and not options.write.absolute().parent.is_dir():
         parser.error(f"--write: there is no folder {options.write.parent}")
-    rows = compiled_cases(options.shapes or SHAPES)
+    rows = compiled_parts(options.shapes or SHAPES)
     for line in lines(rows):
         print(line)  # noqa: T201  # the command's answer
     if options.write:

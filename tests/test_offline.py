@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from csrc_triton import offline
+from csrc_triton import cases, offline
 from csrc_triton.launch import Launch, launch, noting
 
 ARCHS = (80, 90)
@@ -280,13 +280,15 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch):
 def of_shape(launches: Iterable[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the command see one shape at which only these are launched."""
 
-    def start(step: offline.Step) -> None:
+    def start(step: cases.Step) -> None:
         for case in launches:
             counted: dict[str, Any] = {"bytes_moved": step.shape.B * 10**6, "flops": step.shape.D * 10**9}
             launch(**(vars(case) | counted))
 
-    monkeypatch.setattr(offline, "SHAPES", {"tiny": offline.Shape(B=43, D=79, M=3, K=4, N=5, E=6, cases=("start",))})
-    monkeypatch.setattr(offline, "CASES", {"start": start})
+    tiny = cases.Shape(B=43, D=79, M=3, K=4, N=5, E=6, cases=("start",))
+    for module in (cases, offline):
+        monkeypatch.setattr(module, "SHAPES", {"tiny": tiny})
+    monkeypatch.setattr(cases, "CASES", {"start": start})
 
 
 def test_the_command_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -332,29 +334,28 @@ def test_the_command_fails_after_all_is_done(
 
 
 def test_every_shape_and_dtype_has_its_launches():
-    names = {name for name, _ in offline.cases(*offline.SHAPES)}
-    assert names == {
+    assert {part.heading for part in cases.parts(*cases.SHAPES) if part.launches()} == {
         *("modern bfloat16", "paper bfloat16", "million bfloat16", "widest bfloat16", "wider bfloat16"),
         *("precise float32", "few bfloat16", "few float32"),
         *("small float32", "narrow bfloat16", "narrow float16", "odd bfloat16", "odd float32"),
     }
-    assert {name.split()[0] for name, _ in offline.cases("small")} == {"small"}
+    assert {part.shape for part in cases.parts("small")} == {"small"}
 
 
 def test_another_k_or_learning_rate_compiles_nothing_anew():
     """k is annealed, AuxK's follows the number of dead features, and the learning rate its schedule."""
 
     def keys(k: int, lr: float) -> set[str]:
-        shape = offline.Shape(B=512, D=256, M=30000, K=k, N=k // 2 + 1, E=64)
-        step = offline.Step(shape, torch.float32)
+        shape = cases.Shape(B=512, D=256, M=30000, K=k, N=k // 2 + 1, E=64)
+        step = cases.Step(shape, torch.float32)
         adam = step.adam(step.W_dec)._replace(lr=lr)
         with noting() as launches:
-            items = offline.work_items(step.indices, shape.M)
-            offline._topk_encode(step)
-            offline._joint_decode(step)
-            decoder = offline.Decoder(step.W_dec, adam)
-            offline.decode_backward(items, step.values, k, step.x, None, None, decoder, None, None, step.values, False)
-            offline.weight_gradient(items, step.values, step.x, adam)
+            items = cases.work_items(step.indices, shape.M)
+            cases._topk_encode(step)
+            cases._joint_decode(step)
+            decoder = cases.Decoder(step.W_dec, adam)
+            cases.decode_backward(items, step.values, k, step.x, None, None, decoder, None, None, step.values, False)
+            cases.weight_gradient(items, step.values, step.x, adam)
         return {offline.specialise(launch, 90).key for launch in launches}
 
     assert keys(35, 1e-3) == keys(53, 7e-4)
