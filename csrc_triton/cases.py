@@ -153,22 +153,23 @@ CASES: dict[str, Callable[[Step], None]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """The launches of one case at one shape in one dtype."""
+    """The launches of one case at one shape, which has a name, in one dtype."""
 
-    shape: str
+    name: str
+    shape: Shape
     dtype: torch.dtype
     case: str
 
     @property
     def heading(self) -> str:
-        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return f"{self.heading} {self.case}"
 
-    def run(self, step: type[Step] = Step) -> None:
-        CASES[self.case](step(SHAPES[self.shape], self.dtype))
+    def run(self, step: Callable[[Shape, torch.dtype], Step] = Step) -> None:
+        CASES[self.case](step(self.shape, self.dtype))
 
     def launches(self) -> list[Launch]:
         with noting() as launches:
@@ -178,4 +179,5 @@ class Part:
 
 def parts(*shapes: str) -> list[Part]:
     """Everything that is compiled at these shapes."""
-    return [Part(name, dtype, case) for name in shapes for dtype in SHAPES[name].dtypes for case in SHAPES[name].cases]
+    named = [(name, SHAPES[name]) for name in shapes]
+    return [Part(name, shape, dtype, case) for name, shape in named for dtype in shape.dtypes for case in shape.cases]

@@ -257,7 +257,7 @@ def document(rows: Sequence[Row]) -> str:
     texts = [INTRODUCTION]
     for heading in dict.fromkeys(row.part.heading for row in rows):
         same = [row for row in rows if row.part.heading == heading]
-        shape = SHAPES[same[0].part.shape]
+        shape = same[0].part.shape
         sizes = ", ".join(f"{name} = {getattr(shape, name)}" for name in "BDMKNE")
         texts.append(f"## {heading.replace(' ', ', ')}\n\n{sizes}\n\n{table(same)}")
     return "\n".join(texts)

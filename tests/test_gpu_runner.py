@@ -355,13 +355,13 @@ def test_what_compute_sanitizer_ends_with(ends_with, raised, message, tmp_path: 
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho '========='\necho '========= Invalid __global__ read'\nexit {ends_with}\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(sanitizer, "_find", lambda: str(tool))
+    monkeypatch.setattr(sanitizer, "find", lambda _: str(tool))
     with pytest.raises(raised, match=message) if raised else contextlib.nullcontext():
         sanitizer._under("memcheck", ["true"], 10)
 
 
 def test_where_there_is_no_compute_sanitizer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sanitizer, "_find", lambda: None)
+    monkeypatch.setattr(sanitizer, "find", lambda _: None)
     with pytest.raises(Missing, match="not on this machine"):
         sanitizer._under("memcheck", ["true"], 10)
 

@@ -17,13 +17,13 @@ from benchmarks.gpu.runner import ROOT, STAGES, Run, StageSpec, run_stages, say,
 
 def main(arguments: Sequence[str], stages: Sequence[StageSpec] = STAGES) -> int:
     """Returns the exit code: 0 unless something was shown to be wrong."""
-    listed = "\n".join(f"  {s.name:<10} {s.about}" for s in stages)
+    listed = "\n".join(f"  {s.name:<10} {s.about}{' (only if named)' if s.asked else ''}" for s in stages)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=f"{__doc__}\n\nstages:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stages", default=",".join(s.name for s in stages), help="which, by commas; default: all")
+    parser.add_argument("--stages", default=",".join(s.name for s in stages if not s.asked), help="which, by commas")
     parser.add_argument("--seconds", type=float, default=540, help="for all stages together; default: 540")
     parser.add_argument("--smoke", action="store_true", help="try the stages themselves, tiny and on the CPU")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs")

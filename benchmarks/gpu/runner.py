@@ -35,6 +35,8 @@ class StageSpec:
     share: float
     correctness: bool = True
     """Whether its running out of time is a failure: nothing has been shown then."""
+    asked: bool = False
+    """Whether it runs only when it is named."""
 
 
 STAGES = [
@@ -44,6 +46,9 @@ STAGES = [
     StageSpec("sanitizer", "compute-sanitizer on one small step", "benchmarks.gpu.stages.sanitizer", 40),
     StageSpec("parity", "200 steps beside the reference backend", "benchmarks.gpu.stages.parity", 60),
     StageSpec("benchmark", "the bars, and what dispatch is fitted to", "benchmarks.gpu.stages.benchmark", 200, False),
+    StageSpec("launches", "each kernel beside its roof", "benchmarks.gpu.stages.launches", 100, False, asked=True),
+    StageSpec("tune", "each kernel in other block shapes", "benchmarks.gpu.stages.tune", 300, False, asked=True),
+    StageSpec("counters", "what the device counts of each kernel", "benchmarks.gpu.stages.counters", 140, False, True),
 ]
 
 

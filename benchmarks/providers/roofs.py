@@ -29,7 +29,8 @@ class Copy:
     name = "copy"
 
     def __init__(self, place: Place) -> None:
-        self.source = torch.zeros((2048 if place.on_gpu else 256) * 2**20, dtype=torch.uint8, device=place.device)
+        self.source = torch.empty((2048 if place.on_gpu else 256) * 2**20, dtype=torch.uint8, device=place.device)
+        self.source.random_()  # memory may be faster where it holds zeros
         self.target = torch.zeros_like(self.source)
         self.bytes = 2 * self.source.numel()
 

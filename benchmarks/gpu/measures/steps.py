@@ -16,9 +16,10 @@ from benchmarks.cases import Shape
 from benchmarks.gpu.measures.kernels import ratio
 from benchmarks.gpu.stage import excused
 from benchmarks.gpu.timing import activation_bytes, measure
+from benchmarks.outcomes import Missing
 from benchmarks.place import Place
 from benchmarks.providers import CANDIDATES
-from benchmarks.providers.base import Candidate, Provider, batch
+from benchmarks.providers.base import LR, Candidate, Provider, batch
 from benchmarks.providers.eleuther import Sparsify
 from benchmarks.providers.ours import InBackward, TrainerStep
 from benchmarks.providers.roofs import BareGemm
@@ -123,6 +124,39 @@ def sparsify(shape: Shape, place: Place) -> dict[str, Any]:
     )
     found = {"ms": times, "sparsify / step": ratio(times, "sparsify", "step")}
     return about(candidate, theirs, shape, errors) | found
+
+
+def graph(candidate: Candidate, shape: Shape, place: Place) -> dict[str, Any]:
+    """The candidate's step beside itself replayed from a CUDA graph, which needs an Adam that counts on the device."""
+    if not place.on_gpu:
+        raise Missing("a CUDA graph needs an NVIDIA GPU")
+    provider, errors = checked(candidate, shape, place)
+    provider.optimizer = torch.optim.Adam(provider.parameters().values(), lr=LR, fused=True, capturable=True)
+    draw, x = batches(shape, place), batch(shape, place, 3)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # as torch wants it: what is made once is made before, on another stream
+        for _ in range(3):
+            provider.step(x)
+    torch.cuda.current_stream().wait_stream(aside)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        loss = provider.step(x)
+
+    def replay() -> None:
+        x.copy_(draw())
+        recorded.replay()
+
+    losses = []
+    for _ in range(6):
+        recorded.replay()
+        losses.append(loss.item())
+    if not losses[-1] < losses[0]:
+        raise AssertionError(f"the loss of replayed steps on one batch does not fall: {losses}")
+    # Eager steps after all replays: they make gradients of their own, which the graph does not write to.
+    times = measure({"graph": replay}, place) | measure({"step": lambda: provider.step(draw())}, place)
+    found = {"losses": losses, "ms": times, "graph / step": ratio(times, "graph", "step")}
+    return about(candidate, provider, shape, errors) | found
 
 
 def million(shape: Shape, place: Place) -> dict[str, Any]:

@@ -36,7 +36,9 @@ COMPILED = (
 
 def run(stage: Stage) -> None:
     where = place(stage.smoke)
-    modern, paper, million = (SMOKE if stage.smoke else SHAPES[n] for n in ("modern", "paper", "million"))
+    modern, paper, million, laptop = (
+        SMOKE if stage.smoke else SHAPES[name] for name in ("modern", "paper", "million", "laptop")
+    )
 
     def case(
         name: str,
@@ -115,6 +117,9 @@ def run(stage: Stage) -> None:
         lambda: steps.sparsify(modern, where),
         lambda f: {"sparsify / TopKSAE": f["sparsify / step"]},
     )
+    for candidate, kind in ((steps.TOPK, "TopKSAE"), (steps.JOINT, "JointSAE")):
+        for shape, name in ((modern, "modern"), (laptop, "laptop")):
+            case(f"{kind} step in a CUDA graph, {name}", lambda c=candidate, s=shape: steps.graph(c, s, where))
     case("GEMM, modern, float32", lambda: roofs.gemm(modern, torch.float32, where))
     for shape, name in ((modern, "modern"), (paper, "paper")):
         for joint in (False, True):

@@ -1,12 +1,12 @@
 """compute-sanitizer on one small training step: memcheck (reads and writes outside), racecheck (shared memory)."""
 
 import os
-import shutil
 import subprocess
 import sys
 from typing import Any
 
 from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.tools import end_of, find
 from benchmarks.outcomes import Missing
 
 # The tool's exit code when it found something; others are the step's own, or that the tool could not run.
@@ -26,12 +26,12 @@ def run(stage: Stage) -> None:
 def _alone(step: list[str]) -> dict[str, Any]:
     done = subprocess.run(step, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {_end(done.stdout + done.stderr)}")
+        raise RuntimeError(f"exit code {done.returncode}: {end_of(done.stdout + done.stderr)}")
     return {"printed": done.stdout.splitlines()}
 
 
 def _under(tool: str, step: list[str], seconds: float) -> dict[str, Any]:
-    program = _find()
+    program = find("compute-sanitizer")
     if program is None:
         raise Missing("compute-sanitizer is not on this machine")
     # Of memory that PyTorch keeps for later, memcheck cannot tell inside from outside.
@@ -49,14 +49,5 @@ def _under(tool: str, step: list[str], seconds: float) -> dict[str, Any]:
         found = [line for line in text.splitlines() if line.startswith("=========")]
         raise AssertionError(f"{tool}: {' '.join(found[1:6])}")
     if done.returncode:
-        raise Missing(f"{tool} could not run the step (exit code {done.returncode}): {_end(text)}")
+        raise Missing(f"{tool} could not run the step (exit code {done.returncode}): {end_of(text)}")
     return {"summary": [line for line in text.splitlines() if "SUMMARY" in line]}
-
-
-def _find() -> str | None:
-    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
-    return shutil.which("compute-sanitizer") or shutil.which(toolkit)
-
-
-def _end(text: str) -> str:
-    return " ".join(text.strip().splitlines()[-2:])[:300]
