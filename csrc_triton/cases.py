@@ -110,7 +110,7 @@ def _interaction_mlp(t: Step) -> None:
 
 
 def _gradients(t: Step) -> None:
-    d_values = torch.empty_like(t.values)
+    d_values = t.tensor(*t.values.shape)
     items = work_items(t.indices, t.shape.M)
     feature_sums(items, d_values, t.shape.M)
 
@@ -137,7 +137,7 @@ def _decoder_gradients(t: Step, items: WorkItems, decoder: Callable[[Tensor], De
 
 
 def _wide_gradients(t: Step) -> None:
-    items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, torch.empty_like(t.values)
+    items, n, d_values = work_items(t.indices, t.shape.M), t.shape.N, t.tensor(*t.values.shape)
     gathered_dot(t.indices, t.delta, t.W_dec, t.W_lin, n, d_values)
     weight_gradient(items, t.values, t.delta, Gradient(t.W_lin, add=False), n)
 

@@ -28,15 +28,14 @@ AXES: dict[str, dict[str, Sequence[int]]] = {
         "num_warps": (4, 8),
         "num_stages": (3, 4),
     },
-    "joint_decode_kernel": {"BLOCK_D": (512, 1024, 2048, 4096), "ROWS": (2, 4, 8, 16), "num_warps": (2, 4, 8)},
-    "decode_backward_kernel": {"TOKENS": (1, 2, 4, 8), "STAGES": (1, 2, 3, 4), "num_warps": (4, 8, 16)},
+    "joint_decode_kernel": {"BLOCK_D": (512, 1024, 2048, 4096), "ROWS": (4, 8, 16), "num_warps": (2, 4, 8)},
+    "decode_backward_kernel": {"TOKENS": (1, 2, 4), "STAGES": (1, 2, 3), "num_warps": (4, 8, 16)},
     "weight_gradient_kernel": {
-        "BLOCK_D": (512, 1024, 2048, 4096),
+        "BLOCK_D": (1024, 2048, 4096),
         "TOKENS": (2, 4, 8),
         "STAGES": (1, 2, 3),
         "num_warps": (4, 8),
     },
-    "add_slots_kernel": {"BLOCK": (512, 1024, 2048, 4096), "num_warps": (4, 8)},
     "hidden_kernel": _PRODUCT,
     "output_kernel": _PRODUCT,
     "d_hidden_kernel": _PRODUCT,
@@ -51,17 +50,14 @@ _GRIDS: dict[str, Callable[[Launch, Arguments], tuple[int, ...]]] = {
     "encode_gemm_kernel": lambda n, a: (triton.cdiv(a["R"], a["BLOCK_R"]) * triton.cdiv(a["M"], a["BLOCK_M"]),),
     "joint_decode_kernel": lambda n, a: (n.grid[0], max(1, triton.cdiv(a["D"], a["BLOCK_D"]))),
     "weight_gradient_kernel": lambda n, a: (n.grid[0], triton.cdiv(a["D"], a["BLOCK_D"])),
-    "add_slots_kernel": lambda n, a: (n.grid[0], triton.cdiv(a["width"], a["BLOCK"])),
-}
-# Blocks of a width: none beyond it, and whole where a norm is taken of the row.
-_BLOCKS = {"joint_decode_kernel": ("BLOCK_D", "D"), "weight_gradient_kernel": ("BLOCK_D", "D")} | {
-    "add_slots_kernel": ("BLOCK", "width")
 }
 
 
 def variants(launch: Launch) -> list[Launch]:
     """The launch in every other way of AXES that gives the same result; none where there are none."""
-    axes = AXES.get(launch.name, {})
+    if launch.name not in AXES:
+        return []
+    axes = AXES[launch.name]
     found = [_variant(launch, dict(zip(axes, chosen, strict=True))) for chosen in itertools.product(*axes.values())]
     own = identity(launch)
     return [other for other in found if other is not None and identity(other) != own]
@@ -71,12 +67,14 @@ def _variant(launch: Launch, chosen: dict[str, int]) -> Launch | None:
     """None where the choice is not another cut of the same work."""
     warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages", launch.num_stages)
     arguments = launch.arguments | chosen
-    if launch.name in _BLOCKS:
-        block, width = _BLOCKS[launch.name]
-        if arguments.get("W_MODE") == ADAM_UNIT.value and arguments[block] != launch.arguments[block]:
-            return None
-        if arguments[block] > power_of_two(max(16, arguments[width])):
-            return None
+    if arguments.get("BLOCK_D", 0) > power_of_two(max(16, arguments.get("D", 0))):
+        return None
+    # A norm is taken of a whole row.
+    if arguments.get("W_MODE") == ADAM_UNIT.value and arguments["BLOCK_D"] < arguments["D"]:
+        return None
+    # d_weight's programs sum over their own segment of the tokens, in whole steps.
+    if arguments.get("segment", 0) % arguments.get("BLOCK_DEPTH", 1):
+        return None
     if launch.name == "encode_gemm_kernel" and arguments["BLOCK_M"] % arguments["GROUP"]:
         return None
     grid = _GRIDS.get(launch.name, lambda n, a: n.grid)(launch, arguments)
