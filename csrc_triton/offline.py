@@ -5,6 +5,7 @@ one for sm_90; it must keep everything in registers, fit into shared memory and 
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -188,6 +189,8 @@ class Row:
     launch: Launch
     jobs: tuple[Job, ...]
     results: tuple[Result, ...]
+    measured: float | None
+    """Seconds that the launch took on a GPU."""
 
     @property
     def seconds(self) -> float:
@@ -195,14 +198,43 @@ class Row:
         return max(self.launch.bytes_moved / plan.BANDWIDTH, self.launch.flops / plan.FLOPS[self.part.dtype.itemsize])
 
 
-def compiled_parts(shapes: Iterable[str]) -> list[Row]:
+@dataclass(frozen=True)
+class Measured:
+    """What a GPU took for the launches of a part, by the part's title: rows of stage `launches` of `make gpu`."""
+
+    gpu: str
+    launches: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def read(cls, file: Path | None) -> "Measured":
+        """From a results file; nothing from None."""
+        if file is None:
+            return cls("", {})
+        found = json.loads(file.read_text())
+        rows = [row for row in found["rows"] if row["stage"] == "launches"]
+        return cls(found["hardware"]["gpu"], {row["case"]: row.get("launches", []) for row in rows})
+
+    def seconds(self, title: str, launches: Sequence[Launch]) -> list[float | None]:
+        """Of each launch; None where it was not timed, or where another configuration was."""
+        rows = self.launches.get(title, [])
+        if [(row["kernel"], row["config"]) for row in rows] != [(n.name, n.config) for n in launches]:
+            return [None] * len(launches)
+        return [row["ms"]["median"] / 1e3 if "ms" in row else None for row in rows]
+
+
+def compiled_parts(shapes: Iterable[str], measured: Measured) -> list[Row]:
     """Every launch at these shapes, compiled for every architecture."""
-    launches = [(part, launch) for part in parts(*shapes) for launch in part.launches()]
-    jobs = [tuple(specialise(launch, arch) for arch in SHARED_MEMORY) for _, launch in launches]
+    launches = [
+        (part, launch, seconds)
+        for part in parts(*shapes)
+        for launches in [part.launches()]
+        for launch, seconds in zip(launches, measured.seconds(part.title, launches), strict=True)
+    ]
+    jobs = [tuple(specialise(launch, arch) for arch in SHARED_MEMORY) for _, launch, _ in launches]
     results = iter(compile_all([job for each in jobs for job in each]))
     return [
-        Row(part, launch, each, tuple(next(results) for _ in each))
-        for (part, launch), each in zip(launches, jobs, strict=True)
+        Row(part, launch, each, tuple(next(results) for _ in each), seconds)
+        for (part, launch, seconds), each in zip(launches, jobs, strict=True)
     ]
 
 
@@ -252,26 +284,36 @@ costs. The rates are estimates, held in `csrc_triton/plan.py` until a GPU has be
 """
 
 
-def document(rows: Sequence[Row]) -> str:
-    """docs/kernels.md."""
+def document(rows: Sequence[Row], gpu: str) -> str:
+    """docs/kernels.md; gpu: what was measured on, if anything."""
     texts = [INTRODUCTION]
+    if gpu:
+        texts.append(MEASURED.format(gpu=gpu))
     for heading in dict.fromkeys(row.part.heading for row in rows):
         same = [row for row in rows if row.part.heading == heading]
         shape = same[0].part.shape
         sizes = ", ".join(f"{name} = {getattr(shape, name)}" for name in "BDMKNE")
-        texts.append(f"## {heading.replace(' ', ', ')}\n\n{sizes}\n\n{table(same)}")
+        texts.append(f"## {heading.replace(' ', ', ')}\n\n{sizes}\n\n{table(same, gpu)}")
     return "\n".join(texts)
 
 
-def table(rows: Iterable[Row]) -> str:
+MEASURED = """\
+The last column is measured, on one {gpu}: each launch replayed from a CUDA graph, on random numbers and features. It is
+empty where a launch was not timed, or has had another configuration since.
+"""
+
+
+def table(rows: Iterable[Row], gpu: str) -> str:
     """Markdown, a line per compiled kernel in the order of their first launches."""
     equal: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         equal.setdefault(tuple(job.key for job in row.jobs), []).append(row)
     text = (
         "| kernel | configuration | warps, stages | registers sm_80 / sm_90 | shared memory sm_80 / sm_90 "
-        "| launches | bytes | FLOP | predicted on an H200 |\n|---|---|---|---:|---:|---:|---:|---:|---:|\n"
+        "| launches | bytes | FLOP | predicted on an H200 |"
     )
+    text += f" {gpu} |\n" if gpu else "\n"
+    text += "|---|---|---|---:|---:|---:|---:|---:|---:|" + ("---:|\n" if gpu else "\n")
     for same in equal.values():
         first = same[0]
         moved = sum(row.launch.bytes_moved for row in same)
@@ -282,8 +324,11 @@ def table(rows: Iterable[Row]) -> str:
         text += (
             f"| {first.jobs[0].kernel} | {first.launch.config} | {first.launch.num_warps}, {first.launch.num_stages} "
             f"| {registers} | {shared} | {len(same)} | {human(moved, 'B')} | {human(flops, 'FLOP')} "
-            f"| {human(seconds, 's')} |\n"
+            f"| {human(seconds, 's')} |"
         )
+        times = [row.measured for row in same]
+        known = human(sum(filter(None, times)), "s") if None not in times else ""
+        text += f" {known} |\n" if gpu else "\n"
     return text
 
 
@@ -294,16 +339,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all if none is named")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables there: docs/kernels.md")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="results of `make gpu`, shown in the tables")
     options = parser.parse_args(arguments)
     if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"no shape is called {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     if options.write and not options.write.absolute().parent.is_dir():
         parser.error(f"--write: there is no folder {options.write.parent}")
-    rows = compiled_parts(options.shapes or SHAPES)
+    measured = Measured.read(options.measured)
+    rows = compiled_parts(options.shapes or SHAPES, measured)
     for line in lines(rows):
         print(line)  # noqa: T201  # the command's answer
     if options.write:
-        options.write.write_text(document(rows))
+        options.write.write_text(document(rows, measured.gpu))
     return int(any(result.violations for row in rows for result in row.results))
 
 

@@ -1,6 +1,7 @@
 """`make gpu`'s runner, without a GPU: stages that fail, hang or die cost themselves only, and their rows are kept."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,11 +22,12 @@ from benchmarks.gpu.measures import steps
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import StageSpec
 from benchmarks.gpu.stage import Settings, Stage
-from benchmarks.gpu.stages import benchmark, sanitizer
+from benchmarks.gpu.stages import benchmark, counters, sanitizer
 from benchmarks.outcomes import Missing, WrongAnswer
 from benchmarks.place import Place, place
 from benchmarks.providers.base import Candidate, weights
 from benchmarks.providers.ours import Autograd
+from csrc_triton.cases import parts
 
 # Stages as the runner starts them: modules with run(stage). None imports torch, so their processes start at once.
 MODULES = {
@@ -242,7 +244,7 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["large", "soak", "parity", "benchmark"])
+@pytest.mark.parametrize("name", ["large", "soak", "parity", "benchmark", "launches", "tune", "counters"])
 def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     results = tmp_path / "runs" / "smoke.json"
@@ -254,6 +256,8 @@ def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.
         assert rows["4 shapes"]["ok"] == 4
     if name == "parity":
         assert rows["JointSAE, fp32"]["drift"]["largest"] < 1e-4
+    if name in ("launches", "tune"):
+        assert rows["smoke bfloat16 gradients"]["reason"] == "kernels need an NVIDIA GPU, or TRITON_INTERPRET=1"
     if name == "benchmark":
         assert rows["encode, modern"]["bars"]["encode / GEMM"] > 0
         dense = rows["dense joint step, modern"]
@@ -261,6 +265,7 @@ def test_a_true_stage_on_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.
         assert dense["errors"]["reconstruction"] > 0
         assert dense["step / floor"] == pytest.approx(dense["ms"]["step"]["median"] / dense["floor_ms"], rel=1e-2)
         assert rows["million features"]["reason"] == "needs an NVIDIA GPU (make gpu)"
+        assert rows["JointSAE step in a CUDA graph, laptop"]["reason"] == "a CUDA graph needs an NVIDIA GPU"
         for name, module in PEERS.items():
             if importlib.util.find_spec(module):
                 assert rows[f"{name} step, modern"]["status"] == "ok", rows[f"{name} step, modern"]["reason"]
@@ -285,12 +290,13 @@ def steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(benchmark, "sweeps", Absent())
         monkeypatch.setattr(benchmark.roofs, "copy", lambda *_: {"bytes_per_second": 1e12})
         monkeypatch.setattr(benchmark.roofs, "gemm", lambda *_: {"flops": 1e14})
-        for name in ("million", "sparsify"):
+        for name in ("million", "sparsify", "graph"):
             monkeypatch.setattr(steps, name, getattr(Absent(), name))
         monkeypatch.setattr(steps, "step", step)
         settings = Settings("s", "", 60, True, str(tmp_path / "runs" / "smoke.json"), [], str(tmp_path / "journal"))
         benchmark.run(Stage(settings))
-        return {case: row for case, row in read(tmp_path)["s"].items() if " step" in case and "sparsify" not in case}
+        found = {case: row for case, row in read(tmp_path)["s"].items() if " step" in case}
+        return {case: row for case, row in found.items() if "sparsify" not in case and "graph" not in case}
 
     return rows
 
@@ -364,6 +370,44 @@ def test_where_there_is_no_compute_sanitizer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sanitizer, "find", lambda _: None)
     with pytest.raises(Missing, match="not on this machine"):
         sanitizer._under("memcheck", ["true"], 10)
+
+
+# As ncu prints it: what it says first, the names, the units, the rows.
+PRINTED = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","lts__t_sector_hit_rate.pct"
+"","","ns","byte","%"
+"0","groupmax_kernel","1,200","3,000","12.5"
+"1","select_kernel","500","100","n/a"
+"""
+
+
+def test_what_ncu_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (part,) = [p for p in parts("modern") if p.case == "encode"]
+    (tmp_path / "printed").write_text(PRINTED + '"2","select_slow_kernel","1","2","3"\n')
+    tool = tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\ncat {tmp_path}/printed\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(counters, "find", lambda _: str(tool))
+    rows = counters.counted(part, 60)
+    assert [row["kernel"] for row in rows] == ["groupmax_kernel", "select_kernel", "select_slow_kernel"]
+    assert (rows[0]["ns"], rows[0]["bytes_read"], rows[0]["l2_hit_pct"]) == (1200, 3000, 12.5)
+    assert "l2_hit_pct" not in rows[1], "it was not counted"
+    asked = (tmp_path / "asked").read_text()
+    assert asked.endswith("-m benchmarks.gpu.one_part modern bfloat16 encode\n")
+    assert "--clock-control none" in asked
+    (tmp_path / "printed").write_text(PRINTED)
+    with pytest.raises(AssertionError, match=r"ncu saw 2 launches .* expected 3"):
+        counters.counted(part, 60)
+    tool.write_text("#!/bin/sh\necho no permission >&2\nexit 1\n")
+    with pytest.raises(Missing, match=r"exit code 1\): no permission"):
+        counters.counted(part, 60)
+
+
+def test_what_is_only_run_when_named(stages, tmp_path: Path):
+    specs = stages(well=1, wrong=1)
+    specs[1] = dataclasses.replace(specs[1], asked=True)
+    assert run(tmp_path, specs) == 0
+    assert run(tmp_path, specs, "--stages", "wrong") == 1
 
 
 class Altered(Autograd):

@@ -1,5 +1,6 @@
 """The offline compile finds what would go wrong on a GPU, and sees the arguments as a launch would."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from csrc_triton import cases, offline
 from csrc_triton.launch import Launch, launch, noting
@@ -268,6 +271,33 @@ def test_equal_launches_are_one_job():
     assert offline.specialise(copy(True), 90).key != offline.specialise(copy(1), 90).key
 
 
+class Driver:
+    """Of a GPU that is not here, as far as a compile asks."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = product(64)
+    offline.compiled(offline.specialise(case, 90))
+    compiled = set(tmp_path.iterdir())
+    driver.set_active(Driver())
+    try:
+        for warps in (4, 8):
+            case.kernel.run(**case.arguments, num_warps=warps, num_stages=3, grid=case.grid, warmup=True)
+            assert (set(tmp_path.iterdir()) == compiled) == (warps == 4)
+    finally:
+        driver.reset_active()
+
+
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
@@ -315,6 +345,25 @@ def test_the_command_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert "|".join(row[6:10]) == counted
     assert offline.main(["--write", str(tmp_path / "again.md")]) == 0
     assert (tmp_path / "again.md").read_text() == written
+
+
+def test_measured_times_stand_beside_those_predicted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    of_shape([copy(), copy(), copy(256)], monkeypatch)
+
+    def written(*blocks: int) -> list[str]:
+        timed = [{"kernel": "copy_kernel", "config": f"BLOCK={n}", "ms": {"median": 0.5}} for n in blocks]
+        rows = [{"stage": "launches", "case": "tiny bfloat16 start", "launches": timed}, {"stage": "other"}]
+        (tmp_path / "gpu.json").write_text(json.dumps({"hardware": {"gpu": "Some GPU"}, "rows": rows}))
+        page = tmp_path / "kernels.md"
+        assert offline.main(["--write", str(page), "--measured", str(tmp_path / "gpu.json")]) == 0
+        capfd.readouterr()
+        assert "measured, on one Some GPU" in page.read_text()
+        return [line.split("|")[-2].strip() for line in page.read_text().splitlines() if line.startswith("| ")]
+
+    assert written(128, 128, 256) == ["Some GPU", "1 ms", "500 µs"]
+    assert written(128, 128, 64) == ["Some GPU", "", ""], "another configuration was timed"
 
 
 def test_the_command_fails_after_all_is_done(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import PHASES, SHAPES, Shape, work
+from benchmarks.report import gpus
 from benchmarks.report.__main__ import main
 from benchmarks.report.cells import figures
 from benchmarks.report.page import page
@@ -146,6 +147,10 @@ def of_cpu() -> dict[str, Any]:
     return {"hardware": hardware, "versions": versions, "suite": "cpu", "seconds": 840, "rows": rows}
 
 
+LAUNCH = {"kernel": "a_kernel", "config": "BLOCK=8", "warps": 4, "stages": 1, "bytes": 3e9, "flops": 0}
+LAUNCH |= {"ms": {"median": 2.0}, "roof_ms": 1.5, "share": 0.75}
+
+
 def of_gpu() -> dict[str, Any]:
     """Results as `make gpu` writes them."""
     ms = {"encode": {"median": 5.5, "p20": 5.4, "p80": 5.6}, "gemm": {"median": 5.0, "p20": 4.9, "p80": 5.1}}
@@ -154,6 +159,7 @@ def of_gpu() -> dict[str, Any]:
         {"stage": "benchmark", "case": "encode's GEMM", "status": "ok", "cublas": {"ms": ms}},
         {"stage": "benchmark", "case": "sparsify step", "status": "missing", "reason": "cannot be imported"},
         {"stage": "parity", "case": "all", "status": "ok"},
+        {"stage": "launches", "case": "modern encode", "status": "ok", "launches": [LAUNCH, {"kernel": "not started"}]},
     ]
     outcome = {"status": "ok", "seconds": 61.2, "limit": 90.0, "counts": {"ok": 2, "missing": 1}}
     return {"hardware": {"gpu": "H100"}, "versions": {"torch": "2.13"}, "stages": {"benchmark": outcome}, "rows": rows}
@@ -166,7 +172,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "benchmarks" / "results").mkdir(parents=True)
     put(root, "some-cpu", of_cpu())
     put(root, "some-gpu", of_gpu())
-    (root / "README.md").write_text("# head\n<!-- benchmarks: some-cpu -->\n<!-- /benchmarks -->\n# tail\n")
+    (root / "README.md").write_text(
+        "# head\n<!-- benchmarks: some-cpu -->\n<!-- /benchmarks -->\n"
+        "<!-- gpu benchmarks -->\n<!-- /gpu benchmarks -->\n# tail\n"
+    )
     main([], root)
     return root
 
@@ -239,9 +248,9 @@ def test_absent_damaged_and_left_over_plots_are_noticed(kept):
 def test_the_readme_table(made):
     readme = (made / "README.md").read_text()
     assert readme.startswith("# head\n<!-- benchmarks: some-cpu -->\n")
-    assert readme.endswith("<!-- /benchmarks -->\n# tail\n")
+    assert readme.endswith("<!-- /gpu benchmarks -->\n# tail\n")
     assert "| training step, fp32, B=2048 d_in=1024 d_sae=65536 k=64 |" in readme
-    table = [line for line in readme.splitlines() if line.startswith("|")]
+    table = [line for line in readme.split("<!-- /benchmarks -->")[0].splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + len(PROVIDERS) + 1  # the bare GEMM, and one that is missing
     assert table[-1].startswith("| dictionary_learning | missing: a \\| b, needs bf16 |")
     # 2 B D M operations at FLOPS; the Trainer's step as cost() invents it.
@@ -401,6 +410,23 @@ def test_a_gpu(made):
     assert "| encode's GEMM | ok | cublas encode 5.50, cublas gemm 5.00 |" in page
     assert "| sparsify step | missing | cannot be imported |" in page
     assert "parity" not in page
+    assert "| a_kernel | BLOCK=8 | 4, 1 | 3,000 | 2.00 | 1.50 | 75% |" in page
+    readme = (made / "README.md").read_text()
+    assert "| encode / bare GEMM, modern | at most 1.15 | 1.1 |" in readme
+    assert "H100: torch 2.13, triton None" in readme
+
+
+def test_without_a_gpu_the_readme_says_so():
+    readme = "<!-- benchmarks: x -->\n<!-- /benchmarks -->\n<!-- gpu benchmarks -->\nold\n<!-- /gpu benchmarks -->"
+    assert f"<!-- gpu benchmarks -->\n{gpus.NONE}\n<!-- /gpu benchmarks -->" in render(readme, {"x": of_cpu()})
+    with pytest.raises(ValueError, match="a section between <!-- gpu benchmarks -->"):
+        render(readme.split("<!-- gpu")[0], {"x": of_cpu()})
+
+
+def test_a_bar_that_is_not_reached():
+    results = of_gpu()
+    results["rows"][0]["bars"] = {"encode / GEMM": 1.2}
+    assert "| 1.2 (not reached) |" in gpus.readme_section({"some-gpu": results})
 
 
 def test_another_file_for_the_readme(kept):

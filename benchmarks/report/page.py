@@ -1,7 +1,7 @@
 """docs/benchmarks.md: a section of tables and plots for each results file."""
 
 from benchmarks.gpu import bars
-from benchmarks.report import tables
+from benchmarks.report import gpus, tables
 from benchmarks.report.cells import figures
 from benchmarks.report.plots import plots
 from benchmarks.report.results import RESULTS, is_of_gpu
@@ -82,7 +82,8 @@ def _of_cpu(name: str, results: Results) -> list[str]:
 def _of_gpu(name: str, results: Results) -> list[str]:
     rows = [r for r in results["rows"] if r["stage"] == "benchmark"]
     parts = [f"## {name}", _described(results), f"```\n{bars.table(rows)}\n```"]
-    return [*parts, "### Stages", tables.stages(results), "### Measured", tables.cases(rows)]
+    parts += ["### Stages", tables.stages(results), "### Measured", tables.cases(rows)]
+    return parts + gpus.kernels(results["rows"])
 
 
 def _described(results: Results) -> str:

@@ -1,7 +1,8 @@
-"""The README's section: the table of one CPU's results at one shape, and what must be known to read it."""
+"""The README's sections: the table of one CPU's results at one shape, and the bars that GPUs reached."""
 
 import re
 
+from benchmarks.report import gpus
 from benchmarks.report.page import PAGE
 from benchmarks.report.results import RESULTS, Unusable, of_cpus
 from benchmarks.report.rows import Results, missing_steps, step_shapes
@@ -9,11 +10,12 @@ from benchmarks.report.tables import faster_steps, floor_line, step_table, worst
 
 README = "README.md"
 RECIPES = "Peers that clip gradients or keep decoder rows at norm 1 are compared with our Trainer doing the same."
+_OF_GPUS = re.compile(r"<!-- gpu benchmarks -->\n.*?<!-- /gpu benchmarks -->", re.S)
 _SECTION = re.compile(r"<!-- benchmarks: (\S+) -->\n.*?<!-- /benchmarks -->", re.S)
 
 
 def render(readme: str, found: dict[str, Results], name: str | None = None) -> str:
-    """The README, its section made anew from the results it names, or from those of `name`."""
+    """The README, its sections made anew: from the results it names (or `name`), and from all of GPUs."""
     section = _SECTION.search(readme)
     if section is None:
         raise Unusable(
@@ -28,7 +30,11 @@ def render(readme: str, found: dict[str, Results], name: str | None = None) -> s
             f"name one with `python -m benchmarks.report --readme NAME`: {', '.join(of_any_cpu)}"
         )
     made = f"<!-- benchmarks: {name} -->\n{readme_section(name, found[name])}\n<!-- /benchmarks -->"
-    return readme[: section.start()] + made + readme[section.end() :]
+    text = readme[: section.start()] + made + readme[section.end() :]
+    if not _OF_GPUS.search(text):
+        raise Unusable(f"{README} must hold a section between <!-- gpu benchmarks --> and <!-- /gpu benchmarks -->")
+    of_gpus = f"<!-- gpu benchmarks -->\n{gpus.readme_section(found)}\n<!-- /gpu benchmarks -->"
+    return _OF_GPUS.sub(lambda _: of_gpus, text)
 
 
 def readme_section(name: str, results: Results) -> str:

@@ -65,6 +65,14 @@ def beside(started: Sequence[Launch], printed: str) -> list[dict[str, Any]]:
         raise AssertionError(f"ncu saw {len(told)} launches {told[:8]}..., expected {len(expected)} {expected[:8]}...")
     return [
         {"kernel": launch.name, "config": launch.config, "bytes": launch.bytes_moved, "flops": launch.flops}
-        | {name: float(row[metric].replace(",", "")) for metric, name in METRICS.items() if row.get(metric)}
+        | {name: value for metric, name in METRICS.items() if (value := _number(row.get(metric))) is not None}
         for launch, row in zip(started, rows, strict=True)
     ]
+
+
+def _number(printed: str | None) -> float | None:
+    """None for what this device does not count."""
+    try:
+        return float((printed or "").replace(",", ""))
+    except ValueError:
+        return None
