@@ -289,13 +289,10 @@ def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch,
     case = product(64)
     offline.compiled(offline.specialise(case, 90))
     compiled = set(tmp_path.iterdir())
-    driver.set_active(Driver())
-    try:
-        for warps in (4, 8):
-            case.kernel.run(**case.arguments, num_warps=warps, num_stages=3, grid=case.grid, warmup=True)
-            assert (set(tmp_path.iterdir()) == compiled) == (warps == 4)
-    finally:
-        driver.reset_active()
+    monkeypatch.setattr(driver, "_active", Driver())
+    for warps in (4, 8):
+        case.kernel.run(**case.arguments, num_warps=warps, num_stages=3, grid=case.grid, warmup=True)
+        assert (set(tmp_path.iterdir()) == compiled) == (warps == 4)
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch):
