@@ -193,7 +193,7 @@ def measure(model: Any, run: Trained, windows: TokenWindows) -> Measured:
 def held_out_geometry(model: Any, run: Trained, windows: TokenWindows) -> Geometry:
     """Rows in an order in which documents are mixed: what costs much is measured on the first ones only."""
     source = held_out_activations(model, run, windows)
-    order = torch.randperm(len(source.block_rows), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(source.block_rows), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
     return evaluate.geometry(run.sae, (source.block(i) for i in order))
 
 

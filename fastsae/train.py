@@ -100,7 +100,7 @@ class Trainer:
         sae = self.sae
         if not self._trained:
             raise ValueError("Trainer: no parameter of this SAE has requires_grad; there is nothing to train")
-        if torch.tensor(self.config.eps, dtype=sae.W_enc.dtype) == 0:
+        if torch.tensor(self.config.eps, dtype=sae.W_enc.dtype, device="cpu") == 0:
             raise ValueError(
                 f"TrainerConfig.eps: {self.config.eps} is 0 in the {sae.W_enc.dtype} of this SAE, and Adam divides by "
                 "it; use float32 or bfloat16 weights, or a larger eps such as 1e-4"

@@ -111,7 +111,9 @@ class ActivationStream:
 
     def _buffers(self, epoch: int) -> list[list[int]]:
         """The blocks of an epoch in their order, grouped into buffers."""
-        order = torch.randperm(len(self.source.block_rows), generator=self._generator("blocks", epoch)).tolist()
+        order = torch.randperm(
+            len(self.source.block_rows), generator=self._generator("blocks", epoch), device="cpu"
+        ).tolist()
         buffers: list[list[int]] = [[]]
         rows = 0
         for block in order:
@@ -128,7 +130,7 @@ class ActivationStream:
             self._buffer = None  # freed before the next one is made
             blocks = self._buffers(self._epoch)[self._buffer_number]
             n_rows = sum(self.source.block_rows[i] for i in blocks)
-            places = torch.randperm(n_rows, generator=self._generator("rows", *key))
+            places = torch.randperm(n_rows, generator=self._generator("rows", *key), device="cpu")
             buffer, lo = None, 0
             for i in blocks:
                 rows = self.source.block(i)

@@ -46,7 +46,7 @@ class TokenWindows:
 
     def is_text(self, windows: slice = slice(None)) -> Tensor:
         """Which positions hold text (neither BOS nor padding): (n, context) bool."""
-        position = torch.arange(self.context)
+        position = torch.arange(self.context, device="cpu")
         return (position < self.lengths[windows].unsqueeze(1)) & (position >= int(self.has_bos))
 
     def digest(self) -> str:
@@ -94,24 +94,26 @@ def tokenize(
             continue
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
-        ids = torch.tensor(ids, dtype=torch.int64)
+        ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
         if max_windows_per_document is not None:
             ids = _spread(ids, body, max_windows_per_document)
         ids = ids[: min(left, len(ids))]
         left -= len(ids)
         names.append(document.name)
-        starts = torch.arange(0, len(ids), body)
+        starts = torch.arange(0, len(ids), body, device="cpu")
         windows.append(F.pad(ids, (0, len(starts) * body - len(ids))).view(-1, body))
         lengths.append((len(ids) - starts).clamp(max=body) + len(bos))
-    tokens = torch.cat(windows) if windows else torch.empty(0, body)
+    tokens = torch.cat(windows) if windows else torch.empty(0, body, device="cpu")
     if len(tokens) == 0:
         which = {True: " held-out", False: " training", None: ""}[held_out]
         raise ValueError(
             f"tokenize: the text holds no{which} documents. About one document in twenty is held out, by a hash of its "
             "name: use more text, or text of several documents."
         )
-    tokens = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(tokens), len(bos)), tokens], dim=1)
-    owners = torch.repeat_interleave(torch.tensor([len(rows) for rows in windows]))
+    tokens = torch.cat(
+        [torch.tensor(bos, dtype=torch.int64, device="cpu").expand(len(tokens), len(bos)), tokens], dim=1
+    )
+    owners = torch.repeat_interleave(torch.tensor([len(rows) for rows in windows], device="cpu"))
     return TokenWindows(tokens, torch.cat(lengths), owners, tuple(names), bool(bos))
 
 

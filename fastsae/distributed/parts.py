@@ -59,7 +59,7 @@ def read(folder: Path, ranks: Any, wanted: Callable[[str], bool]) -> dict[str, T
         shape = list(stored.size)
         if ranks.count > 1 and by_feature(name):
             shape[0] //= ranks.layout.features
-        state[name] = _placed(name, torch.empty(shape, dtype=stored.properties.dtype), ranks)
+        state[name] = _placed(name, torch.empty(shape, dtype=stored.properties.dtype, device="cpu"), ranks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process reads alone is what was asked for
         try:

@@ -94,7 +94,7 @@ def _mesh(layout: Layout, world: dist.ProcessGroup, patience: datetime.timedelta
         return dist.new_subgroups_by_enumeration(lines.tolist(), timeout=patience)[0]
 
     # init_device_mesh would give a rank of these groups as long as it likes.
-    places = torch.arange(layout.ranks).view(layout.data, layout.features)
+    places = torch.arange(layout.ranks, device="cpu").view(layout.data, layout.features)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return DeviceMesh.from_group([own(places.T), own(places)], device, places, mesh_dim_names=("data", "features"))
 
@@ -168,7 +168,7 @@ class Ranks(Alone):
     # ---- numbers that all have in common ----------------------------------------------------------------------------
 
     def worst(self, state: int) -> int:
-        t = torch.tensor(int(state))
+        t = torch.tensor(int(state), device="cpu")
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return int(t)
 

@@ -69,7 +69,7 @@ def _draw(own: Tensor, law: Callable[[Tensor], object], first: int, shape: torch
     if len(starts) > 1 and count - starts[-1] < 16:
         del starts[-1]
     for lo, hi in zip(starts, [*starts[1:], count], strict=True):
-        drawn = torch.empty(hi - lo, *shape[1:], dtype=own.dtype)
+        drawn = torch.empty(hi - lo, *shape[1:], dtype=own.dtype, device="cpu")
         law(drawn)
         kept = slice(max(lo, first), min(hi, first + len(own)))
         if kept.start < kept.stop:

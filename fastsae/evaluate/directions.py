@@ -81,7 +81,7 @@ def directions(rows: Tensor, rng: np.random.Generator) -> Directions | None:
             drawn = _normal(rng, len(part), rows.shape[1]).to(norms)
             yield drawn * (part / drawn.norm(dim=1))[:, None]
 
-    paired = torch.arange(len(rows))
+    paired = torch.arange(len(rows), device="cpu")
     if len(rows) > PAIRED:
         paired = torch.from_numpy(rng.choice(len(rows), PAIRED, replace=False))
     cosine, gram = pairs(rows[paired.to(rows.device)].float())

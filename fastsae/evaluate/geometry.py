@@ -138,7 +138,7 @@ def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 
 
 def _read(sae: SparseAutoencoder, activations: Iterable[Tensor], max_rows: int) -> tuple[int, Tensor, SparseCode]:
     """Number of rows, how many each feature is active on (d_sae,), and the code of the first max_rows."""
-    rows, fired = 0, torch.zeros(sae.d_sae, dtype=torch.int64)
+    rows, fired = 0, torch.zeros(sae.d_sae, dtype=torch.int64, device="cpu")
     kept: list[SparseCode] = []
     for batch in activations:
         code = sae.encode(sae.normalizer(batch.to(sae.W_enc.device))).flatten()
@@ -157,7 +157,13 @@ def firing_groups(fired: Tensor) -> dict[str, Tensor]:
     order = fired.argsort(stable=True)
     dead, alive = order.split([int((fired == 0).sum()), int((fired > 0).sum())])
     rare, middle, common = alive.tensor_split(3)
-    return {"all": torch.arange(len(fired)), "dead": dead, "rare": rare, "middle": middle, "common": common}
+    return {
+        "all": torch.arange(len(fired), device="cpu"),
+        "dead": dead,
+        "rare": rare,
+        "middle": middle,
+        "common": common,
+    }
 
 
 def _firing_group(rate: Tensor, d_sae: int) -> FiringGroup:

@@ -61,7 +61,7 @@ def bootstrap_variance(ratios: Sequence[tuple[Tensor, Tensor]]) -> float:
     n = len(ratios[0][0])
     generator, means = torch.Generator().manual_seed(0), []
     for _ in range(_RESAMPLES // _AT_ONCE):  # all at once would be gigabytes for tens of thousands of documents
-        drawn = torch.randint(n, (_AT_ONCE, n), generator=generator)
+        drawn = torch.randint(n, (_AT_ONCE, n), generator=generator, device="cpu")
         resampled = [_divided(over[drawn].sum(dim=1), under[drawn].sum(dim=1)) for over, under in ratios]
         means.append(torch.stack(resampled).mean(dim=0))
     return float(torch.cat(means).var()) * n / (n - 1)
@@ -87,14 +87,14 @@ class DocumentTotals:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self._sums: dict[str, Tensor] = {}
-        self._rows = torch.zeros(len(names), dtype=torch.int64)
+        self._rows = torch.zeros(len(names), dtype=torch.int64, device="cpu")
 
     def add(self, documents: Tensor, values: dict[str, Tensor]) -> None:
         """values: per row (rows,), by name; documents (rows,): the index of each row's document."""
         documents = documents.long().cpu()
         self._rows += torch.bincount(documents, minlength=len(self.names))
         for name, value in values.items():
-            sums = self._sums.setdefault(name, torch.zeros(len(self.names), dtype=torch.float64))
+            sums = self._sums.setdefault(name, torch.zeros(len(self.names), dtype=torch.float64, device="cpu"))
             sums.index_add_(0, documents, value.detach().double().cpu())
 
     def put(self, name: str, sums: Tensor) -> None:

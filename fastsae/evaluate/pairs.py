@@ -235,7 +235,7 @@ def drivers(
                     yield f, SparseCode(seen.values[rows], seen.indices[rows], base.d_sae), pre[rows, f]
 
         sums = [PairSums(base.d_sae, device, CAPACITY // 4) for _ in features]
-        totals = torch.zeros(len(features), dtype=torch.float64)
+        totals = torch.zeros(len(features), dtype=torch.float64, device="cpu")
         for f, seen, pre in active():
             sums[f].add(seen)
             totals[f] += pre.double().sum().cpu()
@@ -271,7 +271,7 @@ class _Spread:
 
     def __init__(self, width: int) -> None:
         self.rows, self.squares = 0, 0.0
-        self.sums = torch.zeros(width, dtype=torch.float64)
+        self.sums = torch.zeros(width, dtype=torch.float64, device="cpu")
 
     def add(self, y: Tensor) -> None:
         y = y.double().cpu()

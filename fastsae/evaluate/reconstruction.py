@@ -66,7 +66,7 @@ def reconstruction(
     summands = ("identity", *pathways(sae))
     firing = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
     totals = DocumentTotals(names or ("",))
-    errors = torch.zeros(len(totals.names), sae.d_in, dtype=torch.float64)
+    errors = torch.zeros(len(totals.names), sae.d_in, dtype=torch.float64, device="cpu")
     deviations = {name: _Deviations(len(totals.names), sae.d_in) for name in ("x", "raw", *summands)}
     with evaluating(sae):
         for batch in activations:
@@ -74,7 +74,7 @@ def reconstruction(
                 raise TypeError(
                     "reconstruction: expected Rows with the names of their documents, or plain tensors without"
                 )
-            rows, documents = batch[:2] if isinstance(batch, Rows) else (batch, torch.zeros(len(batch)))
+            rows, documents = batch[:2] if isinstance(batch, Rows) else (batch, torch.zeros(len(batch), device="cpu"))
             raw = rows.to(sae.W_enc.device)
             x = sae.normalizer(raw)
             code = sae.encode(x)
@@ -147,9 +147,9 @@ class _Deviations:
     """
 
     def __init__(self, documents: int, d_in: int) -> None:
-        zeros = torch.zeros(documents, dtype=torch.float64)
+        zeros = torch.zeros(documents, dtype=torch.float64, device="cpu")
         self.rows, self.squares, self.products = zeros, zeros.clone(), zeros.clone()
-        self.sums = torch.zeros(documents, d_in, dtype=torch.float64)
+        self.sums = torch.zeros(documents, d_in, dtype=torch.float64, device="cpu")
         self.shift: Tensor | None = None
 
     def add(self, y: Tensor, residual: Tensor, documents: Tensor) -> None:
@@ -157,7 +157,7 @@ class _Deviations:
             self.shift = y.double().mean(dim=0)
         if self.shift is not None:
             y = (y.double() - self.shift).cpu()
-            self.rows.index_add_(0, documents, torch.ones(len(y), dtype=torch.float64))
+            self.rows.index_add_(0, documents, torch.ones(len(y), dtype=torch.float64, device="cpu"))
             self.squares.index_add_(0, documents, y.square().sum(dim=1))
             self.products.index_add_(0, documents, (y * residual).sum(dim=1))
             self.sums.index_add_(0, documents, y)

@@ -53,7 +53,7 @@ def fit(values: Tensor, cells: Tensor) -> Fit:
     means = average @ values
     within = values - means[cells]
     sigma = (within.square().sum(dim=0) / df).sqrt()
-    contrast = torch.tensor(INTERACTION, dtype=torch.float64) @ means
+    contrast = torch.tensor(INTERACTION, dtype=torch.float64, device="cpu") @ means
     contrast = torch.where(contrast.abs() <= _noise(values), 0.0, contrast)
     error = sigma * spread**0.5
     return Fit(means, contrast, error, sigma, torch.where(contrast == 0, 0.0, (contrast / error).square()), df)
@@ -68,8 +68,8 @@ def _design(cells: Tensor) -> tuple[Tensor, float, int]:
     sizes = cells.bincount(minlength=4)
     if len(sizes) != 4 or int(sizes.min()) < 2:
         raise ValueError(f"anova: expected at least 2 texts in each of 4 cells; got {sizes.tolist()}")
-    average = torch.zeros(4, len(cells), dtype=torch.float64)
-    average[cells, torch.arange(len(cells))] = 1.0 / sizes[cells].double()
+    average = torch.zeros(4, len(cells), dtype=torch.float64, device="cpu")
+    average[cells, torch.arange(len(cells), device="cpu")] = 1.0 / sizes[cells].double()
     return average, float((1 / sizes.double()).sum()), len(cells) - 4
 
 
@@ -91,12 +91,12 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     Residuals change places between cells, so their spread should not differ much where the cells' sizes do.
     """
     average, spread, _ = _design(cells)
-    first, second = (torch.tensor(c, dtype=torch.float64)[cells].sign() for c in MAIN)
+    first, second = (torch.tensor(c, dtype=torch.float64, device="cpu")[cells].sign() for c in MAIN)
     additive = torch.stack([torch.ones_like(first), first, second], dim=1)
     residuals = values - additive @ torch.linalg.lstsq(additive, values).solution
     residuals = torch.where(residuals.abs() <= _noise(values), 0.0, residuals)
     sizes = cells.bincount(minlength=4).double()
-    contrast = torch.tensor(INTERACTION, dtype=torch.float64)
+    contrast = torch.tensor(INTERACTION, dtype=torch.float64, device="cpu")
     squares = residuals.square().sum(dim=0)
 
     def shares(order: Tensor, features: Tensor) -> Tensor:
@@ -113,14 +113,17 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
         return torch.cat(found, dim=1)
 
     n_features = values.shape[1]
-    exceed, done = torch.zeros(n_features, dtype=torch.int64), torch.zeros(n_features, dtype=torch.int64)
-    exceed_any = torch.zeros(n_features, dtype=torch.int64)
-    observed = shares(torch.arange(len(cells)).unsqueeze(0), torch.arange(n_features))[0]
+    exceed, done = (
+        torch.zeros(n_features, dtype=torch.int64, device="cpu"),
+        torch.zeros(n_features, dtype=torch.int64, device="cpu"),
+    )
+    exceed_any = torch.zeros(n_features, dtype=torch.int64, device="cpu")
+    observed = shares(torch.arange(len(cells), device="cpu").unsqueeze(0), torch.arange(n_features, device="cpu"))[0]
     least = (1 - 1e-9) * observed  # a permutation that is the data itself counts, rounding or not
-    left, rounds = torch.arange(n_features), 0
+    left, rounds = torch.arange(n_features, device="cpu"), 0
     while len(left) and (rounds < permutations or rounds < 4 * n_features / (LEVEL * len(left))):
         block = min(_BLOCK, permutations - rounds) if rounds < permutations else _BLOCK
-        order = torch.stack([torch.randperm(len(cells), generator=generator) for _ in range(block)])
+        order = torch.stack([torch.randperm(len(cells), generator=generator, device="cpu") for _ in range(block)])
         found = shares(order, left)
         exceed[left] += (least[left] <= found).sum(dim=0)
         done[left] += block

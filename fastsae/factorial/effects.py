@@ -177,7 +177,7 @@ def effect(
 def _per_unit(amounts: Sequence[float], operation: str) -> Tensor:
     """Weights that make what happens at the amounts an effect per unit of amount, by least squares. Multiplied by 1
     nothing happens; what a set amount takes the place of differs by token, so there the line has an intercept."""
-    doses = torch.tensor(amounts, dtype=torch.float64)
+    doses = torch.tensor(amounts, dtype=torch.float64, device="cpu")
     doses = doses - (1 if operation == "multiply" else doses.mean())
     return doses / doses.square().sum()
 
@@ -186,7 +186,7 @@ def _contrast(gains: Tensor, stimuli: Stimuli, name: str) -> Tensor:
     """Of the means of the four groups of words: (prompts,)."""
     parts = gains.split([len(cell.words) for cell in stimuli.cells.values()], dim=-1)
     means = torch.stack([part.mean(dim=-1) for part in parts], dim=-1)
-    return means @ torch.tensor(CONTRASTS[name], dtype=torch.float64)
+    return means @ torch.tensor(CONTRASTS[name], dtype=torch.float64, device="cpu")
 
 
 def _interval(values: Tensor) -> Interval:

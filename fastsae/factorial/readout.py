@@ -26,10 +26,10 @@ class Spliced:
         if longest > model.cfg.n_ctx:
             raise ValueError(f"a prompt takes {longest} tokens, the model reads {model.cfg.n_ctx}; use shorter prompts")
         rows = [bos + list(s) + [0] * (longest - len(bos) - len(s)) for s in sequences]
-        position = torch.arange(longest)
+        position = torch.arange(longest, device="cpu")
         self.bos = len(bos)
         self.tokens = torch.tensor(rows, device=model.cfg.device)
-        ends = torch.tensor([len(bos) + len(s) for s in sequences]).unsqueeze(1)
+        ends = torch.tensor([len(bos) + len(s) for s in sequences], device="cpu").unsqueeze(1)
         self.is_text = ((position >= len(bos)) & (position < ends)).to(model.cfg.device)
 
     @property

@@ -60,7 +60,7 @@ def tokenized(stimuli: Stimuli, model: Any) -> Texts:
     windows = TokenWindows(
         windows.tokens[:, :longest].clone(), windows.lengths, windows.documents, windows.names, windows.has_bos
     )
-    cells = torch.repeat_interleave(torch.tensor([len(cell.texts) for cell in stimuli.cells.values()]))
+    cells = torch.repeat_interleave(torch.tensor([len(cell.texts) for cell in stimuli.cells.values()], device="cpu"))
     return Texts(windows, cells)
 
 
@@ -104,8 +104,8 @@ class _Pool:
 
     def __init__(self, kind: Pool, width: int) -> None:
         self.kind, self.width = kind, width
-        self._keys = [torch.empty(0, dtype=torch.int64)]
-        self._values = [torch.empty(0, dtype=torch.float64)]
+        self._keys = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        self._values = [torch.empty(0, dtype=torch.float64, device="cpu")]
 
     @property
     def keys(self) -> Tensor:
@@ -120,7 +120,7 @@ class _Pool:
         keys = (texts.unsqueeze(1) * self.width + features)[active].cpu()
         values = values[active].double().cpu()
         keys, place = keys.unique(return_inverse=True)
-        pooled = torch.zeros(len(keys), dtype=torch.float64)
+        pooled = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
         how = "sum" if self.kind == "mean" else "amax"
         self._keys.append(keys)
         self._values.append(pooled.scatter_reduce_(0, place, values, how))
@@ -139,9 +139,9 @@ def _responses(family: Any, pool: _Pool, texts: Texts, sae: Any) -> Responses:
         sizes = in_parts(pairs.to(V.device), lambda part: embedded(V, part).double().norm(dim=1)).cpu()
         sizes = torch.where(kept, sizes * torch.zeros_like(sizes).index_add_(0, column, values), -1.0)
         kept = kept & torch.zeros_like(kept).index_fill_(0, sizes.topk(min(MAX_PAIRS, len(sizes))).indices, True)
-    place = torch.full((len(features),), -1)
-    place[kept] = torch.arange(int(kept.sum()))
+    place = torch.full((len(features),), -1, device="cpu")
+    place[kept] = torch.arange(int(kept.sum()), device="cpu")
     column = place[column]
-    dense = torch.zeros(len(texts.cells), int(kept.sum()), dtype=torch.float64)
+    dense = torch.zeros(len(texts.cells), int(kept.sum()), dtype=torch.float64, device="cpu")
     dense[text[column >= 0], column[column >= 0]] = values[column >= 0]
     return Responses(family, (pairs if family == "pair" else features.unsqueeze(1))[kept], dense)

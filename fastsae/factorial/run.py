@@ -124,7 +124,7 @@ class _Clamping:
         self.readout = WordReadout(model, run.data.hook, stimuli.prompts, words)
         self.carriers = [self._carrier(self.readout.spliced.raw(part)) for part in self.readout.spliced.parts]
         generator = torch.Generator().manual_seed(config.seed)
-        directions = torch.randn(config.directions, self.sae.d_in, generator=generator)
+        directions = torch.randn(config.directions, self.sae.d_in, generator=generator, device="cpu")
         self.directions = torch.nn.functional.normalize(directions, dim=1)
         self.generator = generator
 
@@ -202,5 +202,5 @@ class _Clamping:
         if target.kind not in family or not target.features:
             return []
         features = [f for f in discovery.families[family[target.kind]].unlike if f != target.features]
-        order = torch.randperm(len(features), generator=self.generator)[: self.config.others].tolist()
+        order = torch.randperm(len(features), generator=self.generator, device="cpu")[: self.config.others].tolist()
         return [Target(target.kind, features[i]) for i in order]

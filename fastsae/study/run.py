@@ -148,7 +148,10 @@ class _Runs:
         with files.expected_in(path, "delete it: the SAE is measured again"):
             found = files.read_object(path)
             names = tuple(found["documents"])
-            sums = {name: torch.tensor([*map(_number, v)], dtype=torch.float64) for name, v in found["sums"].items()}
+            sums = {
+                name: torch.tensor([*map(_number, v)], dtype=torch.float64, device="cpu")
+                for name, v in found["sums"].items()
+            }
             if not sums or any(len(values) != len(names) for values in sums.values()):
                 raise TypeError(f"a sum for each of {len(names)} documents")
         return Outcome(seed, lr, dead_share, DocumentSums(names, sums))

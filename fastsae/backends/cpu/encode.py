@@ -21,10 +21,10 @@ def topk_encode(
     x = x.contiguous()
     encoder = Encoder(W_enc, b_enc, features, scale)
     values = x.new_empty(len(x), k)
-    ids = torch.empty(len(x), k, dtype=torch.int64)
+    ids = torch.empty(len(x), k, dtype=torch.int64, device="cpu")
     if len(x) == 0:
         return values, ids
-    left = torch.arange(len(x))
+    left = torch.arange(len(x), device="cpu")
     planned = plan(len(x), x.shape[1], encoder.d_sae, k, x.dtype)
     if planned.screened and W_enc.is_contiguous():  # a plan knows no strides; those of other layouts break alignment
         uncertain = []
@@ -35,7 +35,7 @@ def topk_encode(
     group = group_size(encoder.d_sae, k, x.dtype)
     for chunk in left.split(rows_held(len(x), encoder.d_sae, x.dtype.itemsize)) if len(left) else ():
         blocks, maxima = _pre_activations(x[chunk], encoder, group)
-        values[chunk], ids[chunk] = select(blocks, maxima, torch.arange(len(chunk)), k, group)
+        values[chunk], ids[chunk] = select(blocks, maxima, torch.arange(len(chunk), device="cpu"), k, group)
     return encoder.unscaled(values, ids), encoder.name(ids)
 
 
@@ -97,6 +97,8 @@ def topk_encode_backward(
         d_W_enc = weight_gradient(feature_order(indices, len(W_enc)), d_pre, x, out)
     # bf16 would lose the small terms of a long sum.
     sums = torch.promote_types(x.dtype, torch.float32)
-    d_b_enc = torch.zeros(len(W_enc), dtype=sums).index_add_(0, indices.reshape(-1), d_pre.reshape(-1).to(sums))
+    d_b_enc = torch.zeros(len(W_enc), dtype=sums, device="cpu").index_add_(
+        0, indices.reshape(-1), d_pre.reshape(-1).to(sums)
+    )
     d_b_enc = d_b_enc.to(x.dtype)
     return d_x, None if out else d_W_enc, d_b_enc, -(d_b_enc @ W_enc) if need_b_dec else None

@@ -31,7 +31,7 @@ def recycled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < RECYCLED:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         memory = _free[size].pop()
     except (KeyError, IndexError):
@@ -54,4 +54,4 @@ def _give_back(memory: Tensor) -> None:
 
 def _bytes(size: int) -> Tensor:
     with torch.inference_mode(False):  # memory first used in inference mode must serve training later
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -57,8 +57,8 @@ def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, 
     """values and ids (B, k) as `strongest` gives them, and the rows that are uncertain, where both hold anything."""
     group = _group(encoder.d_sae, k)
     blocks, maxima, largest_norm = _upper_bounds(x, encoder, group)
-    values, ids = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    left = torch.arange(len(x))
+    values, ids = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device="cpu")
+    left = torch.arange(len(x), device="cpu")
     for candidates in (factor * k for factor in _CANDIDATES):
         if candidates > maxima.shape[1]:
             break
@@ -93,7 +93,7 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
     """
     (rows, d_in), width, count = x.shape, block_width(encoder.d_sae), n_blocks(encoder.d_sae)
     wide = d_in + _EXTRA
-    low_x = torch.zeros(rows, wide, dtype=torch.bfloat16)
+    low_x = torch.zeros(rows, wide, dtype=torch.bfloat16, device="cpu")
     low_x[:, :d_in] = x
     # Sums of d_in products, in fp32 in whatever order, err by at most this share of |x| |w|; thrice: ours and theirs.
     slack = 3 * (d_in + _EXTRA) * 2.0**-24
@@ -102,10 +102,10 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
     low_x[:, d_in : d_in + 4] = torch.stack([_up(error + slack * norm), _up(norm), one, one], dim=1)
     blocks = workspace("pre-activations", (count, rows, width), torch.bfloat16)
     order = blocks.view(torch.int16)
-    maxima = torch.empty(rows, count, width // group, dtype=torch.int16)
+    maxima = torch.empty(rows, count, width // group, dtype=torch.int16, device="cpu")
     low_W = workspace("screened_W", (width, wide), torch.bfloat16).zero_()
     difference = workspace("screened_difference", (width, d_in), torch.float32)
-    largest_norm = torch.zeros(())
+    largest_norm = torch.zeros((), device="cpu")
     for i in range(count):
         W, b = encoder.scaled_block(i)
         n = len(W)

@@ -48,7 +48,7 @@ def _select_rows(blocks: Tensor, maxima: Tensor, rows: Tensor, k: int, group: in
         per_block = width // size
         place = (kept // per_block * n + rows.unsqueeze(1)) * per_block + kept % per_block
         members = blocks.view(-1, size).index_select(0, place.view(-1)).view(len(rows), k * size)
-        ids = (kept.unsqueeze(-1) * (size // part) + torch.arange(size // part)).flatten(1)
+        ids = (kept.unsqueeze(-1) * (size // part) + torch.arange(size // part, device="cpu")).flatten(1)
         candidates = members.view(len(rows), -1, part).amax(dim=2) if part > 1 else members
     return strongest(candidates, ids, k)
 
@@ -66,7 +66,7 @@ def strongest(candidates: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, T
     # One int64 key per candidate: the bits of a non-negative float order like the float, the lower half breaks ties.
     # The mask drops the sign of -0.0 and of NaN.
     if ids is None:
-        ids = torch.arange(candidates.shape[1])
+        ids = torch.arange(candidates.shape[1], device="cpu")
     bits = activations.float().view(torch.int32).bitwise_and_(0x7FFFFFFF)
     keys = bits.to(torch.int64).bitwise_left_shift_(32).add_(0xFFFFFFFF - ids)
     keys = keys.topk(k, dim=1, sorted=True).values

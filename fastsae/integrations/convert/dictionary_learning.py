@@ -59,8 +59,8 @@ def write(found: Converted, target: Path) -> list[str]:
     k, w = topk_only(found.sae, "dictionary_learning")
     state = {
         "b_dec": w["b_dec"],
-        "k": torch.tensor(k, dtype=torch.int32),
-        "threshold": torch.tensor(-1.0),  # none was measured
+        "k": torch.tensor(k, dtype=torch.int32, device="cpu"),
+        "threshold": torch.tensor(-1.0, device="cpu"),  # none was measured
         "decoder.weight": w["W_dec"].T.contiguous(),
         "encoder.weight": w["W_enc"],
         "encoder.bias": w["b_enc"],

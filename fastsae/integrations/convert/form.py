@@ -45,8 +45,8 @@ def loaded(sae: Any, weights: dict[str, Tensor]) -> Any:
     d_in = sae.d_in
     precise = torch.promote_types(sae.W_enc.dtype, torch.float32)
     statistics = {
-        "normalizer.mean": torch.zeros(d_in, dtype=precise),
-        "normalizer.scale": torch.ones(d_in, dtype=precise),
+        "normalizer.mean": torch.zeros(d_in, dtype=precise, device="cpu"),
+        "normalizer.scale": torch.ones(d_in, dtype=precise, device="cpu"),
     }
     own = {name: t.detach().to(sae.W_enc.dtype).contiguous().clone() for name, t in weights.items()}
     try:
@@ -89,7 +89,7 @@ def topk_only(sae: SparseAutoencoder, form: str) -> tuple[int, dict[str, Tensor]
             "be another one. Forms that hold it: fastsae, sae_lens."
         )
     weights = {name: p.detach() for name, p in sae.named_parameters()}
-    weights.setdefault("b_dec", torch.zeros(sae.d_in, dtype=sae.W_enc.dtype))
+    weights.setdefault("b_dec", torch.zeros(sae.d_in, dtype=sae.W_enc.dtype, device="cpu"))
     return sae.k, weights
 
 

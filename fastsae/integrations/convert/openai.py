@@ -52,9 +52,9 @@ def write(found: Converted, target: Path) -> list[str]:
     state = {
         "pre_bias": w["b_dec"],
         "latent_bias": w["b_enc"],
-        "stats_last_nonzero": torch.zeros(d_sae, dtype=torch.long),
-        "latents_activation_frequency": torch.ones(d_sae),
-        "latents_mean_square": torch.zeros(d_sae),
+        "stats_last_nonzero": torch.zeros(d_sae, dtype=torch.long, device="cpu"),
+        "latents_activation_frequency": torch.ones(d_sae, device="cpu"),
+        "latents_mean_square": torch.zeros(d_sae, device="cpu"),
         "encoder.weight": w["W_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
         "activation": "TopK",

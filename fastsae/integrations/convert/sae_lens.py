@@ -65,7 +65,7 @@ def write(found: Converted, target: Path) -> list[str]:
     """As an SAE for inference; a TopKSAE as SAELens' own "topk", which needs no fastsae to load."""
     sae = found.sae
     weights = {name: p.detach() for name, p in sae.named_parameters()}
-    weights.setdefault("b_dec", torch.zeros(sae.d_in, dtype=sae.W_enc.dtype))
+    weights.setdefault("b_dec", torch.zeros(sae.d_in, dtype=sae.W_enc.dtype, device="cpu"))
     weights["W_enc"] = weights["W_enc"].T
     plain = isinstance(sae, TopKSAE)
     cfg = {
