@@ -420,8 +420,8 @@ def weight_gradient(
             "K": K,
             "N": K if n is None else n,
             "BLOCK_D": block_d,
-            "TOKENS": 4,
-            "STAGES": 2,
+            "TOKENS": 2,
+            "STAGES": 4,
         },
         num_warps=8 if block_d > 1024 else 4,
         bytes_moved=rows.element_size() * coefficients.numel() * D
