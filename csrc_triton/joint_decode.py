@@ -10,6 +10,20 @@ from csrc_triton.plan import power_of_two
 
 
 @triton.jit
+def _entries(values_ptr, indices_ptr, row, offs_k, end, K):
+    """The values and features of these entries of a row, 0 from `end` on; int64: feature * D passes 2**31."""
+    a = tl.load(values_ptr + row * K + offs_k, mask=offs_k < end, other=0.0).to(tl.float32)
+    return a, tl.load(indices_ptr + row * K + offs_k, mask=offs_k < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def _terms(a, feature, w_ptr, offs, mask, WIDTH: tl.constexpr):
+    """a * w[feature] in fp32; fillers, whose value is 0, read nothing."""
+    w = tl.load(w_ptr + feature[:, None] * WIDTH + offs[None, :], mask=(a != 0)[:, None] & mask[None, :], other=0.0)
+    return a[:, None] * w.to(tl.float32)
+
+
+@triton.jit
 def joint_decode_kernel(
     values_ptr,  # [B, K]
     indices_ptr,  # [B, K] int64
@@ -29,44 +43,39 @@ def joint_decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out = sum_{j<K} a_j W_dec[i_j] + sum_{j<N} a_j W_lin[i_j] + bias; s = sum_{j<N} a_j V[i_j], q of squares.
 
-    Grid (B, blocks of D); ROWS rows of a weight are in flight; sums in fp32. The programs of the first block of D make
-    s and q too.
+    Grid (B, blocks of D); sums in fp32. ROWS rows of a weight are added while the next STAGES - 2 times ROWS are on
+    their way to shared memory. The programs of the first block of D make s and q too.
     """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_e = offs_e < E
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    s = tl.zeros((BLOCK_E,), tl.float32)
-    q = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, K, ROWS):
-        offs_k = start + tl.arange(0, ROWS)
-        a = tl.load(values_ptr + row * K + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-        # int64: feature * D passes 2**31 for large dictionaries
-        feature = tl.load(indices_ptr + row * K + offs_k, mask=offs_k < K, other=0).to(tl.int64)
-        if w_dec_ptr is not None:
-            mask_w = (a != 0)[:, None] & mask_d[None, :]  # fillers read nothing
-            w = tl.load(w_dec_ptr + feature[:, None] * D + offs_d[None, :], mask=mask_w, other=0.0)
-            acc += tl.sum(a[:, None] * w.to(tl.float32), axis=0)
-        if start < N:
-            strong = tl.where(offs_k < N, a, 0.0)
-            if w_lin_ptr is not None:
-                mask_w = (strong != 0)[:, None] & mask_d[None, :]
-                w = tl.load(w_lin_ptr + feature[:, None] * D + offs_d[None, :], mask=mask_w, other=0.0)
-                acc += tl.sum(strong[:, None] * w.to(tl.float32), axis=0)
-            if v_ptr is not None:
-                if block == 0:
-                    mask_v = (strong != 0)[:, None] & mask_e[None, :]
-                    v = tl.load(v_ptr + feature[:, None] * E + offs_e[None, :], mask=mask_v, other=0.0)
-                    term = strong[:, None] * v.to(tl.float32)
-                    s += tl.sum(term, axis=0)
-                    q += tl.sum(term * term, axis=0)
+    first = 0
+    if w_lin_ptr is not None:
+        for start in tl.range(0, N, ROWS, num_stages=STAGES):
+            a, feature = _entries(values_ptr, indices_ptr, row, start + tl.arange(0, ROWS), N, K)
+            acc += tl.sum(_terms(a, feature, w_dec_ptr, offs_d, mask_d, D), axis=0)
+            acc += tl.sum(_terms(a, feature, w_lin_ptr, offs_d, mask_d, D), axis=0)
+        first = N
+    if w_dec_ptr is not None:
+        for start in tl.range(first, K, ROWS, num_stages=STAGES):
+            a, feature = _entries(values_ptr, indices_ptr, row, start + tl.arange(0, ROWS), K, K)
+            acc += tl.sum(_terms(a, feature, w_dec_ptr, offs_d, mask_d, D), axis=0)
     if v_ptr is not None:
         if block == 0:
+            offs_e = tl.arange(0, BLOCK_E)
+            mask_e = offs_e < E
+            s = tl.zeros((BLOCK_E,), tl.float32)
+            q = tl.zeros((BLOCK_E,), tl.float32)
+            for start in tl.range(0, N, ROWS, num_stages=STAGES):
+                a, feature = _entries(values_ptr, indices_ptr, row, start + tl.arange(0, ROWS), N, K)
+                term = _terms(a, feature, v_ptr, offs_e, mask_e, E)
+                s += tl.sum(term, axis=0)
+                q += tl.sum(term * term, axis=0)
             tl.store(s_ptr + row * E + offs_e, s, mask=mask_e)
             tl.store(q_ptr + row * E + offs_e, q, mask=mask_e)
     if w_dec_ptr is not None:
@@ -126,7 +135,8 @@ def joint_decode(
             "N": n,
             "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(max(E, 16)),
-            "ROWS": 4 if wide else 8,
+            "ROWS": 2 if wide else 4,
+            "STAGES": 3,
         },
         num_warps=4,
         bytes_moved=rows * sum(w.shape[1] * w.element_size() * count for w, count in gathered if w is not None)
