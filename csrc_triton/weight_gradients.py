@@ -90,50 +90,60 @@ def decode_backward_kernel(
     feature = tl.load(feature_ptr + item).to(tl.int64)
     start = tl.load(start_ptr + item)
     slot = tl.load(slot_ptr + item).to(tl.int64)
+    end = start + length
+    offs_t = start + tl.arange(0, TOKENS)
+    entry = tl.load(entries_ptr + offs_t, mask=offs_t < end, other=0).to(tl.int32)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     if w_dec_ptr is not None:
-        w_dec = tl.load(w_dec_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         d_dec = tl.zeros((BLOCK_D,), tl.float32)
     if w_lin_ptr is not None:
-        w_lin = tl.load(w_lin_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         d_lin = tl.zeros((BLOCK_D,), tl.float32)
     if v_ptr is not None:
-        v = tl.load(v_ptr + feature * E + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         d_v = tl.zeros((BLOCK_E,), tl.float32)
-        d_square = tl.zeros((BLOCK_E,), tl.float32)
-    for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
+    for position in tl.range(start, end, TOKENS, num_stages=STAGES):
         offs_t = position + tl.arange(0, TOKENS)
-        mask_t = offs_t < start + length
-        entry = tl.load(entries_ptr + offs_t, mask=mask_t, other=0).to(tl.int32)
+        mask_t = offs_t < end
         a = tl.load(values_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
+        # Read ahead: the next rows can be asked for as soon as these are used up.
+        offs_t += TOKENS
+        next_entry = tl.load(entries_ptr + offs_t, mask=offs_t < end, other=0).to(tl.int32)
         token = (entry // K).to(tl.int64)
         strong = mask_t & (entry % K < N)
         d_a = tl.zeros((TOKENS,), tl.float32)
         if ADD_VALUES:
             d_a += tl.load(d_values_ptr + entry, mask=mask_t, other=0.0).to(tl.float32)
+        # All loads before the first sum, which waits for every warp. Weights are read again, from the cache: in
+        # registers they would leave room for fewer programs.
         if w_dec_ptr is not None:
             g_ptrs = d_out_ptr + token[:, None] * D + offs_d[None, :]
             g = tl.load(g_ptrs, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-            d_a += tl.sum(g * w_dec[None, :], axis=1)
-            if dec_out_ptr is not None:
-                d_dec += tl.sum(a[:, None] * g, axis=0)
+            w = tl.load(w_dec_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
             if w_lin_ptr is not None:
-                d_a += tl.where(strong, tl.sum(g * w_lin[None, :], axis=1), 0.0)
-                if lin_out_ptr is not None:
-                    d_lin += tl.sum(tl.where(strong, a, 0.0)[:, None] * g, axis=0)
+                w_lin = tl.load(w_lin_ptr + feature * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         if v_ptr is not None:
             offs = token[:, None] * E + offs_e[None, :]
             mask = strong[:, None] & mask_e[None, :]
             t = tl.load(d_s_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             u = tl.load(d_q_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            d_a += tl.sum(t * v[None, :], axis=1) + 2 * a * tl.sum(u * (v * v)[None, :], axis=1)
+            v = tl.load(v_ptr + feature * E + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
+        if w_dec_ptr is not None:
+            if w_lin_ptr is not None:
+                w += tl.where(strong[:, None], w_lin, 0.0)
+            d_a += tl.sum(g * w, axis=1)
+            if dec_out_ptr is not None:
+                d_dec += tl.sum(a[:, None] * g, axis=0)
+            if lin_out_ptr is not None:
+                d_lin += tl.sum(tl.where(strong, a, 0.0)[:, None] * g, axis=0)
+        if v_ptr is not None:
+            t += 2 * a[:, None] * u * v  # the gradient of a V
+            d_a += tl.sum(t * v, axis=1)
             if v_out_ptr is not None:
                 d_v += tl.sum(a[:, None] * t, axis=0)
-                d_square += tl.sum((a * a)[:, None] * u, axis=0)
         tl.store(d_values_ptr + entry, d_a.to(d_values_ptr.dtype.element_ty), mask=mask_t)
+        entry = next_entry
 
     # A part of a split feature goes to its slot, the gradients of the three weights side by side.
     part_ptr = parts_ptr + slot * WIDTH
@@ -156,7 +166,6 @@ def decode_backward_kernel(
             tl.store(part_ptr + offs_d, d_lin, mask=mask_d)
         part_ptr += D
     if v_out_ptr is not None:
-        d_v += 2 * d_square * v
         if slot < 0:
             finish_row(
                 d_v, feature * E + offs_e, mask_e, v_out_ptr, v_exp_avg_ptr, v_exp_avg_sq_ptr, v_copy_ptr,
@@ -201,11 +210,10 @@ def weight_gradient_kernel(
     length = tl.load(length_ptr + item)
     if length < 0:
         return
-    block = tl.program_id(1)
     feature = tl.load(feature_ptr + item).to(tl.int64)
     start = tl.load(start_ptr + item)
     slot = tl.load(slot_ptr + item).to(tl.int64)
-    offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     grad = tl.zeros((BLOCK_D,), tl.float32)
     for position in tl.range(start, start + length, TOKENS, num_stages=STAGES):
@@ -352,9 +360,6 @@ def decode_backward(
     width = sum(w.weight.shape[1] for w in wanted)
     parts = torch.empty(items.n_slots, width, dtype=torch.float32, device=values.device)
     block_d = power_of_two(max(D, 16))
-    tokens, warps, stages = _TILES[min(max(block_d, 1024), WIDEST)]
-    if values.element_size() == 4:  # the rows gathered are twice as wide
-        tokens = max(1, tokens // 2)
     gathered = [(d_out, K), (d_s, n), (d_q, n)]
     launch(
         decode_backward_kernel,
@@ -382,10 +387,10 @@ def decode_backward(
             "WIDTH": width,
             "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(max(E, 16)),
-            "TOKENS": tokens,
-            "STAGES": stages,
+            "TOKENS": 2,
+            "STAGES": 1,
         },
-        num_warps=warps,
+        num_warps=max(2, block_d // 512),
         bytes_moved=len(values) * sum(t.shape[1] * t.element_size() * k for t, k in gathered if t is not None)
         + values.numel() * (8 + 2 * values.element_size())
         + sum(_bytes_of(w) for w in (dec, lin, v)),
@@ -476,10 +481,6 @@ def gathered_dot(indices: Tensor, rows: Tensor, W_dec: Tensor, W_lin: Tensor | N
         * D
         * ((K + (n if W_lin is not None else 0)) * W_dec.element_size() + K // 4 * rows.element_size()),
     )
-
-
-# Tokens at a time, warps and stages of decode_backward, by the block of D: what does not spill.
-_TILES = {1024: (4, 4, 2), 2048: (2, 8, 2), 4096: (2, 16, 2), 8192: (1, 16, 1)}
 
 
 def _item_arguments(items: WorkItems) -> dict[str, object]:
