@@ -144,6 +144,7 @@ def decode_backward_kernel(
                 d_v += tl.sum(a[:, None] * t, axis=0)
         tl.store(d_values_ptr + entry, d_a.to(d_values_ptr.dtype.element_ty), mask=mask_t)
         entry = next_entry
+    tl.debug_barrier()  # a step of Adam changes the weights that other warps may still be reading
 
     # A part of a split feature goes to its slot, the gradients of the three weights side by side.
     part_ptr = parts_ptr + slot * WIDTH

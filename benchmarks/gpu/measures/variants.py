@@ -20,20 +20,20 @@ Arguments = dict[str, Any]
 
 _PRODUCT = {"BLOCK_DEPTH": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 AXES: dict[str, dict[str, Sequence[int]]] = {
-    "groupmax_kernel": {"BLOCK_G": (8, 16, 32, 64, 128), "num_warps": (2, 4, 8)},
-    "select_kernel": {"BLOCK_G": (2, 4, 8, 16, 64), "num_warps": (2, 4, 8)},
+    "groupmax_kernel": {"BLOCK_G": (8, 16, 32, 64, 512), "num_warps": (2, 4, 8)},
+    "select_kernel": {"BLOCK_G": (4, 8, 16, 128), "num_warps": (2, 4, 8)},
     "encode_gemm_kernel": {
         "BLOCK_R": (64, 128, 256),
         "BLOCK_M": (128, 256),
         "num_warps": (4, 8),
         "num_stages": (3, 4),
     },
-    "joint_decode_kernel": {"BLOCK_D": (512, 1024, 2048, 4096), "ROWS": (4, 8, 16), "num_warps": (2, 4, 8)},
-    "decode_backward_kernel": {"TOKENS": (1, 2, 4), "STAGES": (1, 2, 3), "num_warps": (4, 8, 16)},
+    "joint_decode_kernel": {"BLOCK_D": (1024, 2048), "ROWS": (2, 4, 8), "STAGES": (2, 3, 4), "num_warps": (4, 8)},
+    "decode_backward_kernel": {"TOKENS": (1, 2, 4), "STAGES": (1, 2), "num_warps": (4, 8, 16)},
     "weight_gradient_kernel": {
         "BLOCK_D": (1024, 2048, 4096),
-        "TOKENS": (2, 4, 8),
-        "STAGES": (1, 2, 3),
+        "TOKENS": (1, 2, 4),
+        "STAGES": (2, 3, 4),
         "num_warps": (4, 8),
     },
     "hidden_kernel": _PRODUCT,
