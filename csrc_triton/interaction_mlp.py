@@ -32,6 +32,8 @@ class _Tile(NamedTuple):
 # By bytes per number. Kernels that form z or the dropout mask hold more in registers: shallower steps.
 _PRODUCT = {2: _Tile(64, 128, 64, 8, 3), 4: _Tile(64, 64, 16, 8, 2)}
 _POOLED = {2: _Tile(64, 128, 32, 8, 3), 4: _Tile(64, 64, 16, 8, 2)}
+# The dropout mask and s meet the finished sums: 128 columns of them spill where strides are odd.
+_D_POOLED = {2: _Tile(64, 64, 32, 8, 3), 4: _POOLED[4]}
 _ELEMENTWISE = _Tile(16, 128, 0, 4, 1)
 # Two for each processor of an H200: what a product summed over tokens is cut into.
 _PROGRAMS = 264
@@ -446,7 +448,7 @@ def interaction_mlp_backward(
     inputs: dict[str, Any] = dict(delta_ptr=delta, W2_ptr=W2, W1_ptr=W1, b1_ptr=b1)
     flops = 2 * B * D * E + 2 * B * E * E
     _start(d_hidden_kernel, (B, E), tile, flops, **z, **inputs, h_ptr=h, dh_ptr=dh, B=B, D=D, E=E)
-    _start(d_pooled_kernel, (B, E), tile, 2 * B * E * E, dh_ptr=dh, W1_ptr=W1, **ends)
+    _start(d_pooled_kernel, (B, E), _D_POOLED[W1.itemsize], 2 * B * E * E, dh_ptr=dh, W1_ptr=W1, **ends)
     if not need_weights:
         return d_s, d_q, None, None, None, None
     no_z: dict[str, Any] = dict(s_ptr=None, q_ptr=None, seed_ptr=None, DROPOUT=0.0)
