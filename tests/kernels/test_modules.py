@@ -412,8 +412,10 @@ def test_explain_names_the_plan(device: str):
 
 
 def test_fp64_is_refused(device: str):
+    values, W = (torch.rand(*size, dtype=torch.float64, device=device) for size in ((1, 1), (2, 2)))
+    indices = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match="it serves float32, float16, bfloat16, these are float64"):
-        ops.sparse_decode(torch.rand(1, 1).double(), torch.zeros(1, 1).long(), torch.rand(2, 2).double(), "cuda")
+        ops.sparse_decode(values, indices, W, "cuda")
 
 
 def test_auto_stays_off_the_interpreter():
@@ -431,7 +433,8 @@ def test_a_step_waits_for_nothing_and_is_captured_in_a_graph():
         sae(x).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    sae.eval().zero_grad(set_to_none=False)
+    sae.eval()(x).loss.backward()  # without dropout they are other kernels, which a graph must find loaded
+    sae.zero_grad(set_to_none=False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = sae(x).loss
