@@ -123,7 +123,7 @@ def test_the_script_is_reproducible_and_resumes(text: Path, tmp_path: Path, monk
 
     def dies(*args, **kwargs):
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) == 6:  # two a step: in the third, after a save
             raise KeyboardInterrupt
         return batches(*args, **kwargs)
 
@@ -132,6 +132,12 @@ def test_the_script_is_reproducible_and_resumes(text: Path, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         train.main(options(tmp_path / "b", text))
     monkeypatch.undo()
+    unfinished = tmp_path / "b" / "unfinished.pt"
+    whole = unfinished.read_bytes()
+    unfinished.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"unfinished\.pt is damaged .* delete it to train from the start"):
+        train.main(options(tmp_path / "b", text))
+    unfinished.write_bytes(whole)
     train.main(options(tmp_path / "b", text))
     train.main(options(tmp_path / "c", text, seed=1))
     weights = {n: (tmp_path / n / "model.safetensors").read_bytes() for n in "abc"}

@@ -203,7 +203,10 @@ def train(documents: list[np.ndarray], held_out: list[np.ndarray], options: Opti
     first, seconds, history = 0, 0.0, []
     unfinished = options.out / "unfinished.pt"
     if unfinished.exists():
-        saved = torch.load(unfinished, weights_only=True)
+        try:
+            saved = torch.load(unfinished, weights_only=True)
+        except Exception as error:  # torch raises whatever its reader stumbles over
+            raise ValueError(f"{unfinished} is damaged ({error}); delete it to train from the start") from error
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])

@@ -16,7 +16,12 @@ from csrc_triton.launch import Launch
 # Rows of several blocks; features enough for rows of weights to be gathered, and few.
 FEW = Shape(B=70, D=1100, M=16, K=5, N=3, E=24)
 MANY = replace(FEW, B=4, M=1024)
-SHAPES = {"encode": replace(MANY, D=40), "decode": MANY, "integrate": replace(FEW, D=200), "gradients": replace(FEW, B=30)}
+SHAPES = {
+    "encode": replace(MANY, D=40),
+    "decode": MANY,
+    "integrate": replace(FEW, D=200),
+    "gradients": replace(FEW, B=30),
+}
 
 
 @pytest.fixture
