@@ -115,10 +115,10 @@ def compile_here(job: Job) -> Result:
             return Result(violations=(reason(error, log.read()),))
     registers, violations = resources(kernel.asm["cubin"])
     shared = kernel.metadata.shared
-    if shared > SHARED_MEMORY[job.arch]:
+    if shared > SHARED_MEMORY.get(job.arch, shared):  # of other chips the launch will tell
         violations.append(f"{shared} bytes of shared memory, sm_{job.arch} has {SHARED_MEMORY[job.arch]}")
     multiplies = job.computes and re.search(r"tt\.dot .*x[bf]*f16>", kernel.asm["ttir"])
-    if multiplies and TENSOR_CORES[job.arch] not in kernel.asm["ptx"]:
+    if multiplies and TENSOR_CORES.get(job.arch, "") not in kernel.asm["ptx"]:
         violations.append(f"tl.dot of 16-bit operands without {TENSOR_CORES[job.arch]}")
     return Result(registers, shared, tuple(violations))
 
@@ -217,7 +217,8 @@ class Measured:
     def seconds(self, title: str, launches: Sequence[Launch]) -> list[float | None]:
         """Of each launch; None where it was not timed, or where another configuration was."""
         rows = self.launches.get(title, [])
-        if [(row["kernel"], row["config"]) for row in rows] != [(n.name, n.config) for n in launches]:
+        timed = [(row["kernel"], row["config"], row["warps"], row["stages"]) for row in rows]
+        if timed != [(n.name, n.config, n.num_warps, n.num_stages) for n in launches]:
             return [None] * len(launches)
         return [row["ms"]["median"] / 1e3 if "ms" in row else None for row in rows]
 

@@ -74,7 +74,9 @@ def test_other_rates_make_another_plan_and_are_taken_back():
 def test_kernels_and_faster_cuts():
     assert fit.kernels(ROWS) == ["    2.000 ms    60% of its roof  modern: a_kernel BLOCK=8"]
     (found,) = fit.better(ROWS)
-    assert found == "0.75  modern: a_kernel BLOCK=8 warps=4 stages=1\n      -> BLOCK=16 warps=8 stages=1"
+    assert found == (
+        "    0.500 ms of 2.000  modern: a_kernel BLOCK=8 warps=4 stages=1\n      -> BLOCK=16 warps=8 stages=1"
+    )
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -87,3 +89,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = capsys.readouterr().out
     assert "gather or dense: the plan loses 0.0%" in printed
     assert "BANDWIDTH  4.3e+12  2e+12" in printed
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"rows": ROWS[:2]}))
+    assert fit.main([]) == 0
+    assert "gather or dense: not measured" in capsys.readouterr().out

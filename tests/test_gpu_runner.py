@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import StageSpec
 from benchmarks.gpu.stage import Settings, Stage
 from benchmarks.gpu.stages import benchmark, counters, sanitizer
+from benchmarks.gpu.tools import run_for
 from benchmarks.outcomes import Missing, WrongAnswer
 from benchmarks.place import Place, place
 from benchmarks.providers.base import Candidate, weights
@@ -401,6 +403,18 @@ def test_what_ncu_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tool.write_text("#!/bin/sh\necho no permission >&2\nexit 1\n")
     with pytest.raises(Missing, match=r"exit code 1\): no permission"):
         counters.counted(part, 60)
+
+
+def test_a_profiler_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path):
+    told = tmp_path / "pid"
+    assert run_for(1, ["sh", "-c", f"sleep 600 & echo $! > {told}; wait"]) is None
+    deadline = time.monotonic() + 5
+    while alive(int(told.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(int(told.read_text()))
+    done = run_for(5, ["sh", "-c", "echo $HERE; exit 3"], {"HERE": "here"})
+    assert done is not None
+    assert (done.returncode, done.stdout) == (3, "here\n")
 
 
 def test_what_is_only_run_when_named(stages, tmp_path: Path):

@@ -350,7 +350,8 @@ def test_measured_times_stand_beside_those_predicted(
     of_shape([copy(), copy(), copy(256)], monkeypatch)
 
     def written(*blocks: int) -> list[str]:
-        timed = [{"kernel": "copy_kernel", "config": f"BLOCK={n}", "ms": {"median": 0.5}} for n in blocks]
+        same = {"kernel": "copy_kernel", "warps": 4, "stages": 1, "ms": {"median": 0.5}}
+        timed = [same | {"config": f"BLOCK={n}"} for n in blocks]
         rows = [{"stage": "launches", "case": "tiny bfloat16 start", "launches": timed}, {"stage": "other"}]
         (tmp_path / "gpu.json").write_text(json.dumps({"hardware": {"gpu": "Some GPU"}, "rows": rows}))
         page = tmp_path / "kernels.md"

@@ -123,18 +123,23 @@ def kernels(rows: Rows) -> list[str]:
 
 
 def better(rows: Rows) -> list[str]:
-    """Kernels of which another cut was faster than ours by more than noise."""
+    """Launches of which another cut was faster than ours by more than noise, by what it saves.
+
+    Each is judged alone: a launcher has one constant for all of its launches.
+    """
     found = []
     for row in _of(rows, "tune"):
         for launch in row["launches"]:
             first = launch["variants"][0]
             if first["ms"] < _GAIN * launch["ms"]["median"]:
-                found.append(
-                    f"{first['ms'] / launch['ms']['median']:.2f}  {row['case']}: {launch['kernel']} {launch['config']} "
-                    f"warps={launch['warps']} stages={launch['stages']}\n      -> {first['config']} "
-                    f"warps={first['warps']} stages={first['stages']}"
+                saved = launch["ms"]["median"] - first["ms"]
+                line = (
+                    f"{saved:9.3f} ms of {launch['ms']['median']:.3f}  {row['case']}: {launch['kernel']} "
+                    f"{launch['config']} warps={launch['warps']} stages={launch['stages']}\n"
+                    f"      -> {first['config']} warps={first['warps']} stages={first['stages']}"
                 )
-    return sorted(found)
+                found.append((-saved, line))
+    return [line for _, line in sorted(found)]
 
 
 def told(rows: Rows) -> Iterator[str]:
@@ -149,6 +154,9 @@ def told(rows: Rows) -> Iterator[str]:
         with assuming(**new):
             then = lost(choices(rows))
         now = choices(rows)
+        if not now:
+            yield f"\n{title}: not measured"
+            continue
         yield f"\n{title}: the plan loses {lost(now):.1%}, with the measured rates {then:.1%}"
         yield from (f"  {choice}" for choice in now)
     for title, lines in (("kernels", kernels(rows)), ("faster cuts", better(rows))):

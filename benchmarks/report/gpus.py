@@ -55,7 +55,8 @@ def kernels(rows: Iterable[Row]) -> list[str]:
 ROOF = """\
 Each launch of `csrc_triton/cases.py`, replayed from a CUDA graph. *roof*: the counted bytes at the rate of a large
 copy, or the operations at that of the encoder's product, both measured in the same run, whichever takes longer. A share
-over 100 % is of rows that are gathered more than once, and come from the cache."""
+over 100 % is of rows that are gathered more than once, and come from the cache; of a few µs it says little, which a
+start takes too."""
 
 
 def _launches(launches: Iterable[dict[str, Any]]) -> str:

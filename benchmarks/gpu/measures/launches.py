@@ -79,7 +79,7 @@ def timed(part: Part, place: Place, roofs: Roofs) -> list[dict[str, Any]]:
         if not all(launch.grid):  # nothing to start
             return facts
         ms, roof = measure_start(launch.start, place), roofs.ms(launch, part.dtype.itemsize)
-        return facts | {"ms": ms, "roof_ms": round(roof, 5), "share": round(roof / ms["median"], 3)}
+        return facts | {"ms": ms, "roof_ms": round(roof, 7), "share": round(roof / ms["median"], 3)}
 
     return of(part, place, about)
 

@@ -127,7 +127,10 @@ def sparsify(shape: Shape, place: Place) -> dict[str, Any]:
 
 
 def graph(candidate: Candidate, shape: Shape, place: Place) -> dict[str, Any]:
-    """The candidate's step beside itself replayed from a CUDA graph, which needs an Adam that counts on the device."""
+    """The candidate's step beside itself replayed from a CUDA graph, which needs an Adam that counts on the device.
+
+    In the graph the feature order is made twice: what is kept between two calls is gone when it is replayed.
+    """
     if not place.on_gpu:
         raise Missing("a CUDA graph needs an NVIDIA GPU")
     provider, errors = checked(candidate, shape, place)

@@ -117,9 +117,6 @@ def run(stage: Stage) -> None:
         lambda: steps.sparsify(modern, where),
         lambda f: {"sparsify / TopKSAE": f["sparsify / step"]},
     )
-    for candidate, kind in ((steps.TOPK, "TopKSAE"), (steps.JOINT, "JointSAE")):
-        for shape, name in ((modern, "modern"), (laptop, "laptop")):
-            case(f"{kind} step in a CUDA graph, {name}", lambda c=candidate, s=shape: steps.graph(c, s, where))
     case("GEMM, modern, float32", lambda: roofs.gemm(modern, torch.float32, where))
     for shape, name in ((modern, "modern"), (paper, "paper")):
         for joint in (False, True):
@@ -136,6 +133,9 @@ def run(stage: Stage) -> None:
         for K in SWEPT[: 1 if stage.smoke else None]:
             shape = SMOKE if stage.smoke else Shape(f"K={K}", B=4096, D=D, M=32768, K=K, N=K // 2, E=128)
             case(f"gather or dense, D={D} K={K}", lambda s=shape: sweeps.decode_ways(s, where))
+    for candidate, kind in ((steps.TOPK, "TopKSAE"), (steps.JOINT, "JointSAE")):
+        for shape, name in ((modern, "modern"), (laptop, "laptop")):
+            case(f"{kind} step in a CUDA graph, {name}", lambda c=candidate, s=shape: steps.graph(c, s, where))
     step("TopKSAE step, modern, uneven features", steps.TOPK, modern, uneven=True)
     step("JointSAE step in backward, modern", steps.JOINT_IN_BACKWARD, modern)
     for name in LATE:

@@ -1,13 +1,13 @@
 """Nsight Compute's counters for every kernel of a step: the bytes that really moved, and what warps waited for."""
 
 import csv
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.gpu.measures.launches import identity
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.tools import end_of, find
+from benchmarks.gpu.tools import end_of, find, run_for
 from benchmarks.outcomes import Missing
 from csrc_triton.cases import Part, parts
 from csrc_triton.launch import Launch
@@ -29,7 +29,9 @@ SHOWN = ("modern", "paper")
 
 def run(stage: Stage) -> None:
     for part in parts(*SHOWN) if not stage.smoke else parts("modern")[:1]:
-        stage.attempt(part.title, lambda p=part: {"launches": counted(p, stage.left())}, limit=150, needs=15)
+        stage.attempt(
+            part.title, lambda p=part: {"launches": counted(p, min(stage.left() - 2, 140))}, limit=150, needs=15
+        )
 
 
 def counted(part: Part, seconds: float) -> list[dict[str, Any]]:
@@ -43,17 +45,20 @@ def counted(part: Part, seconds: float) -> list[dict[str, Any]]:
         program,
         *("--csv", "--page", "raw", "--print-units", "base"),
         *("--clock-control", "none"),  # the clocks of a machine that is lent are left alone
-        *("--replay-mode", "application"),  # memory need not be saved and brought back between passes
+        *("--replay-mode", "kernel"),  # the program starts once: its start takes longer than all of its kernels
         *("--kernel-name", f"regex:^({'|'.join(names)})$"),
         *("--metrics", ",".join(METRICS)),
         *(sys.executable, "-m", "benchmarks.gpu.one_part", part.title),
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(1.0, seconds - 2))
-    except subprocess.TimeoutExpired as error:
-        raise Missing(f"not done after {seconds:.0f} s under ncu") from error
-    if done.returncode:
-        raise Missing(f"ncu could not run it (exit code {done.returncode}): {end_of(done.stdout + done.stderr)}")
+    done = run_for(seconds, command)
+    if done is None:
+        raise Missing(f"not done after {seconds:.0f} s under ncu")
+    text = done.stdout + done.stderr
+    print(text[-20_000:], flush=True)  # noqa: T201  # goes to the stage's log
+    errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+    if done.returncode or errors:
+        told = " ".join(errors)[:300] or end_of(text)
+        raise Missing(f"ncu could not run it (exit code {done.returncode}): {told}")
     return beside(started, done.stdout)
 
 
@@ -64,7 +69,8 @@ def beside(started: Sequence[Launch], printed: str) -> list[dict[str, Any]]:
     if told != expected:
         raise AssertionError(f"ncu saw {len(told)} launches {told[:8]}..., expected {len(expected)} {expected[:8]}...")
     return [
-        {"kernel": launch.name, "config": launch.config, "bytes": launch.bytes_moved, "flops": launch.flops}
+        identity(launch)
+        | {"bytes": launch.bytes_moved, "flops": launch.flops}
         | {name: value for metric, name in METRICS.items() if (value := _number(row.get(metric))) is not None}
         for launch, row in zip(started, rows, strict=True)
     ]

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.tools import end_of, find
+from benchmarks.gpu.tools import end_of, find, run_for
 from benchmarks.outcomes import Missing
 
 # The tool's exit code when it found something; others are the step's own, or that the tool could not run.
@@ -20,7 +20,7 @@ def run(stage: Stage) -> None:
     if stage.attempt("the step alone", lambda: _alone(step), limit=90) is None:
         return
     for tool in TOOLS:
-        stage.attempt(tool, lambda t=tool: _under(t, step, stage.left()), limit=120, needs=8)
+        stage.attempt(tool, lambda t=tool: _under(t, step, min(stage.left() - 2, 110)), limit=120, needs=8)
 
 
 def _alone(step: list[str]) -> dict[str, Any]:
@@ -37,12 +37,9 @@ def _under(tool: str, step: list[str], seconds: float) -> dict[str, Any]:
     # Of memory that PyTorch keeps for later, memcheck cannot tell inside from outside.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), *step]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=max(1.0, seconds - 2)
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Missing(f"not done after {seconds:.0f} s under {tool}") from error
+    done = run_for(seconds, command, environment)
+    if done is None:
+        raise Missing(f"not done after {seconds:.0f} s under {tool}")
     text = done.stdout + done.stderr
     print(text[-20_000:], flush=True)  # noqa: T201  # goes to the stage's log
     if done.returncode == FOUND:
