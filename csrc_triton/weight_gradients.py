@@ -73,6 +73,7 @@ def decode_backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    VECTOR: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -132,7 +133,9 @@ def decode_backward_kernel(
         if w_dec_ptr is not None:
             if w_lin_ptr is not None:
                 w += tl.where(strong[:, None], w_lin, 0.0)
-            d_a += tl.sum(g * w, axis=1)
+            # First what a thread loads at once: for a single sum Triton 3.6 would copy g through shared memory.
+            parts = tl.sum(tl.reshape(g * w, (TOKENS, BLOCK_D // VECTOR, VECTOR)), axis=2)
+            d_a += tl.sum(parts, axis=1)
             if dec_out_ptr is not None:
                 d_dec += tl.sum(a[:, None] * g, axis=0)
             if lin_out_ptr is not None:
@@ -388,6 +391,7 @@ def decode_backward(
             "WIDTH": width,
             "BLOCK_D": block_d,
             "BLOCK_E": power_of_two(max(E, 16)),
+            "VECTOR": 1 if v is None else max(1, min(16 // values.element_size(), D & -D)),
             "TOKENS": 2,
             "STAGES": 1,
         },
