@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.measures import launches, variants
 from benchmarks.place import Place
@@ -44,11 +45,15 @@ def test_variants_compute_the_same(case: str, where: Place):
         launch.start()
         expected = {name: t.clone() for name, t in tensors(launch).items()}
         others = variants.variants(launch)
-        others = others[:: max(1, len(others) // 2)]
-        for other in others:
+        started = 0
+        for other in others[:: max(1, len(others) // 2)]:
             for name, t in tensors(launch).items():
                 t.copy_(before[name])
-            other.start()
+            try:
+                other.start()
+            except OutOfResources:  # more shared memory than a GPU has: the sweep compiles first, and leaves it out
+                continue
+            started += 1
             for name in before.keys() - {"error_ptr", "candidates_ptr", "groups_ptr"}:  # scratch; a number per program
                 got = other.arguments[name]
                 said = f"{launch.name} {name}, {other.config} instead of {launch.config}"
@@ -56,7 +61,7 @@ def test_variants_compute_the_same(case: str, where: Place):
                 same(got, expected[name], msg=lambda m, s=said: f"{s}: {m}")
             if "error_ptr" in before:
                 torch.testing.assert_close(other.arguments["error_ptr"].sum(), expected["error_ptr"].sum())
-        return {"kernel": launch.name, "variants": len(others)}
+        return {"kernel": launch.name, "variants": started}
 
     swept = {found["kernel"] for found in launches.of(part(case), where, about) if found["variants"]}
     launched = {launch.name for launch in part(case).launches()} & variants.AXES.keys()
