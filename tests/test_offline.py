@@ -349,8 +349,8 @@ def test_measured_times_stand_beside_those_predicted(
 ):
     of_shape([copy(), copy(), copy(256)], monkeypatch)
 
-    def written(*blocks: int) -> list[str]:
-        same = {"kernel": "copy_kernel", "warps": 4, "stages": 1, "ms": {"median": 0.5}}
+    def written(*blocks: int, warps: int = 4) -> list[str]:
+        same = {"kernel": "copy_kernel", "warps": warps, "stages": 1, "ms": {"median": 0.5}}
         timed = [same | {"config": f"BLOCK={n}"} for n in blocks]
         rows = [{"stage": "launches", "case": "tiny bfloat16 start", "launches": timed}, {"stage": "other"}]
         (tmp_path / "gpu.json").write_text(json.dumps({"hardware": {"gpu": "Some GPU"}, "rows": rows}))
@@ -362,6 +362,7 @@ def test_measured_times_stand_beside_those_predicted(
 
     assert written(128, 128, 256) == ["Some GPU", "1 ms", "500 µs"]
     assert written(128, 128, 64) == ["Some GPU", "", ""], "another configuration was timed"
+    assert written(128, 128, 256, warps=8) == ["Some GPU", "", ""]
 
 
 def test_the_command_fails_after_all_is_done(

@@ -5,7 +5,11 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from benchmarks.gpu.stage import Stage
+from csrc_triton.launch import Launch
+from csrc_triton.offline import Job, Result, compile_all, specialise
 
 # Processes: half of the cores, since each also has a context on the GPU.
 MOST = 8
@@ -34,3 +38,15 @@ def compile_ahead(module: str, stage: Stage, share: float = 0.45) -> None:
         process.kill()
         process.wait()
     print(f"{count} processes compiled ahead; {stage.left():.0f} s left", flush=True)  # noqa: T201  # the stage's log
+
+
+def compiled(started: list[Launch]) -> dict[str, Result]:
+    """Compile these launches for the GPU of this machine, with all of its cores: results by the keys of their jobs."""
+    jobs = [job(launch) for launch in started]
+    return dict(zip((each.key for each in jobs), compile_all(jobs), strict=True))
+
+
+def job(launch: Launch) -> Job:
+    """Its compile for the GPU of this machine."""
+    major, minor = torch.cuda.get_device_capability()
+    return specialise(launch, 10 * major + minor)

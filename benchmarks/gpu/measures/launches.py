@@ -37,6 +37,12 @@ class _RealStep(Step):
         return step
 
 
+def rehearsed() -> list[Part]:
+    """What a smoke run measures: the parts of `modern`, tiny."""
+    shape = Shape(B=4, D=16, M=64, K=4, N=2, E=8)
+    return [Part("smoke", shape, torch.bfloat16, case) for case in shape.cases]
+
+
 def of(part: Part, place: Place, about: Callable[[Launch], dict[str, Any]]) -> list[dict[str, Any]]:
     """Run the launches of `part`, each followed by what `about` finds out of it; `about` may start it again.
 

@@ -3,21 +3,18 @@
 import torch
 
 from benchmarks.cases import SHAPES
+from benchmarks.gpu.ahead import compiled
 from benchmarks.gpu.measures import launches, roofs
 from benchmarks.gpu.stage import Stage, excused
 from benchmarks.place import Place, place
-from csrc_triton.cases import Part, Shape, parts
-from csrc_triton.launch import Launch
-from csrc_triton.offline import Job, Result, compile_all, specialise
+from csrc_triton.cases import Part, parts
 
-# A rehearsal's; its parts are those of a true run.
-SMOKE = Shape(B=4, D=16, M=64, K=4, N=2, E=8)
 SHOWN = ("modern", "million", "paper", "precise")
 
 
 def run(stage: Stage) -> None:
     where = place(stage.smoke)
-    chosen = rehearsed() if stage.smoke else parts(*SHOWN)
+    chosen = launches.rehearsed() if stage.smoke else parts(*SHOWN)
     measured = stage.attempt("roofs", lambda: _roofs(where, stage.smoke))
     if measured is None:
         return
@@ -26,23 +23,6 @@ def run(stage: Stage) -> None:
         compiled([launch for part in chosen for launch in part.launches()])
     for part in chosen:
         stage.attempt(part.title, lambda p=part: {"launches": _timed(p, where, best)}, limit=120)
-
-
-def rehearsed() -> list[Part]:
-    """What a smoke run measures: the parts of `modern`, tiny."""
-    return [Part("smoke", SMOKE, torch.bfloat16, case) for case in SMOKE.cases]
-
-
-def compiled(started: list[Launch]) -> dict[str, Result]:
-    """Compile these for the GPU of this machine, as many at once as it has cores, and into Triton's cache."""
-    jobs = [job(launch) for launch in started]
-    return dict(zip((each.key for each in jobs), compile_all(jobs), strict=True))
-
-
-def job(launch: Launch) -> Job:
-    """Its compile for the GPU of this machine."""
-    major, minor = torch.cuda.get_device_capability()
-    return specialise(launch, 10 * major + minor)
 
 
 def _roofs(where: Place, smoke: bool) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 import torch
 
+from benchmarks.gpu.ahead import compiled, job
 from benchmarks.gpu.measures import variants
+from benchmarks.gpu.measures.launches import rehearsed
 from benchmarks.gpu.stage import Stage, excused
-from benchmarks.gpu.stages.launches import compiled, job, rehearsed
 from benchmarks.place import Place, place
 from csrc_triton.cases import Part, parts
 from csrc_triton.launch import Launch
@@ -19,7 +20,7 @@ def run(stage: Stage) -> None:
 
 def _chosen() -> list[Part]:
     """Where most of a step's time goes comes first, and the product with its maxima, which only narrow inputs use."""
-    found = {(part.name, part.case): part for part in parts("modern", "million", "paper", "narrow")}
+    found = {(part.name, part.case): part for part in parts("modern", "million", "paper")}
     of_modern = [found["modern", case] for case in ("gradients", "decode", "encode")]
     narrow = next(p for p in parts("narrow") if (p.dtype, p.case) == (torch.bfloat16, "encode"))
     others = [("million", "gradients"), ("paper", "decode"), ("paper", "gradients"), ("million", "encode")]
