@@ -14,7 +14,7 @@ from fastsae.config import DataConfig, FactorialConfig
 from fastsae.evaluate import Interval, drivers
 from fastsae.experiment import Trained
 from fastsae.factorial import Carrier, Clamp, Target, effects, generate, run_factorial
-from fastsae.factorial.effects import Control, Mixed
+from fastsae.factorial.effects import Control, Effect, Mixed
 from fastsae.factorial.generate import side_by_side
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.responses import tokenized
@@ -392,32 +392,47 @@ def test_words_are_random_in_the_mixed_model():
 
 
 INTERVAL = Interval(1.0, 0.5, 1.5)
-SURE, UNSURE = Mixed(INTERVAL, 0.001, True), Mixed(INTERVAL, 0.4, True)
-FAILED = Mixed(Interval(float("nan")), float("nan"), False)
+SURE, UNSURE = Mixed(INTERVAL, 0.02, 0.02, True), Mixed(INTERVAL, 0.4, 0.4, True)
+FAILED = Mixed(Interval(float("nan")), float("nan"), float("nan"), False)
 RANDOM = tuple(Control(f"random {i}", 0.1, 1.0) for i in range(40))
 LINEAR = Control("linear pathway", 0.01, 1.0)
+WHOLE = Effect("pair:0,1", "multiply", 1.0, (), {"interaction": INTERVAL}, SURE, RANDOM, (), LINEAR, 1 / 41)
 
 
 @pytest.mark.parametrize(
-    ("target", "found", "mixed", "random", "linear", "p_random", "expected"),
+    ("changed", "expected"),
     [
-        ("pair:0,1", INTERVAL, SURE, RANDOM, LINEAR, 1 / 41, "do, over prompts and over words."),
-        ("pair:0,1", Interval(1.0, -0.1, 2.1), SURE, RANDOM, LINEAR, 1 / 41, "the interval over prompts holds 0."),
-        ("pair:0,1", Interval(1.0, float("nan"), 2), SURE, RANDOM, LINEAR, 1 / 41, "over prompts holds 0."),
-        ("pair:0,1", INTERVAL, SURE, RANDOM, LINEAR, 0.2, "Not told from a random direction."),
-        ("pair:0,1", INTERVAL, SURE, RANDOM[:10], LINEAR, 1 / 11, "too few for that: 19 are enough."),
-        ("pair:0,1", INTERVAL, SURE, (), LINEAR, 1.0, "too few for that: 19 are enough."),
-        ("pair:0,1", INTERVAL, UNSURE, RANDOM, LINEAR, 1 / 41, "over words it is not told from none."),
-        ("pair:0,1", INTERVAL, FAILED, RANDOM, LINEAR, 1 / 41, "what words differ by, no model fits."),
-        ("pair:0,1", INTERVAL, replace(SURE, converged=False), RANDOM, None, 1 / 41, "no model fits."),
-        ("pair:0,1", INTERVAL, None, RANDOM, LINEAR, 1 / 41, "no model fits."),
-        ("pair:0,1", INTERVAL, SURE, RANDOM, replace(LINEAR, interaction=-1.2), 1 / 41, "without being combined."),
-        ("pair:0,1", INTERVAL, SURE, RANDOM, Control("", 1.2, 0.5), 1 / 41, "over prompts and over words."),
-        ("identity:1", INTERVAL, SURE, RANDOM, LINEAR, 1 / 41, "one feature's direction combines nothing."),
+        ({}, "do, over prompts and over words."),
+        ({"contrasts": {"interaction": Interval(1.0, -0.1, 2.1)}}, "the interval over prompts holds 0."),
+        ({"contrasts": {"interaction": Interval(1.0, float("nan"), 2)}}, "over prompts holds 0."),
+        ({"p_random": 0.2}, "Not told from a random direction."),
+        ({"random": RANDOM[:10], "p_random": 1 / 11}, "too few for that: 19 are enough."),
+        ({"random": (), "p_random": 1.0}, "too few for that: 19 are enough."),
+        ({"mixed": UNSURE}, "over words it is not told from none."),
+        ({"mixed": FAILED}, "what words differ by, no model fits."),
+        ({"mixed": replace(SURE, converged=False), "linear": None}, "no model fits."),
+        ({"mixed": None}, "it is active at no token of the prompts."),
+        ({"linear": replace(LINEAR, interaction=-1.2)}, "without being combined."),
+        ({"linear": Control("", 1.2, 0.5)}, "over prompts and over words."),
+        ({"target": "identity:1"}, "one feature's direction combines nothing."),
     ],
 )
-def test_verdicts(target, found, mixed, random, linear, p_random, expected):
-    assert effects.verdict(Target.parse(target), found, mixed, random, linear, p_random).endswith(expected)
+def test_verdicts(changed, expected):
+    (judged,) = effects.judged([replace(WHOLE, **changed)])
+    assert judged.verdict.endswith(expected)
+
+
+def test_the_more_is_clamped_the_less_a_small_p_says():
+    """Holm by hand: the smallest of four times 4, the next times 3, and never below one before it."""
+    p = [0.02, 0.001, 0.4, 0.0101]
+    fits = [replace(SURE, p=value, p_family=value) for value in p]
+    among = effects.judged([*(replace(WHOLE, mixed=mixed) for mixed in fits), replace(WHOLE, mixed=FAILED)])
+    held = [effect.mixed.p_family for effect in among[:4]]
+    assert held == pytest.approx([2 * 0.02, 4 * 0.001, 0.4, 3 * 0.0101])
+    assert [effect.mixed.p for effect in among[:4]] == p
+    many = effects.judged([WHOLE] * 3)  # 0.02 each
+    assert all(effect.verdict.endswith("not told from luck among all that was clamped.") for effect in many)
+    assert effects.judged([WHOLE] * 2)[0].verdict.endswith("do, over prompts and over words.")
 
 
 def test_the_linear_control_has_the_sign_of_the_step():

@@ -2,7 +2,7 @@
 
 from fastsae.factorial.clamp import Carrier, Clamp, Target
 from fastsae.factorial.discover import Discovery, discover
-from fastsae.factorial.effects import Effect, effect
+from fastsae.factorial.effects import Effect, effect, judged
 from fastsae.factorial.generate import generate
 from fastsae.factorial.run import run_factorial
 from fastsae.factorial.stimuli import SHIPPED, Stimuli
@@ -18,5 +18,6 @@ __all__ = [
     "discover",
     "effect",
     "generate",
+    "judged",
     "run_factorial",
 ]

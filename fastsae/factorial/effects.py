@@ -8,8 +8,8 @@ share is no independent evidence. Several amounts are one test: the effect per u
 import importlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import nan
+from dataclasses import dataclass, replace
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,8 @@ class Mixed:
 
     interaction: Interval
     p: float
+    p_family: float
+    """Holm's, over all targets clamped in one experiment."""
     converged: bool
 
 
@@ -86,7 +88,7 @@ class Effect:
     """The same features in the linear pathway; None for that pathway itself, and where nobody knows which they are."""
     p_random: float
     """Share of random directions whose interaction is at least as large, the target among them."""
-    verdict: str
+    verdict: str = ""
 
 
 def effect(
@@ -156,22 +158,19 @@ def effect(
         )
         for clamp, row, gain in zip(clamps, changes, gains, strict=True)
     )
-    mixed = _mixed(per_unit, stimuli) if moved else None
-    return Effect(
+    found = Effect(
         target=str(target),
         operation=operation,
         active=sum(int(c.sum()) for c in changed) / rows,
         levels=levels,
         contrasts=contrasts,
-        mixed=mixed,
+        mixed=_mixed(per_unit, stimuli) if moved else None,
         random=tuple(random),
         other=tuple(other),
         linear=linear,
         p_random=p_random,
-        verdict=verdict(target, contrasts["interaction"], mixed, random, linear, p_random, moved)
-        if finite
-        else _NOT_FINITE,
     )
+    return judged([found])[0]
 
 
 def _per_unit(amounts: Sequence[float], operation: str) -> Tensor:
@@ -219,13 +218,13 @@ def _mixed(gains: Tensor, stimuli: Stimuli) -> Mixed | None:
         try:
             found = mixedlm(formula, frame, groups="one", vc_formula=parts, re_formula="0").fit(reml=True)
         except np.linalg.LinAlgError:
-            return Mixed(Interval(nan), nan, False)
+            return Mixed(Interval(nan), nan, nan, False)
     estimate, error = float(found.fe_params["both"]) * scale, float(found.bse_fe["both"]) * scale
     # As many degrees of freedom as prompts or words of a cell give, whichever are fewer: the normal law is too sure.
     df = min(prompts, *sizes) - 1
     half = student_t(df) * error
     p = 2 * float(importlib.import_module("scipy.stats").t.sf(abs(estimate / error), df))
-    return Mixed(Interval(estimate, estimate - half, estimate + half), p, bool(found.converged))
+    return Mixed(Interval(estimate, estimate - half, estimate + half), p, p, bool(found.converged))
 
 
 _NOT_FINITE = (
@@ -234,17 +233,22 @@ _NOT_FINITE = (
 )
 
 
-def verdict(
-    target: Target,
-    found: Interval,
-    mixed: Mixed | None,
-    random: Sequence[Control],
-    linear: Control | None,
-    p_random: float,
-    moved: bool = True,
-) -> str:
+def judged(effects: Sequence[Effect]) -> tuple[Effect, ...]:
+    """Each with its verdict among all: the more that is clamped, the more shows an effect by luck."""
+    fits = {i: e.mixed for i, e in enumerate(effects) if e.mixed is not None and isfinite(e.mixed.p)}
+    corrected = anova.family_rates([mixed.p for mixed in fits.values()])
+    found = list(effects)
+    for (i, mixed), p in zip(fits.items(), corrected, strict=True):
+        found[i] = replace(found[i], mixed=replace(mixed, p_family=p))
+    return tuple(replace(effect, verdict=_verdict(effect)) for effect in found)
+
+
+def _verdict(effect: Effect) -> str:
     """What may be said of an effect in words: more than nothing only if prompts, words and all controls agree."""
-    if not moved:
+    found, mixed, random, linear = effect.contrasts["interaction"], effect.mixed, effect.random, effect.linear
+    if not all(isfinite(contrast.estimate) for level in effect.levels for contrast in level.contrasts.values()):
+        return _NOT_FINITE
+    if mixed is None:
         return "Nothing changes: it is active at no token of the prompts."
     said = f"Interaction {found:.2g} per unit of amount"
     if random:
@@ -255,16 +259,18 @@ def verdict(
     said += "."
     if not (found.low > 0 or found.high < 0):
         return f"{said} Not told from none: the interval over prompts holds 0."
-    if p_random > anova.LEVEL and 1 / (1 + len(random)) > anova.LEVEL:
+    if effect.p_random > anova.LEVEL and 1 / (1 + len(random)) > anova.LEVEL:
         return f"{said} Not told from a random direction, as {len(random)} of them are too few for that: 19 are enough."
-    if p_random > anova.LEVEL:
+    if effect.p_random > anova.LEVEL:
         return f"{said} Not told from a random direction."
     if linear is not None and linear.matched >= _MATCHED and abs(linear.interaction) >= abs(found.estimate):
         return f"{said} No more than the same features do without being combined."
-    if mixed is None or not mixed.converged:
+    if not mixed.converged:
         return f"{said} More than random directions, for these words: what words differ by, no model fits."
     if not mixed.p <= anova.LEVEL:
         return f"{said} More than random directions, for these words: over words it is not told from none."
-    if target.kind in ("identity", "linear"):
+    if not mixed.p_family <= anova.LEVEL:
+        return f"{said} More than random directions, over words too; not told from luck among all that was clamped."
+    if Target.parse(effect.target).kind in ("identity", "linear"):
         return f"{said} More than random directions do; but one feature's direction combines nothing."
     return f"{said} More than random directions do, over prompts and over words."

@@ -14,7 +14,7 @@ from fastsae.evaluate import drivers
 from fastsae.experiment import Trained
 from fastsae.factorial.clamp import Carrier, Clamp, Target
 from fastsae.factorial.discover import Discovery, discover
-from fastsae.factorial.effects import Effect, effect
+from fastsae.factorial.effects import Effect, effect, judged
 from fastsae.factorial.generate import Edit, begin, generate
 from fastsae.factorial.readout import WordReadout
 from fastsae.factorial.responses import tokenized
@@ -82,7 +82,7 @@ def run_factorial(
         written: dict[str, dict[str, list[str]]] = {}
 
         def known() -> Factorial:
-            return Factorial(_described(stimuli), discovery, tuple(effects), tuple(prompts), dict(written))
+            return Factorial(_described(stimuli), discovery, judged(effects), tuple(prompts), dict(written))
 
         keep(known())
         if experiment is not None:
