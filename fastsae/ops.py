@@ -526,8 +526,10 @@ def _with_loss(
     """The gradient of the output with that of loss = mean((out - target)^2) added, and that of the target."""
     if d_loss is None or out is None or target is None:
         return d_out, None
-    # One pass: 2 (out - target) d_loss / numel.
-    of_loss = torch.ops.aten.mse_loss_backward(d_loss.to(out.dtype), out, target.to(out.dtype), 1)
+    # In fp32: fp16 holds neither 2 / numel nor a loss's scale of 65536. One-dimensional, since a number without
+    # dimensions would be rounded to what it multiplies.
+    scale = (2 * d_loss / out.numel()).view(1)
+    of_loss = torch.sub(out, target, out=torch.empty_like(out)).mul_(scale)
     return of_loss if d_out is None else d_out + of_loss, -of_loss if need_target else None
 
 

@@ -210,6 +210,21 @@ def test_autocast_leaves_the_sums_in_fp32():
     torch.testing.assert_close(output.reconstruction, expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 65536.0])
+def test_a_scaled_loss_is_not_rounded_to_narrow_weights(scale: float):
+    """One rounding of the difference and one of the gradient; the factor and the activations are none of them."""
+    out = torch.randn(64, 1000).bfloat16().requires_grad_()
+    x = out.detach().float() + 0.1 * torch.randn(64, 1000)
+    empty = out.new_empty(64, 0)
+    _, loss = ops.finish(
+        out, empty, empty, bias=None, mlp=None, dropout=0.0, target=x, compute=out.dtype, backend="cpu"
+    )
+    (loss * scale).backward()
+    exact = 2 * (out.detach().double() - x.double()) * scale / out.numel()
+    assert out.grad is not None
+    assert (out.grad.double() - exact).norm() < 0.003 * exact.norm()
+
+
 def test_gradients_of_gradients_are_refused_by_the_fast_backend():
     values, indices = torch.rand(3, 2, dtype=torch.float64), torch.randint(9, (3, 2))
     W = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)

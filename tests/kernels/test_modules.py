@@ -106,6 +106,25 @@ def test_autocast_computes_narrow_and_keeps_fp32_weights(make: Make, device: str
 # ---- the optimizer inside the backward ------------------------------------------------------------------------------
 
 
+@every_sae
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp16_takes_the_scale_that_gradscaler_begins_with(make: Make, autocast: bool, device: str):
+    """65,536: more than fp16 holds, as 2 / (B * D) alone is less."""
+    sae = make(device=device, dtype=torch.float32 if autocast else torch.float16).eval()
+    x = torch.randn(6, D_IN, device=device, dtype=sae.W_dec.dtype)
+    exact = copy.deepcopy(sae).double()
+    exact.backend = "reference"
+    want = results(exact, x.double())
+    sae.zero_grad()
+    with torch.autocast(torch.device(device).type, torch.float16, enabled=autocast):
+        loss = sae(x).loss
+    (loss * 65536).backward()
+    for name, p in sae.named_parameters():
+        assert p.grad is not None, name
+        error = (p.grad.double() / 65536 - want[name]).norm() / want[name].norm()
+        assert error < 5e-3, f"{name}: {error}"
+
+
 def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypatch: pytest.MonkeyPatch):
     """Split and whole features, used and unused ones, three weights at once."""
     for module in (feature_order, weight_gradients):
