@@ -196,10 +196,11 @@ ROWS = (
         "32.3 % is W_lin alone; V, W1 and W2 are the pairwise pathway",
     ),
     Row(
-        "secondary SAE: variance explained, active",
-        "0.96, 2 %",
-        lambda p, s: f"{1 - p['secondary']['fvu']['estimate']:.3f}, 2 %",
-        "hidden layer through the pooling the network was trained with, held-out documents",
+        "secondary SAE: variance explained",
+        "0.96",
+        lambda p, s: f"{1 - p['secondary']['fvu']['estimate']:.3f}",
+        "2 % of its features active, in both by construction; hidden layer through the pooling the network was trained "
+        "with, held-out documents",
     ),
     Row(
         "KL through the secondary SAE",

@@ -375,7 +375,8 @@ def _fitting(
     config: TopKSAEConfig, own_rows: int, memory: planner.Memory, feature_ranks: int, sizes: tuple[float, ...]
 ) -> dict[str, str]:
     found = {f"{size:g} GB": planner.largest(config, size * 1e9, own_rows, memory, feature_ranks) for size in sizes}
-    return {"": memory.name, **{size: f"{d_sae:,}" if d_sae else "none" for size, d_sae in found.items()}}
+    by_size = {size: f"{d_sae:,}" if d_sae else "none" for size, d_sae in found.items()}
+    return {"": memory.name, **by_size, "fastsae train": memory.flags}
 
 
 def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:

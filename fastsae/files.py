@@ -174,7 +174,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = (folder / LOCK).open("a")  # whoever holds it keeps what it wrote there
     except OSError as error:
         raise OSError(error.errno, f"{who}: cannot write into {folder}: {error.strerror}") from error
     with file:

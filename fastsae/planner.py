@@ -26,8 +26,8 @@ class Memory:
     """A choice of how weights and Adam's state are kept."""
 
     name: str
-    options: str
-    """How to ask for it."""
+    flags: str
+    """Of `fastsae train`, to have it so."""
     dtype: torch.dtype = torch.float32
     optimizer_state: narrow.OptimizerState = "fp32"
     adam_in_backward: bool = False
@@ -44,12 +44,12 @@ class Memory:
 
 
 MEMORY = (
-    Memory("fp32 weights and state", "the default"),
-    Memory("fp32, Adam in the backward", "adam_in_backward", adam_in_backward=True),
-    Memory("bf16, Adam in the backward", "bf16, adam_in_backward", torch.bfloat16, adam_in_backward=True),
-    Memory("bf16 weights, fp32 state", "bf16", torch.bfloat16),
-    Memory("fp32 weights, 8-bit state", "optimizer_state='8bit'", optimizer_state="8bit"),
-    Memory("bf16 weights, 8-bit state", "bf16, optimizer_state='8bit'", torch.bfloat16, "8bit"),
+    Memory("fp32 weights and state", ""),
+    Memory("fp32, Adam in the backward", "--adam-in-backward", adam_in_backward=True),
+    Memory("bf16, Adam in the backward", "--dtype bfloat16 --adam-in-backward", torch.bfloat16, adam_in_backward=True),
+    Memory("bf16 weights, fp32 state", "--dtype bfloat16", torch.bfloat16),
+    Memory("fp32 weights, 8-bit state", "--optimizer-state 8bit", optimizer_state="8bit"),
+    Memory("bf16 weights, 8-bit state", "--dtype bfloat16 --optimizer-state 8bit", torch.bfloat16, "8bit"),
 )
 
 

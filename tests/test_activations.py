@@ -599,6 +599,15 @@ def test_two_harvests_into_one_folder(hooked: Any, windows: TokenWindows, tmp_pa
     harvest(sources(hooked, windows), tmp_path)
 
 
+def test_who_is_refused_leaves_the_lock_as_it_is(tmp_path: Path):
+    """What its holder writes there, the processes of one run look for."""
+    with files.locked(tmp_path, "run"):
+        (tmp_path / files.LOCK).write_text("token")
+        with pytest.raises(RuntimeError, match="another process"), files.locked(tmp_path, "another"):
+            pass
+        assert (tmp_path / files.LOCK).read_text() == "token"
+
+
 def test_a_harvest_into_whole_numbers_is_refused(hooked: Any, windows: TokenWindows, tmp_path: Path):
     with pytest.raises(TypeError, match=r"float dtype; got torch\.int8"):
         harvest(sources(hooked, windows), tmp_path, torch.int8)

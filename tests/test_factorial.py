@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import planted
@@ -376,8 +377,11 @@ def test_a_page_of_what_has_no_spread_and_of_names_that_are_markup(amount):
         pool="max", amounts=(amount,), clamped=0, clamp=("pair:0,1",), permutations=99, directions=1, new_tokens=1
     )
     found = run_factorial(run, planted.Planted(), hostile(), config, lambda *_: None)
+    endless = {name: dataclasses.replace(f, detectable_d=math.inf) for name, f in found.discovery.families.items()}
+    found = dataclasses.replace(found, discovery=dataclasses.replace(found.discovery, families=endless))
     page = section(json.loads(json.dumps(record.plain(found) | {"options": {"pool": "max"}})))
     assert "d ∞" in page
+    assert "An interaction of ∞ standard deviations" in page
     for markup in ("<b>one", "<i>", "<p>\n", "<u>"):
         assert markup not in page
     assert "first second &lt;u&gt;" in page

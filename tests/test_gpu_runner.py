@@ -38,6 +38,12 @@ MODULES = {
             stage.attempt("first", lambda: {"answer": 42})
             stage.attempt("second", lambda: {"left": stage.left()})
     """,
+    "loads": """
+        import time
+        time.sleep(2)
+        def run(stage):
+            stage.attempt("first", lambda: {"left": stage.left()})
+    """,
     "raises": """
         def run(stage):
             stage.attempt("before", lambda: {})
@@ -136,6 +142,21 @@ def test_a_hanging_stage_is_killed_at_its_limit_and_the_rest_goes_on(stages, tmp
     printed = capsys.readouterr().out
     assert "hangs      timeout" in printed
     assert "well       ok" in printed
+
+
+def test_a_stage_s_clock_runs_while_its_module_is_imported(stages, tmp_path: Path):
+    left = {}
+    for name in ("well", "loads"):
+        assert run(tmp_path, stages(**{name: 1}), "--seconds", "20") == 0
+        left[name] = next(row["left"] for row in read(tmp_path)[name].values() if "left" in row)
+    assert left["loads"] < left["well"] - 1.5
+
+
+def test_a_soak_without_time_for_one_shape_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = Settings("soak", "", 2, True, str(tmp_path / "runs" / "smoke.json"), [], str(tmp_path / "journal"))
+    importlib.import_module("benchmarks.gpu.stages.soak").run(Stage(settings))
+    assert read(tmp_path)["soak"]["4 shapes"]["status"] == "failed"
 
 
 def alive(pid: int) -> bool:

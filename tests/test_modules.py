@@ -158,6 +158,7 @@ def test_an_interaction_without_pairs_is_warned_of(k, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastsae.load(sae.save_pretrained(tmp_path))
+        fastsae.JointSAE(8, 50, k, device=torch.device("meta"))
         fastsae.JointSAE(8, 50, k, interaction=False)
         fastsae.JointSAE(8, 50, 4)
 

@@ -116,6 +116,7 @@ def test_lines_of_wikitext_are_joined_to_articles(monkeypatch: pytest.MonkeyPatc
         " = First = \n",
         "",
         " One line . \n",
+        None,
         " = = Section = = \n",
         " Two . \n",
         " = Second = \n",
@@ -125,6 +126,6 @@ def test_lines_of_wikitext_are_joined_to_articles(monkeypatch: pytest.MonkeyPatc
         sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: [{"text": row} for row in rows])
     )
     assert list(read_documents("wikitext")) == [
-        Document("wikitext/1", "".join(rows[1:6])),
-        Document("wikitext/6", "".join(rows[6:])),
+        Document("wikitext/1", "".join(row or "" for row in rows[1:7])),
+        Document("wikitext/7", "".join(rows[7:])),
     ]

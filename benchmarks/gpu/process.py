@@ -8,4 +8,5 @@ from benchmarks.gpu.stage import Settings, Stage
 
 if __name__ == "__main__":
     settings = Settings(**json.loads(sys.argv[1]))
-    importlib.import_module(settings.module).run(Stage(settings))
+    stage = Stage(settings)  # its clock runs while the module is imported
+    importlib.import_module(settings.module).run(stage)

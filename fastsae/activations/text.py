@@ -117,7 +117,7 @@ def _dataset_documents(spec: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
         if "text" not in row:
             raise ValueError(f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'")
-        text = row["text"]
+        text = row["text"] or ""
         if _TITLE.fullmatch(text):
             if article:
                 yield article

@@ -63,7 +63,6 @@ class ShardedOps:
         backend: str = "auto",
         features: Tensor | None = None,
         b_dec: Tensor | None = None,
-        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """ops.topk_encode over all features: exact, with its order and its rule for ties.
 
@@ -71,7 +70,7 @@ class ShardedOps:
         """
         ranks = self.ranks
         if ranks.layout.features == 1:
-            return ops.topk_encode(x, W_enc, b_enc, k, backend, features, b_dec, scale)
+            return ops.topk_encode(x, W_enc, b_enc, k, backend, features, b_dec)
         x = _Spread.apply(x, ranks.feature_group)
         b_dec = None if b_dec is None else _Spread.apply(b_dec, ranks.feature_group)
         counts = [len(W_enc)] * ranks.layout.features if features is None else ranks.counts(len(features))
@@ -79,7 +78,7 @@ class ShardedOps:
             raise ValueError(f"topk_encode: k must be between 1 and {sum(counts)}, of all ranks; got {k}")
         ours, width = min(k, counts[ranks.feature_rank]), min(k, max(counts))
         if ours:
-            values, indices = ops.topk_encode(x, W_enc, b_enc, ours, backend, features, b_dec, scale)
+            values, indices = ops.topk_encode(x, W_enc, b_enc, ours, backend, features, b_dec)
         else:  # in autograd's graph none the less: its backward is where ranks meet
             empty = x.new_zeros(1) * (x.sum() if b_dec is None else x.sum() + b_dec.sum())
             values = empty.expand(len(x), 1)[:, :0]

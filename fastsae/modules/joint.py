@@ -57,7 +57,7 @@ class JointSAE(SparseAutoencoder):
             d_in, d_sae, k, pre_bias, init, k_integration, d_embedding, dropout, linear, interaction
         )
         super().__init__(config, backend, device, dtype)
-        if interaction and config.n == 1 and device != "meta":  # where one is loaded, it is known
+        if interaction and config.n == 1 and not self.W_enc.is_meta:  # where one is loaded, it is known
             warnings.warn(
                 f"{type(self).__name__}: k_integration is 1 (half of k = {k}, if it was not given): one feature makes "
                 "no pair, so the interaction is a constant. Set k_integration to 2 or more, or interaction=False.",

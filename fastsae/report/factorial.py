@@ -35,7 +35,7 @@ def _family(name: str, family: Json, told: Json, pool: str) -> str:
         f"{family['discoveries']:,} of {family['tested']:,} show an interaction (q at most 0.05), "
         f"{family['crossing']:,} of them crossing; "
         f"{family['small_p']:.1%} have a permutation p of at most 0.05, about 5 % would by luck. An interaction of "
-        f"{family['detectable_d']:.2f} standard deviations is found in 4 of 5 cases."
+        f"{_number(family['detectable_d'], '.2f')} standard deviations is found in 4 of 5 cases."
     )
     features = family["features"]
     labels = [", ".join(map(str, f["features"])) for f in features]
