@@ -6,8 +6,6 @@ docs/reliability/long_run.png and says it in docs/reliability.md.
 """
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
 import resource
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, hardware, newest, results_file, versions
 from fastsae import JointSAE, Trainer, TrainerConfig, files
+from fastsae.report import markdown, png
 
 ROOT = Path(__file__).parents[1]
 PLOT, PAGE = "docs/reliability/long_run.png", "docs/reliability.md"
@@ -156,19 +155,10 @@ def told(found: dict[str, Any]) -> str:
     )
 
 
-def digest(found: dict[str, Any]) -> str:
-    """What the plot's metadata say of the results it was drawn from."""
-    return f"results sha256 {hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}"
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw(figure: Any, found: dict[str, Any]) -> None:
+    """Memory, speed and open files over time, into a matplotlib figure."""
     samples, rates = found["samples"], by_minute(found)
     minutes = [s["seconds"] / 60 for s in samples]
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     memory, speed, handles = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.4))
     low = min(s["rss_mib"] for s in after_warm_up(found))
     memory.plot(minutes, [s["rss_mib"] for s in samples], color="#2563a8", label="resident memory")
@@ -187,15 +177,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
     handles.set(ylabel="open files", xlabel="minutes", ylim=(0, 1.5 * max(s["files"] for s in samples)))
     for axes in (memory, speed, handles):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Description": digest(found)})
 
 
 def publish() -> None:
     """Draw the newest results, and say them in the page."""
     found = newest("long_run")
-    draw(found, ROOT / PLOT)
-    files.put_section(ROOT / PAGE, "long run", told(found))
+    png.save(ROOT / PLOT, (8, 7), lambda figure: draw(figure, found), png.told("results", found))
+    markdown.put_section(ROOT / PAGE, "long run", told(found))
 
 
 def main() -> None:

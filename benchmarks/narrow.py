@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks.machine import RESULTS, hardware, newest, results_file, versions
 from fastsae import JointSAE, TopKSAE, Trainer, TrainerConfig, files
 from fastsae.narrow import OptimizerState
+from fastsae.report import markdown
 
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/memory.md"
@@ -128,14 +129,14 @@ def table(found: dict[str, Any]) -> str:
     """Markdown: FVU of each choice, and by how much it is above that of fp32 from the same seed."""
     of = {Case(r["architecture"], r["choice"], r["seed"]): r["fvu"] for r in found["runs"]}
     seeds = range(found["settings"]["seeds"])
-    lines = ["| SAE | kept as | held-out FVU, mean | against fp32 from the same seed, % |", "|---|---|---|---|"]
+    rows = []
     for architecture in MAKERS:
         for choice in CHOICES:
             ours = [of[Case(architecture, choice, s)] for s in seeds]
             beside = [of[Case(architecture, "fp32", s)] for s in seeds]
             above = ", ".join(f"{100 * (a / b - 1):+.2f}" for a, b in zip(ours, beside, strict=True))
-            lines.append(f"| {architecture} | {choice} | {mean(ours):.4f} | {'' if choice == 'fp32' else above} |")
-    return "\n".join(lines)
+            rows.append([architecture, choice, f"{mean(ours):.4f}", "" if choice == "fp32" else above])
+    return markdown.table(["SAE", "kept as", "held-out FVU, mean", "against fp32 from the same seed, %"], rows, words=2)
 
 
 def told(found: dict[str, Any]) -> str:
@@ -149,7 +150,7 @@ def told(found: dict[str, Any]) -> str:
 
 
 def publish(found: dict[str, Any]) -> None:
-    files.put_section(ROOT / PAGE, "narrow", told(found))
+    markdown.put_section(ROOT / PAGE, "narrow", told(found))
 
 
 def main() -> None:

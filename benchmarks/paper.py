@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.machine import hardware, versions
 from fastsae import files
-from fastsae.report import interval
+from fastsae.report import interval, markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS, STUDY, PAGE = (ROOT / "docs" / name for name in ("results/paper.json", "results/study.json", "paper.md"))
@@ -286,30 +286,25 @@ def _experiment(path: Path) -> Found:
 def table() -> str:
     """The table of docs/paper.md, from the committed results."""
     paper, study = files.read_json(RESULTS), files.read_json(STUDY)
-    lines = ["| published quantity | published | here | how the definitions differ |", "| --- | --- | --- | --- |"]
-    lines += [f"| {row.what} | {row.published} | {row.ours(paper, study)} | {row.difference} |" for row in ROWS]
+    header = ["published quantity", "published", "here", "how the definitions differ"]
+    rows = ([row.what, row.published, row.ours(paper, study), row.difference] for row in ROWS)
     found = paper["hardware"] | paper["versions"]
     told = (
         f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, commit {found['commit']}, {found['date']}"
     )
-    return "\n".join(
-        [*lines, "", f"docs/results/paper.json ({told}) and docs/results/study.json; `python -m benchmarks.paper`."]
-    )
-
-
-def page() -> str:
-    """docs/paper.md with the table in its place."""
-    return files.with_section(PAGE, "paper", table())
+    source = f"docs/results/paper.json ({told}) and docs/results/study.json; `python -m benchmarks.paper`."
+    return f"{markdown.table(header, rows, words=4)}\n\n{source}"
 
 
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
-        return int(PAGE.read_text() != page())
+        text = PAGE.read_text()
+        return int(text != markdown.with_section(text, "paper", table()))
     for there, command in COMMANDS.items():
         if not (ROOT / there).exists():
             subprocess.run([sys.executable, "-m", "fastsae.cli", *command.split()], cwd=ROOT, check=True)
     RESULTS.write_text(json.dumps(collect(), indent=1) + "\n")
-    PAGE.write_text(page())
+    markdown.put_section(PAGE, "paper", table())
     return 0
 
 

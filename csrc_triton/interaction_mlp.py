@@ -506,30 +506,29 @@ def _segments(B: int, M: int, E: int, tile: _Tile) -> tuple[int, int]:
     return -(-B // segment), segment
 
 
-def cost(B: int, D: int, E: int, itemsize: int, training: bool) -> dict[Path, tuple[int, int]]:
-    """Counted (bytes, flops) of each path, forward and backward; without `training`, of a forward without target.
+def cost(B: int, D: int, E: int, itemsize: int) -> dict[Path, tuple[int, int]]:
+    """Counted (bytes, flops) of each path, forward and backward.
 
     `itemsize`: bytes of a number in the weights, base, target and delta. A matrix counts once for each kernel that
     reads or writes it; vectors are left out.
     """
     BE, BD, DE, EE = B * E, B * D, D * E, E * E
-    s_q, ends = 4 * 2 * BE, 3 if training else 2  # s and q, or their gradients; base, out, and target
+    s_q = 4 * 2 * BE  # or their gradients
     pool, pre = s_q + itemsize * BE, itemsize * (2 * BE + EE)  # pre: any (B, E) @ (E, E)
-    triton_bytes = s_q + itemsize * (EE + BE) + itemsize * (BE + DE + ends * BD)
+    triton_bytes = s_q + itemsize * (EE + BE) + itemsize * (BE + DE + 3 * BD)  # base, out, and target
     # After the product with W1, relu in place.
-    cublas_bytes = pool + pre + itemsize * 2 * BE + itemsize * (BE + DE + BD) + itemsize * (1 + ends) * BD
+    cublas_bytes = pool + pre + itemsize * 2 * BE + itemsize * (BE + DE + BD) + itemsize * 4 * BD
     flops = 2 * BE * (E + D)
-    if training:
-        n_W1, _ = _segments(B, E, E, _POOLED[itemsize])
-        n_W2, _ = _segments(B, D, E, _PRODUCT[itemsize])
-        d_pool = s_q + 4 * BE
-        triton_bytes += s_q + itemsize * (BD + DE + EE + 2 * BE)  # d_hidden
-        triton_bytes += d_pool + itemsize * (BE + EE)
-        triton_bytes += s_q + itemsize * (BD + 2 * BE)  # d_weight, twice
-        triton_bytes += 8 * (n_W2 * DE + n_W1 * EE) + itemsize * (DE + EE)  # its partials, written and read
-        cublas_bytes += pool + pre + itemsize * 2 * BE  # h once more
-        cublas_bytes += itemsize * (BD + DE + BE) + (itemsize * 3 + 2) * BE  # dh, and its mask
-        cublas_bytes += pre + d_pool + itemsize * BE
-        cublas_bytes += pre + itemsize * (BD + DE + BE) + itemsize * (BE + BD)  # weights, biases
-        flops += 2 * BE * (3 * E + 2 * D)
+    n_W1, _ = _segments(B, E, E, _POOLED[itemsize])
+    n_W2, _ = _segments(B, D, E, _PRODUCT[itemsize])
+    d_pool = s_q + 4 * BE
+    triton_bytes += s_q + itemsize * (BD + DE + EE + 2 * BE)  # d_hidden
+    triton_bytes += d_pool + itemsize * (BE + EE)
+    triton_bytes += s_q + itemsize * (BD + 2 * BE)  # d_weight, twice
+    triton_bytes += 8 * (n_W2 * DE + n_W1 * EE) + itemsize * (DE + EE)  # its partials, written and read
+    cublas_bytes += pool + pre + itemsize * 2 * BE  # h once more
+    cublas_bytes += itemsize * (BD + DE + BE) + (itemsize * 3 + 2) * BE  # dh, and its mask
+    cublas_bytes += pre + d_pool + itemsize * BE
+    cublas_bytes += pre + itemsize * (BD + DE + BE) + itemsize * (BE + BD)  # weights, biases
+    flops += 2 * BE * (3 * E + 2 * D)
     return {"triton": (triton_bytes, flops), "cublas": (cublas_bytes, flops)}

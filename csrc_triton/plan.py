@@ -20,6 +20,8 @@ TF32_FLOPS = 395e12
 _CUBLAS_ADVANTAGE = 0.12
 # Tokens of one feature that one program adds up; longer lists are split.
 SEGMENT = 256
+# Of a device's memory, what one chunk of rows of pre-activations takes at most.
+PRE_ACTIVATIONS = 0.03
 # The largest k that is ranked in one program's registers.
 _MOST_RANKED = 2048
 

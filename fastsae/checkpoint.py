@@ -12,10 +12,12 @@ read by any number of ranks.
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae import files
@@ -23,8 +25,9 @@ from fastsae.modules import SparseAutoencoder
 from fastsae.ranks import ALONE, Alone
 
 KEPT = 2
+_RANDOM_STATES = ("rng_cpu", "rng_cuda")
 # Tensors that are neither weights nor moments.
-_OF_TRAINING = ("rows_since_fired", "rng_cpu", "rng_cuda")
+_OF_TRAINING = ("rows_since_fired", *_RANDOM_STATES)
 
 
 @dataclass(frozen=True)
@@ -136,3 +139,29 @@ def read(folder: Path, ranks: Alone = ALONE, *, weights_only: bool = False) -> C
 
 def _is_of_training(name: str) -> bool:
     return "/" in name or name in _OF_TRAINING
+
+
+def check_state(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
+    rows_since_fired: Tensor,
+) -> None:
+    """Raise ValueError unless the tensors of a checkpoint are what training leaves: Adam's kernel would read and write
+    beyond a moment that is smaller than its weight. kept: shape and dtype of each moment of each weight."""
+    moments: dict[str, set[str]] = {name: set() for name in kept}
+    for key, t in tensors.items():
+        moment, _, name = key.partition("/")
+        if name in kept:
+            moments[name].add(moment)
+            shape, dtype = kept[name].get(moment, kept[name].get("exp_avg", ((), torch.float32)))
+            fits = t.numel() == 1 if moment == "step" else t.shape == shape
+            fits = fits and t.is_floating_point() == (dtype.is_floating_point or moment == "step")
+        else:
+            counted = key == "rows_since_fired" and (t.shape, t.dtype) == (rows_since_fired.shape, torch.int64)
+            fits = counted or (key in _RANDOM_STATES and t.dtype == torch.uint8 and t.dim() == 1)
+        if not fits:
+            raise ValueError(f"{folder} does not fit this SAE: {key} is {tuple(t.shape)} of {t.dtype}")
+    whole = all(kinds == set() or kinds >= {"step", *kept[name]} for name, kinds in moments.items())
+    if not whole or not tensors.keys() >= {"rows_since_fired", "rng_cpu"}:
+        raise ValueError(f"{folder} is damaged: it lacks some of Adam's moments")

@@ -78,17 +78,20 @@ def expected_in(path: Path, advice: str) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {error} is missing or wrong; {advice}") from error
 
 
-def read_numbers(line: str, needed: Iterable[str]) -> dict[str, Any]:
-    """One line of a log: numbers by name, null where one was not finite. Raises ValueError saying what is wrong."""
+def read_numbers(line: str, counts: Iterable[str], measures: Iterable[str]) -> dict[str, Any]:
+    """One line of a log: numbers by name, null where a measure was not finite. Raises ValueError saying what is wrong.
+
+    counts, measures: what has to be there.
+    """
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON ({error})") from error
-    if not isinstance(found, dict) or not found.keys() >= set(needed):
-        raise ValueError(f"does not hold {', '.join(needed)} by name")
+    if not isinstance(found, dict) or not found.keys() >= {*counts, *measures}:
+        raise ValueError(f"does not hold {', '.join((*counts, *measures))} by name")
     for name, value in found.items():
         number = type(value) is float or (type(value) is int and abs(value) < 2**63)
-        if not number and (value is not None or name in ("step", "rows")):
+        if not number and (value is not None or name in counts):
             raise ValueError(f"holds no number for {name}")
     return found
 
@@ -119,24 +122,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def with_section(page: Path, name: str, content: str) -> str:
-    """A page written by hand, `content` in place of what lies between <!-- name --> and <!-- /name -->.
-
-    Raises ValueError where the two marks are not there once each.
-    """
-    text, begin, end = page.read_text(encoding="utf-8"), f"<!-- {name} -->", f"<!-- /{name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{page}: expected one {begin} and one {end}, between which the results go")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    return f"{before}{begin}\n{content.rstrip()}\n{end}{after}"
-
-
-def put_section(page: Path, name: str, content: str) -> None:
-    """Write with_section."""
-    text = with_section(page, name, content)
-    write_atomically(page, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

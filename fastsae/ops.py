@@ -414,8 +414,8 @@ def _joint_decode_grad(ctx: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: 
     d_bias = None if d_out is None or not ctx.needs_input_grad[5] else d_out.sum(dim=0)
     need_W_dec, need_W_lin, need_V = ctx.needs_input_grad[2:5]
     # What the loss does not reach gets no gradient, rather than one of zeros that moves Adam.
-    reached, pooled = d_out is not None, d_s is not None or d_q is not None
-    need = (need_W_dec and reached, need_W_lin and reached, need_V and pooled)
+    reached, paired = d_out is not None, d_s is not None or d_q is not None
+    need = (need_W_dec and reached, need_W_lin and reached, need_V and paired)
     if d_out is not None:
         d_out = d_out.to(values.dtype)  # under autocast the rows that are gathered are narrower than the weights
     arguments = (d_out, d_s, d_q, values, indices, W_dec, W_lin, V, ctx.n, *need)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from csrc_triton.plan import PRE_ACTIVATIONS
 from fastsae import narrow
 from fastsae.backends import cpu
 from fastsae.config import JointSAEConfig, SequentialSAEConfig, TopKSAEConfig
@@ -13,8 +14,6 @@ from fastsae.modules.sequential import FROZEN
 
 # Of a GPU's memory, what is left for an SAE: the driver, the allocator's gaps and libraries have the rest. Assumed.
 USABLE = 0.92
-# The CUDA backend's pre-activations take so much of a GPU's memory at most (backends/cuda.py).
-_PRE_ACTIVATIONS = 0.03
 # Estimate: bytes of a candidate for the k largest of all ranks, while it is sent and sorted (distributed/ops.py).
 _CANDIDATE = 32
 # Weights that make their step in the backward, so that no gradient of theirs is held.
@@ -136,7 +135,7 @@ def on_gpu(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Mem
     keeps them."""
     counted = plan(config, batch_size, memory=memory, feature_ranks=feature_ranks)
     each = config.d_sae // feature_ranks
-    pre_activations = min(batch_size * each * memory.dtype.itemsize, _PRE_ACTIVATIONS * gpu_bytes)
+    pre_activations = min(batch_size * each * memory.dtype.itemsize, PRE_ACTIVATIONS * gpu_bytes)
     return counted.total_bytes - counted.pre_activations_bytes + pre_activations
 
 

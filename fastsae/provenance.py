@@ -23,7 +23,7 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
     with files.locked(run_dir, "train"):
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
-            there = _options(path)
+            there = files.read_object(path)
             differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
             if differing:
                 raise ValueError(
@@ -47,7 +47,7 @@ def recorded(run_dir: Path) -> DataConfig:
     path = run_dir / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
-    there = _options(path)
+    there = files.read_object(path)
     checksum = there.pop(_TEXT_CHECKSUM, None)
     for name in (_BASE, _BASE_CHECKSUM):
         there.pop(name, None)
@@ -67,7 +67,7 @@ def recorded(run_dir: Path) -> DataConfig:
 def recorded_base(run_dir: Path) -> Path:
     """The run that the run in run_dir stands on. Raises FileNotFoundError or ValueError if it is gone or changed."""
     path = run_dir / "data.json"
-    there = _options(path)
+    there = files.read_object(path)
     if not isinstance(there.get(_BASE), str):
         raise ValueError(f"{path} is damaged: it names no base; train the run again")
     base = Path(there[_BASE])
@@ -82,10 +82,6 @@ def _base_description(base: Path | None) -> dict[str, Any]:
     if base is None:
         return {}
     return {_BASE: str(base.resolve()), _BASE_CHECKSUM: read_description(base / "sae")["weights_crc32"]}
-
-
-def _options(path: Path) -> dict[str, Any]:
-    return files.read_object(path)
 
 
 def _description(data: DataConfig) -> dict[str, Any]:

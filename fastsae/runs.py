@@ -127,7 +127,7 @@ class Log:
         # What cannot be read is no reason not to go on with what was trained.
         for line in self._path.read_text(errors="replace").splitlines() if self._path.exists() else ():
             try:
-                metrics = files.read_numbers(line, ("step", "rows", "fvu", "dead_share"))
+                metrics = files.read_numbers(line, ("step", "rows"), ("fvu", "dead_share"))
             except ValueError:
                 continue
             if metrics["step"] <= step:

@@ -20,7 +20,7 @@ from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
 from fastsae.narrow import NarrowAdam, kinds
-from fastsae.optim import AdamInBackward, check_state, clip_by_scaling, normalize_rows_, remove_parallel_
+from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
@@ -432,7 +432,7 @@ class Trainer:
                 f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
             )
         kept = {name: kinds(p.shape, self.config.optimizer_state) for name, p in self._trained.items()}
-        check_state(found.folder, found.tensors, kept, self._rows_since_fired[:-1])
+        checkpoint.check_state(found.folder, found.tensors, kept, self._rows_since_fired[:-1])
         try:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:

@@ -419,7 +419,7 @@ def test_a_gpu(made):
 def test_without_a_gpu_the_readme_says_so():
     readme = "<!-- benchmarks: x -->\n<!-- /benchmarks -->\n<!-- gpu benchmarks -->\nold\n<!-- /gpu benchmarks -->"
     assert f"<!-- gpu benchmarks -->\n{gpus.NONE}\n<!-- /gpu benchmarks -->" in render(readme, {"x": of_cpu()})
-    with pytest.raises(ValueError, match="a section between <!-- gpu benchmarks -->"):
+    with pytest.raises(ValueError, match="expected one <!-- gpu benchmarks --> and one"):
         render(readme.split("<!-- gpu")[0], {"x": of_cpu()})
 
 

@@ -23,6 +23,7 @@ from fastsae.evaluate import DocumentSums, intervals, reconstruction
 from fastsae.evaluate.intervals import Interval
 from fastsae.files import read_json
 from fastsae.modules import SparseAutoencoder
+from fastsae.report import png
 from fastsae.study import METRICS, QUESTIONS, Answer, Outcome, answers, arm_mean, arms, run, run_arms
 from fastsae.study import compare as study_compare
 from fastsae.study import page as study_page
@@ -678,14 +679,12 @@ def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_in_docs_says_what_its_results_say(tmp_path):
-    from PIL import Image
 
     docs = Path(__file__).parents[1] / "docs"
     found = read_json(docs / "results/study.json")
     assert study_page.markdown(found, "study/") in (docs / "study.md").read_text(), "run page.publish"
     for name in study_page.PLOTS:
-        with Image.open(docs / "study" / name) as image:
-            assert image.info["Description"] == study_page.told(found)
+        assert png.description(docs / "study" / name) == png.told("results", found)
 
 
 def test_publishing_keeps_what_is_written_by_hand(tmp_path):

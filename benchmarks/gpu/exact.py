@@ -16,18 +16,15 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def check_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype | None = None
-) -> float:
+def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> float:
     """Some rows of a code: their values, that nothing left out is larger, order, distinctness.
 
-    dtype: what the products were computed in, if not that of x. Returns the largest error of a value.
+    Returns the largest error of a value.
     """
-    dtype = dtype or x.dtype
     exact = torch.relu(pre_activations(x, W_enc, b_enc))
-    eager = torch.relu(F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)))
+    eager = torch.relu(F.linear(x, W_enc.to(x.dtype), b_enc.to(x.dtype)))
     largest = exact.max().item()
-    allowed = 2 * (eager.double() - exact).abs().max().item() + torch.finfo(dtype).eps * largest
+    allowed = 2 * (eager.double() - exact).abs().max().item() + torch.finfo(x.dtype).eps * largest
     ours = values.double()
     if not ours.isfinite().all():
         raise AssertionError(f"encode: {int((~ours.isfinite()).sum())} values are not finite")

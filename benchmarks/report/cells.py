@@ -1,7 +1,6 @@
-"""Cells: figures, spreads and providers as text, and the Markdown table that holds them."""
+"""Cells of tables: figures, spreads and providers as text."""
 
 import math
-from collections.abc import Iterable, Sequence
 
 from benchmarks.report.rows import Row, is_ours
 
@@ -22,10 +21,3 @@ def shown(row: Row) -> str:
     """A provider with its version; ours bold."""
     name = row["provider"] + (f" ({row['version']})" if row.get("version") else "")
     return f"**{name}**" if is_ours(name) else name
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """The first columns are `words`, the others numbers, which go to the right."""
-    lines = [list(header), ["---"] * words + ["---:"] * (len(header) - words)]
-    lines += [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,6 +14,8 @@ BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", 
 LINES = {"topk": BLUE, "joint": VERMILLION}
 OTHERS = (GREEN, ORANGE, PURPLE, SKY)
 MARKERS = "s^DvPX"
+_SMOOTHED = 9
+"""Steps of a curve that are averaged."""
 SIZES = {"M": "d_sae", "K": "k", "B": "batch rows B", "D": "d_in"}
 
 
@@ -185,9 +187,9 @@ def _fvu_curves(above: Any, below: Any, run: Row, against: Row | None, number: i
     return relative[len(relative) // 2 :]
 
 
-def smooth(curve: list[float], over: int = 9) -> list[float]:
-    """Means of the last few."""
-    return [statistics.fmean(curve[max(0, end - over) : end]) for end in range(1, len(curve) + 1)]
+def smooth(curve: list[float]) -> list[float]:
+    """Means of the last few steps at each."""
+    return [statistics.fmean(curve[max(0, end - _SMOOTHED) : end]) for end in range(1, len(curve) + 1)]
 
 
 def _legend(figure: Any, panels: Iterable[Any], columns: int) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu.bars import BARS
-from benchmarks.report.cells import figures, markdown
+from benchmarks.report.cells import figures
 from benchmarks.report.results import is_of_gpu
 from benchmarks.report.rows import Results, Row
+from fastsae.report import markdown
 
 NONE = "No GPU has been measured yet: `make gpu` is ready to run, and its results will stand here."
 
@@ -32,7 +33,9 @@ def readme_section(found: dict[str, Results]) -> str:
         f"{name}: torch {v.get('torch')}, triton {v.get('triton')}, commit {v.get('commit')}, {v.get('date')}"
         for name, v in zip(names, (results["versions"] for results in gpus.values()), strict=True)
     ]
-    return "\n".join([markdown(["bf16", "bar", *names], body, words=2), "", f"{'; '.join(versions)}; `make gpu`."])
+    return "\n".join(
+        [markdown.table(["bf16", "bar", *names], body, words=2), "", f"{'; '.join(versions)}; `make gpu`."]
+    )
 
 
 def _reached(rows: Iterable[Row]) -> dict[str, float]:
@@ -73,4 +76,4 @@ def _launches(launches: Iterable[dict[str, Any]]) -> str:
         for n in sorted(launches, key=lambda n: -n["ms"]["median"])
     ]
     header = ["kernel", "configuration", "warps, stages", "MB counted", "ms", "roof, ms", "of its roof"]
-    return markdown(header, body, words=3)
+    return markdown.table(header, body, words=3)

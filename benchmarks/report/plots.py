@@ -1,10 +1,5 @@
-"""Plots of one results file of a CPU, each with the sha256 of the rows it was drawn from in its metadata.
+"""Plots of one results file of a CPU, each with the sha256 of the rows it was drawn from in its metadata."""
 
-Bytes of a PNG differ between versions of matplotlib; that text does not, and tells whether a plot is up to date.
-"""
-
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +7,7 @@ from typing import Any
 
 from benchmarks.report.drawing import draw_memory, draw_phases, draw_quality, draw_scaling
 from benchmarks.report.rows import Results, Row, phase_shapes, select, who
+from fastsae.report import png
 
 PLOTS = "docs/benchmarks"
 
@@ -27,26 +23,14 @@ class Plot:
 
     def told(self) -> str:
         """What the PNG's metadata say of its rows."""
-        return f"rows sha256 {hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()}"
+        return png.told("rows", self.rows)
 
     def save(self, path: Path) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=self.size, layout="constrained")
-        FigureCanvasAgg(figure)
-        self.draw(figure, self.rows)
-        figure.savefig(path, dpi=130, metadata={"Description": self.told()})
+        png.save(path, self.size, lambda figure: self.draw(figure, self.rows), self.told())
 
     def is_in(self, path: Path) -> bool:
         """Whether the PNG there was drawn from these rows."""
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                return image.info.get("Description") == self.told()
-        except OSError:  # none, or no image
-            return False
+        return png.description(path) == self.told()
 
 
 def plots(results: Results) -> dict[str, Plot]:

@@ -7,10 +7,10 @@ from benchmarks.report.page import PAGE
 from benchmarks.report.results import RESULTS, Unusable, of_cpus
 from benchmarks.report.rows import Results, missing_steps, step_shapes
 from benchmarks.report.tables import faster_steps, floor_line, step_table, worst_error
+from fastsae.report import markdown
 
 README = "README.md"
 RECIPES = "Peers that clip gradients or keep decoder rows at norm 1 are compared with our Trainer doing the same."
-_OF_GPUS = re.compile(r"<!-- gpu benchmarks -->\n.*?<!-- /gpu benchmarks -->", re.S)
 _SECTION = re.compile(r"<!-- benchmarks: (\S+) -->\n.*?<!-- /benchmarks -->", re.S)
 
 
@@ -31,10 +31,10 @@ def render(readme: str, found: dict[str, Results], name: str | None = None) -> s
         )
     made = f"<!-- benchmarks: {name} -->\n{readme_section(name, found[name])}\n<!-- /benchmarks -->"
     text = readme[: section.start()] + made + readme[section.end() :]
-    if not _OF_GPUS.search(text):
-        raise Unusable(f"{README} must hold a section between <!-- gpu benchmarks --> and <!-- /gpu benchmarks -->")
-    of_gpus = f"<!-- gpu benchmarks -->\n{gpus.readme_section(found)}\n<!-- /gpu benchmarks -->"
-    return _OF_GPUS.sub(lambda _: of_gpus, text)
+    try:
+        return markdown.with_section(text, "gpu benchmarks", gpus.readme_section(found))
+    except ValueError as error:
+        raise Unusable(f"{README}: {error}") from error
 
 
 def readme_section(name: str, results: Results) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import PHASES, Shape
-from benchmarks.report.cells import figures, markdown, shown, spread
+from benchmarks.report.cells import figures, shown, spread
 from benchmarks.report.comparisons import floors, noise, over_gemm, over_trainer, standard
 from benchmarks.report.rows import (
     ARCHITECTURES,
@@ -18,6 +18,7 @@ from benchmarks.report.rows import (
     steps_at,
     unique,
 )
+from fastsae.report import markdown
 
 # What over_trainer compares with.
 ALIKE = "our Trainer training the same way (clipping, unit-norm decoder rows)"
@@ -46,7 +47,7 @@ def step_table(results: Results, shape: Shape, missing: list[Row]) -> str:
             ]
         )
     body += [[shown(row), f"missing: {row['missing']}", "", "", "", "", ""] for row in missing]
-    return markdown(header, body)
+    return markdown.table(header, body)
 
 
 def faster_steps(results: Results, shape: Shape) -> str:
@@ -88,7 +89,7 @@ def phases(results: Results, shape: Shape) -> list[str]:
             body.append([shown(first), *(ms.get(p, "") for p in EVERY_PHASE)])
     others = [r for r in rows if r["phase"] in PHASES and not is_ours(r["provider"])]
     ratios = [(f"{r['provider']} in {r['phase']}", over_trainer(results, r)) for r in others]
-    return [markdown(["ms", *EVERY_PHASE], body), faster(f"the same phase of {ALIKE}", ratios)]
+    return [markdown.table(["ms", *EVERY_PHASE], body), faster(f"the same phase of {ALIKE}", ratios)]
 
 
 def operations(results: Results, shape: str) -> list[str]:
@@ -102,7 +103,7 @@ def operations(results: Results, shape: str) -> list[str]:
         if not is_ours(row["provider"]):
             ratios.append((f"{row['provider']} in {what}", ratio))
     header = ["operation", "by", "ms", "spread (min to max)", "/ fastsae", "error"]
-    return [markdown(header, body, words=2), faster("the same operation of fastsae", ratios)]
+    return [markdown.table(header, body, words=2), faster("the same operation of fastsae", ratios)]
 
 
 def faster(whom: str, ratios: Iterable[tuple[str, float | None]]) -> str:
@@ -132,7 +133,7 @@ def quality(results: Results) -> list[str]:
         "those who clip gradients or keep decoder rows at norm 1 our Trainer doing the same: a recipe changes the "
         "curve, an implementation must not. Beside the differences: by how much the final FVU changes with the order "
         f"of the batches alone ({told or 'not measured'}).",
-        markdown(["provider", "architecture", "recipe", "final FVU", "from the standard"], body, words=3),
+        markdown.table(["provider", "architecture", "recipe", "final FVU", "from the standard"], body, words=3),
     ]
 
 
@@ -158,7 +159,7 @@ def trainers(results: Results, shape: str) -> str:
             ]
         )
     header = ["trainer", "SAE", "seconds an iteration", "spread (min to max)", "rows/s", "/ bare GEMM"]
-    return markdown([*header, "times as fast", "outside the SAE"], body, words=2)
+    return markdown.table([*header, "times as fast", "outside the SAE"], body, words=2)
 
 
 def missing(results: Results) -> list[str]:
@@ -191,13 +192,13 @@ def stages(results: Results) -> str:
         ]
         for stage, o in results["stages"].items()
     ]
-    return markdown(["stage", "outcome", "seconds", "cases"], outcomes, words=2)
+    return markdown.table(["stage", "outcome", "seconds", "cases"], outcomes, words=2)
 
 
 def cases(rows: Iterable[Row]) -> str:
     """What a GPU's run measured, or why not."""
     body = [[r["case"], r["status"], r.get("reason") or ", ".join(medians(r))] for r in rows]
-    return markdown(["case", "status", "ms, medians"], body, words=3)
+    return markdown.table(["case", "status", "ms, medians"], body, words=3)
 
 
 def medians(facts: dict[str, Any], of: tuple[str, ...] = ()) -> list[str]:

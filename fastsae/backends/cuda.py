@@ -46,7 +46,7 @@ def budget(device: torch.device) -> int:
         return PRE_ACTIVATION_BYTES
     if device.type != "cuda":  # the interpreter
         return 256 * 2**20
-    return int(0.03 * torch.cuda.get_device_properties(device).total_memory)
+    return int(plan.PRE_ACTIVATIONS * torch.cuda.get_device_properties(device).total_memory)
 
 
 # ---- encode ---------------------------------------------------------------------------------------------------------
@@ -154,8 +154,10 @@ def joint_decode_backward(
     items = _keep_order(indices, next(len(w) for w in (W_dec, V) if w is not None))
     apart = dense or wide
     if apart and dec is not None and d_out is not None:
-        backward = _dense_backward if dense else _wide_backward
-        backward(items, values, indices, d_out, dec, lin, n, d_values)
+        if dense:
+            _dense_backward(values, indices, d_out, dec, lin, n, d_values)
+        else:
+            _wide_backward(items, values, indices, d_out, dec, lin, n, d_values)
         d_out = dec = lin = None
     if dec is not None or v is not None:
         decode_backward(items, values, n, d_out, d_s, d_q, dec, lin, v, d_values, apart)
@@ -163,7 +165,6 @@ def joint_decode_backward(
 
 
 def _dense_backward(
-    items: WorkItems,
     values: Tensor,
     indices: Tensor,
     d_out: Tensor,
@@ -233,7 +234,7 @@ def _cuts_rows(out: Destination | None, weight: Tensor | None) -> bool:
     return wide and isinstance(out, AdamStep) and out.unit_norm
 
 
-def _finish(out: Destination | None, weight: Tensor, written: bool = False) -> tuple[Finish, Tensor | None]:
+def _finish(out: Destination | None, weight: Tensor, written: bool) -> tuple[Finish, Tensor | None]:
     """What becomes of a gradient, and what autograd is given for it.
 
     written: products write it whole, so no step of Adam can be made row by row, and the gradient is returned.
@@ -294,7 +295,7 @@ def integrate_backward(
 
 def _interaction_path(rows: int, d_in: int, d_embedding: int, compute: torch.dtype) -> tuple[mlp.Path, str]:
     itemsize = compute.itemsize
-    return plan.cheapest(mlp.cost(rows, d_in, d_embedding, itemsize, training=True), itemsize, _tf32())
+    return plan.cheapest(mlp.cost(rows, d_in, d_embedding, itemsize), itemsize, _tf32())
 
 
 # ---- the feature order, made once for the decoder's backward and the encoder's --------------------------------------

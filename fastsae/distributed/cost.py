@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csrc_triton.plan import BANDWIDTH, FLOPS
-from fastsae import files, planner
+from fastsae import planner
 from fastsae.config import JointSAEConfig, TopKSAEConfig
 from fastsae.distributed.layout import Layout
+from fastsae.report import markdown
 from fastsae.report import table as table_of
 
 # Assumptions, bytes per second of one GPU in one direction: what a ring of GPUs in one machine reaches over NVLink (of
@@ -229,30 +230,25 @@ _SAES = {
 
 def table() -> str:
     """Predicted steps of large SAEs on 8 to 64 GPUs, each in its fastest layout that fits in fp32; Markdown."""
-    lines = [
-        "| SAE | GPUs | data x features | GB a GPU | GB, narrow | working ms | ranking ms | sending ms | step ms "
-        "| rows/s | stops scaling at |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["SAE", "GPUs", "data x features", "GB a GPU", "GB, narrow", "working ms", "ranking ms", "sending ms"]
+    header += ["step ms", "rows/s", "stops scaling at"]
+    lines = []
     for name, config in _SAES.items():
         for ranks in (8, 16, 32, 64):
             found = layouts(config, _BATCH, ranks)
             best = found[0] if found[0].memory <= MEMORY else min(found, key=lambda c: c.memory)
-            rows = _BATCH // best.layout.data
-            narrow = _memory(config, rows, best.layout.features, planner.MEMORY[-1])
-            held = f"{best.memory / 1e9:,.0f} | {narrow / 1e9:,.0f}"
+            narrow = _memory(config, _BATCH // best.layout.data, best.layout.features, planner.MEMORY[-1])
+            held = [f"{best.memory / 1e9:,.0f}", f"{narrow / 1e9:,.0f}"]
             if best.memory > MEMORY:
-                lines.append(f"| {name} | {ranks} | fp32 does not fit | {held} | | | | | | |")
+                lines.append([name, str(ranks), "fp32 does not fit", *held, *[""] * 6])
                 continue
             turn = stops_scaling(config, _BATCH, best.layout, "features")
             where = f"{turn.data} x {turn.features}" if turn else "never"
+            layout = f"{best.layout.data} x {best.layout.features}"
             times = (f"{1e3 * t:,.0f}" for t in (best.working, best.ranking, best.sending, best.step))
-            lines.append(
-                f"| {name} | {ranks} | {best.layout.data} x {best.layout.features} | {held} | "
-                f"{' | '.join(times)} | {best.rows / best.step:,.0f} | {where} |"
-            )
-    return "\n".join(lines)
+            lines.append([name, str(ranks), layout, *held, *times, f"{best.rows / best.step:,.0f}", where])
+    return markdown.table(header, lines)
 
 
 if __name__ == "__main__":
-    files.put_section(Path(sys.argv[1]), "predicted", table())
+    markdown.put_section(Path(sys.argv[1]), "predicted", table())

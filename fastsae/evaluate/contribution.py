@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastsae.code import SparseCode
 from fastsae.modules import JointSAE, SparseAutoencoder
+from fastsae.modules.joint import STD_AT_INIT
 
-STD_W_LIN, STD_V = 0.01, 0.05
-"""Of the normal laws JointSAE starts from."""
 DRAWS = 5
 """Redraws of W_lin and V behind each null."""
 PAPER_THRESHOLD = 0.2
@@ -104,9 +103,9 @@ def trained(sae: JointSAE) -> Weights:
 def redrawn(sae: JointSAE, rng: np.random.Generator) -> Weights:
     linear = V = None
     if sae.W_lin is not None:  # only the norms are needed: those of normal rows are chi-squared
-        linear = torch.from_numpy(STD_W_LIN**2 * rng.chisquare(sae.d_in, sae.d_sae)).to(sae.W_lin.device)
+        linear = torch.from_numpy(STD_AT_INIT["W_lin"] ** 2 * rng.chisquare(sae.d_in, sae.d_sae)).to(sae.W_lin.device)
     if sae.V is not None:
-        V = torch.from_numpy(STD_V * rng.standard_normal(tuple(sae.V.shape), dtype=np.float32)).to(sae.V)
+        V = torch.from_numpy(STD_AT_INIT["V"] * rng.standard_normal(tuple(sae.V.shape), dtype=np.float32)).to(sae.V)
     return Weights(squared_norms(sae.W_dec), linear, V)
 
 
@@ -191,8 +190,7 @@ def shares_of(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def contributions(sae: JointSAE, weights: Weights, code: SparseCode) -> dict[str, Tensor]:
     """Pathway -> contribution of each feature, (d_sae,) fp64 on the CPU."""
-    n = min(sae.k_integration, code.k)
-    strongest = SparseCode(code.values[:, :n], code.indices[:, :n], code.d_sae)
+    strongest = sae.strongest(code)
     parts = {"identity": _sum_of_squares(code) * weights.identity}
     if weights.linear is not None:
         parts["linear"] = _sum_of_squares(strongest) * weights.linear

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from fastsae.activations import ModelActivations, TokenWindows
-from fastsae.code import SparseCode
 from fastsae.evaluate.examples import Example, strongest
 from fastsae.modules import HiddenActivations, JointSAE, SparseAutoencoder, evaluating
 
@@ -54,7 +53,7 @@ def top_features(
         ranked = contributions.sort(descending=True, stable=True).indices[:n_features]
         chosen = ranked[firings[ranked] > 0]
         examples = strongest(
-            source, lambda i: _encode(sae, read.block(i)).columns(chosen), len(chosen), n_examples, context
+            source, lambda i: sae.encode_raw(read.block(i)).columns(chosen), len(chosen), n_examples, context
         )
     return [
         FeatureExamples(
@@ -75,13 +74,9 @@ def _statistics(sae: SparseAutoencoder, source: ModelActivations | HiddenActivat
     firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     highest = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype, device=device)
     for i in range(len(source.block_rows)):
-        code = _encode(sae, source.block(i))
+        code = sae.encode_raw(source.block(i))
         values, indices = code.values.flatten(), code.indices.flatten()
         squares.index_add_(0, indices, values.double().square())
         firings.index_add_(0, indices, (values > 0).long())
         highest.scatter_reduce_(0, indices, values.to(highest.dtype), "amax")
     return squares, firings, highest
-
-
-def _encode(sae: SparseAutoencoder, rows: Tensor) -> SparseCode:
-    return sae.encode(sae.normalizer(rows.to(sae.W_enc.device)))

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fastsae.code import SparseCode
 from fastsae.evaluate.contribution import (
-    STD_V,
-    STD_W_LIN,
     Contribution,
     WeightNormShare,
     contribution,
@@ -20,6 +18,7 @@ from fastsae.evaluate.contribution import (
 )
 from fastsae.evaluate.directions import Concentration, Directions, concentration, directions
 from fastsae.modules import SparseAutoencoder, evaluating
+from fastsae.modules.joint import STD_AT_INIT
 
 BINS = 60
 
@@ -141,7 +140,7 @@ def _read(sae: SparseAutoencoder, activations: Iterable[Tensor], max_rows: int) 
     rows, fired = 0, torch.zeros(sae.d_sae, dtype=torch.int64, device="cpu")
     kept: list[SparseCode] = []
     for batch in activations:
-        code = sae.encode(sae.normalizer(batch.to(sae.W_enc.device))).flatten()
+        code = sae.encode_raw(batch).flatten()
         fired += code.firing_counts().cpu()
         if rows < max_rows:
             wanted = max_rows - rows
@@ -174,18 +173,16 @@ def _firing_group(rate: Tensor, d_sae: int) -> FiringGroup:
 
 def at_init(sae: SparseAutoencoder, name: str) -> float:
     """Expected squared norm of a row at initialisation."""
-    if name == "W_lin":
-        return sae.d_in * STD_W_LIN**2
-    if name == "V":
-        return getattr(sae, name).shape[1] * STD_V**2
+    if name in STD_AT_INIT:
+        return getattr(sae, name).shape[1] * STD_AT_INIT[name] ** 2
     return sae.d_in / (3 * sae.d_sae) if sae.config.init == "paper" else 1.0  # W_enc starts as a copy of W_dec
 
 
 def _drawn_at_init(sae: SparseAutoencoder, name: str, rng: np.random.Generator) -> np.ndarray:
     """Squared norms of d_sae rows by the law of initialisation."""
     expected = at_init(sae, name)
-    if name in ("W_lin", "V"):  # squares of normals
-        df = sae.d_in if name == "W_lin" else getattr(sae, name).shape[1]
+    if name in STD_AT_INIT:  # squares of normals
+        df = getattr(sae, name).shape[1]
         return expected / df * rng.chisquare(df, sae.d_sae)
     if sae.config.init == "unit":
         return np.ones(sae.d_sae)

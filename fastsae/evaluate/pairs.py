@@ -152,7 +152,7 @@ def top_pairs(
         seen = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         spread = _Spread(sae.d_in)
         for i in blocks:
-            code = _code(sae, source, i)
+            code = sae.encode_raw(source.block(i))
             sums.add(sae.strongest(code))
             seen += sae.strongest(code).firing_counts()
             spread.add(sae.interaction_from(sae.hidden(code)))
@@ -160,7 +160,7 @@ def top_pairs(
         pairs = sums.largest(sums.sums[:, 1] * sizes, CANDIDATES * n_pairs)
         measured = torch.zeros(3, len(pairs), dtype=torch.float64, device=device)  # rows, products, squared products
         for i in blocks:
-            products = pair_products(sae.strongest(_code(sae, source, i)), pairs).double()
+            products = pair_products(sae.strongest(sae.encode_raw(source.block(i))), pairs).double()
             measured += torch.stack([(products > 0).double(), products, products.square()]).sum(dim=1)
         contributions = measured[2] * embedded(V, pairs).double().square().sum(dim=1)
         order = contributions.sort(descending=True, stable=True).indices[:n_pairs]
@@ -170,7 +170,7 @@ def top_pairs(
         changes = torch.zeros(len(pairs), dtype=torch.float64, device=device)
 
         def shown(i: int) -> Tensor:
-            code = _code(sae, source, i)
+            code = sae.encode_raw(source.block(i))
             hidden, found = sae.hidden(code), pair_products(sae.strongest(code), pairs)
             for p in range(len(pairs)):
                 rows = found[:, p].nonzero().squeeze(1)
@@ -226,9 +226,9 @@ def drivers(
         def active() -> Iterator[tuple[int, SparseCode, Tensor]]:
             """Of each feature and block: what the base sees on the rows the feature is active on, and pre there."""
             for i in range(len(source.block_rows)):
-                code = _code(base, source, i)
+                code = base.encode_raw(source.block(i))
                 hidden, seen = base.hidden(code), base.strongest(code)
-                at = secondary.encode(secondary.normalizer(hidden)).columns(chosen) > 0
+                at = secondary.encode_raw(hidden).columns(chosen) > 0
                 pre = (hidden - b1) @ weights.T
                 for f in range(len(chosen)):
                     rows = at[:, f]
@@ -260,10 +260,6 @@ def drivers(
             )
             found.append(Drivers(int(feature), rows[f], tuple(kept)))
     return found
-
-
-def _code(sae: JointSAE, source: ModelActivations, i: int) -> SparseCode:
-    return sae.encode(sae.normalizer(source.block(i).to(sae.W_enc.device)))
 
 
 class _Spread:

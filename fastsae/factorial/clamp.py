@@ -110,7 +110,7 @@ class Carrier:
     def integration(self) -> SparseCode:
         """The code of the secondary SAE."""
         assert self.secondary is not None
-        return self.secondary.encode(self.secondary.normalizer(self.hidden))
+        return self.secondary.encode_raw(self.hidden)
 
     def step(self, clamp: Clamp) -> Step:
         """What a clamp moves, and how far."""

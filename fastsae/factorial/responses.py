@@ -88,12 +88,12 @@ def responses(
         for i in range(len(source.block_rows)):
             rows = source.rows(i)
             at = rows.documents.long().to(sae.W_enc.device)
-            code = sae.encode(sae.normalizer(rows.activations.to(sae.W_enc.device)))
+            code = sae.encode_raw(rows.activations)
             pools["identity"].add(at, code.values, code.indices)
             if isinstance(sae, JointSAE) and paired:
                 pools["pair"].add(at, *row_pairs(sae.strongest(code)))
                 if secondary is not None:
-                    integration = secondary.encode(secondary.normalizer(sae.hidden(code)))
+                    integration = secondary.encode_raw(sae.hidden(code))
                     pools["secondary"].add(at, integration.values, integration.indices)
     return [_responses(family, one, texts, sae) for family, one in pools.items()]
 

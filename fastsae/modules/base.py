@@ -148,6 +148,10 @@ class SparseAutoencoder(nn.Module):
         values, indices = self.ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
         return SparseCode(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), self.d_sae)
 
+    def encode_raw(self, raw: Tensor) -> SparseCode:
+        """The code of raw activations (..., d_in), as a model gives them, on any device: normalised, then encoded."""
+        return self.encode(self.normalizer(raw.to(self.W_enc.device)))
+
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction (..., d_in) of a code, all pathways summed."""
         return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)

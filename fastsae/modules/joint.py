@@ -13,6 +13,9 @@ from fastsae.code import SparseCode
 from fastsae.config import Init, JointSAEConfig
 from fastsae.modules.base import Components, SparseAutoencoder
 
+STD_AT_INIT = {"W_lin": 0.01, "b_lin": 0.0, "V": 0.05, "W1": 0.01, "b1": 0.0, "W2": 0.01, "b2": 0.0}
+"""Of the normal law, of mean 0, that each parameter of the integration starts from."""
+
 
 class JointSAE(SparseAutoencoder):
     """reconstruction = identity + linear + interaction, all from one sparse code, trained together.
@@ -81,8 +84,7 @@ class JointSAE(SparseAutoencoder):
                     law(getattr(self, name))
 
     def laws(self) -> dict[str, Callable[[Tensor], object]]:
-        spread = {"W_lin": 0.01, "b_lin": 0.0, "V": 0.05, "W1": 0.01, "b1": 0.0, "W2": 0.01, "b2": 0.0}
-        there = {name: std for name, std in spread.items() if getattr(self, name, None) is not None}
+        there = {name: std for name, std in STD_AT_INIT.items() if getattr(self, name, None) is not None}
         return super().laws() | {name: partial(Tensor.normal_, mean=0.0, std=std) for name, std in there.items()}
 
     @property

@@ -21,7 +21,7 @@ class SecondarySAE(TopKSAE):
 
         sae = fastsae.SecondarySAE.on(base)         # base: a trained JointSAE or SequentialSAE
         fastsae.Trainer(sae, fastsae.TrainerConfig(steps=1000)).fit(stream_of_hidden)
-        sae.encode(sae.normalizer(base.hidden(base.encode(base.normalizer(raw)))))
+        sae.encode_raw(base.hidden(base.encode_raw(raw)))
     """
 
     architecture = "secondary"
@@ -77,6 +77,5 @@ class HiddenActivations:
         return rows._replace(activations=self._hidden(rows.activations))
 
     def _hidden(self, raw: Tensor) -> Tensor:
-        base = self.base
         with torch.no_grad():
-            return base.hidden(base.encode(base.normalizer(raw.to(base.W_enc.device))))
+            return self.base.hidden(self.base.encode_raw(raw))

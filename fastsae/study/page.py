@@ -1,12 +1,12 @@
 """The results for people: tables, sentences and plots, all from study.json."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from fastsae import files
 from fastsae.report import interval
+from fastsae.report.markdown import put_section, table
+from fastsae.report.png import save, told
 
 Found = dict[str, Any]
 PLOTS = ("differences.png", "sizes.png")
@@ -61,7 +61,7 @@ def write(found: Found, folder: Path) -> Path:
 def publish(results: Path, page: Path) -> None:
     """Bring what a page written by hand holds between the two marks up to date, its plots in a folder of its name."""
     found, plots = files.read_json(results), page.with_suffix("")
-    files.put_section(page, "results", markdown(found, f"{plots.name}/"))
+    put_section(page, "results", markdown(found, f"{plots.name}/"))
     plots.mkdir(exist_ok=True)
     draw_differences(found, plots / PLOTS[0])
     draw_sizes(found, plots / PLOTS[1])
@@ -94,11 +94,11 @@ def markdown(found: Found, plots: str = "") -> str:
             *answers,
             f"![Differences]({plots}{PLOTS[0]})",
             "",
-            *_table(arm_rows(found)),
+            _table(arm_rows(found)),
             "",
             *meanings,
             "",
-            *_table(shown_rows(found)),
+            _table(shown_rows(found)),
             "",
             "Against its own identity pathway, as in the paper: that pathway was never trained to reconstruct alone, "
             "so this compares nothing with a TopK SAE.",
@@ -113,12 +113,8 @@ def markdown(found: Found, plots: str = "") -> str:
     )
 
 
-def _table(rows: list[dict[str, str]]) -> list[str]:
-    return [
-        "| " + " | ".join(rows[0]) + " |",
-        "| --- |" + " ---: |" * (len(rows[0]) - 1),
-        *("| " + " | ".join(row.values()) + " |" for row in rows),
-    ]
+def _table(rows: list[dict[str, str]]) -> str:
+    return table(list(rows[0]), (row.values() for row in rows))
 
 
 def draw_differences(found: Found, path: Path) -> None:
@@ -140,7 +136,7 @@ def draw_differences(found: Found, path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[0].invert_yaxis()
 
-    _save(found, path, (3.2 * len(names) + 1.2, 1.4 + 0.5 * len(labels)), draw)
+    save(path, (3.2 * len(names) + 1.2, 1.4 + 0.5 * len(labels)), draw, told("results", found))
 
 
 def draw_sizes(found: Found, path: Path) -> None:
@@ -158,19 +154,4 @@ def draw_sizes(found: Found, path: Path) -> None:
             axes.grid(alpha=0.3)
         figure.axes[-1].legend(fontsize=7.5)
 
-    _save(found, path, (3.6 * len(names), 3.4), draw)
-
-
-def told(found: Found) -> str:
-    """What a plot's metadata say of the results it was drawn from."""
-    return f"results sha256 {hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()}"
-
-
-def _save(found: Found, path: Path, size: tuple[float, float], draw: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    figure.savefig(path, dpi=130, metadata={"Description": told(found)})
+    save(path, (3.6 * len(names), 3.4), draw, told("results", found))

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from ranked import B, D, Recording, activations, config, new
 
-from fastsae import cli, distributed, files
+from fastsae import cli, distributed
 from fastsae.config import JointSAEConfig, TopKSAEConfig
 from fastsae.distributed import Layout, cost
+from fastsae.report import markdown
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -90,7 +91,8 @@ def test_scaling_stops_where_ranks_spend_more_time_on_one_another(over):
 
 def test_the_page_has_the_table_of_the_code():
     """`python -m fastsae.distributed.cost docs/distributed.md` writes it."""
-    assert PAGE.read_text() == files.with_section(PAGE, "predicted", cost.table())
+    text = PAGE.read_text()
+    assert text == markdown.with_section(text, "predicted", cost.table())
 
 
 @pytest.mark.parametrize(

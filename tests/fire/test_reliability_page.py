@@ -9,6 +9,7 @@ import pytest
 from benchmarks import long_run
 from benchmarks.machine import RESULTS, newest
 from fastsae import files
+from fastsae.report import png
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reliability.md").read_text()
@@ -41,9 +42,7 @@ def test_the_long_run(path):
 
 
 def test_the_page_and_its_plot_are_those_of_the_results():
-    from PIL import Image
 
     found = newest("long_run")
     assert long_run.told(found) in PAGE
-    with Image.open(ROOT / long_run.PLOT) as image:
-        assert image.info["Description"] == long_run.digest(found)
+    assert png.description(ROOT / long_run.PLOT) == png.told("results", found)
