@@ -1,5 +1,6 @@
 """The sparse code that flows from encoder to decoder, and the same code seen feature by feature."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,8 +59,9 @@ class SparseCode:
         dense = self.values.new_zeros(*self.values.shape[:-1], self.d_sae)
         return dense.scatter(-1, self.indices, self.values)
 
-    def columns(self, features: Tensor) -> Tensor:
-        """What the code holds of some features, distinct (n,): (..., n), 0 where they are not active."""
+    def columns(self, features: Tensor | Sequence[int] | int) -> Tensor:
+        """What the code holds of some features, distinct (n,), or of one: (..., n), 0 where they are not active."""
+        features = torch.as_tensor(features, device=self.indices.device).reshape(-1)
         column = torch.full((self.d_sae,), -1, device=self.indices.device)
         column[features] = torch.arange(len(features), device=column.device)
         flat = self.flatten()

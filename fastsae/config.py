@@ -28,6 +28,8 @@ def _check_types(config: Any) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         _require(_fits(value, hint), f"{type(config).__name__}.{name}", _said(hint), value)
+        if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # numpy's, which JSON does not know
+            object.__setattr__(config, name, int(value) if isinstance(value, numbers.Integral) else float(value))
 
 
 def _said(hint: Any) -> str:
@@ -235,7 +237,8 @@ class TrainerConfig:
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a batch that holds NaN or infinity: stop the training, or skip the batch and count it."""
     seed: int = 0
-    """Seeds dropout; on the command line also the SAE's initialisation and the order of the activations."""
+    """Seeds dropout, and what activations draw from torch's generator, such as the order of a DataLoader; on the
+    command line also the SAE's initialisation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
@@ -249,7 +252,10 @@ class TrainerConfig:
         _check_types(self)
         where = "TrainerConfig"
         _require(self.steps >= 1, f"{where}.steps", "at least 1", self.steps)
-        _require(self.lr > 0, f"{where}.lr", "above 0", self.lr)
+        _require(0 < self.lr < math.inf, f"{where}.lr", "above 0 and finite", self.lr)
+        _require(0 <= self.lr_end < math.inf, f"{where}.lr_end", "0 or more, and finite", self.lr_end)
+        coefficient = self.auxk_coefficient
+        _require(0 <= coefficient < math.inf, f"{where}.auxk_coefficient", "0 or more, and finite", coefficient)
         schedule = self.warmup_steps >= 0 and self.decay_steps >= 0
         fits = schedule and self.warmup_steps + self.decay_steps <= self.steps
         got = f"{self.warmup_steps} and {self.decay_steps} of {self.steps} steps"

@@ -3,9 +3,11 @@
 Each public function checks its arguments, picks a backend, and calls the op (or, for "reference", the specification,
 which autograd differentiates by itself). Each op's backward is an op of its own; while a claimant is active
 (`GradientBuffers`, `AdamInBackward`) weight gradients go where it says, and autograd gets None for them. Gradients of
-gradients exist on the reference backend only.
+gradients exist on the reference backend only, and are refused elsewhere; under torch.func and in forward mode "auto" is
+the reference.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -254,7 +256,7 @@ def finish(
         z = pooled(s, q).to(W1.dtype)
         if drawn is not None:
             z, dropout = z * drawn, 0.0
-        out = out + reference.interaction_mlp(z, W1, b1, W2, None, dropout, training=dropout > 0)
+        out = out + reference.interaction_mlp(z, W1, b1, W2, None, dropout, training=True)
     if target is None:
         return out, out.new_zeros((), dtype=torch.promote_types(out.dtype, torch.float32))
     narrow = name != "reference" and out.dtype.itemsize < 4
@@ -533,6 +535,37 @@ def _with_loss(
     return of_loss if d_out is None else d_out + of_loss, -of_loss if need_target else None
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Any) -> Any:
+        return tensors[:n]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "fastsae: the gradients of the fast backends cannot be differentiated again. Make the SAE, or call the "
+            "operation, with backend='reference'."
+        )
+
+
+def _once(grad: Any) -> Any:
+    """A backward that is written by hand, made to refuse gradients of its gradients: PyTorch would take them for 0."""
+
+    @functools.wraps(grad)
+    def backward(ctx: Any, *d_outputs: Any) -> Any:
+        with torch.no_grad():
+            found = grad(ctx, *d_outputs)
+        if not torch.is_grad_enabled():
+            return found
+        found = found if isinstance(found, tuple) else (found,)
+        sources = [t for t in (*d_outputs, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return _Refused.apply(len(found), *found, *sources) if sources else found
+
+    return backward
+
+
 class _SquaredError(torch.autograd.Function):
     """reference.squared_error of narrow tensors, of which autograd would keep copies in fp32."""
 
@@ -542,6 +575,7 @@ class _SquaredError(torch.autograd.Function):
         return reference.squared_error(out, target)
 
     @staticmethod
+    @_once
     def backward(ctx: Any, *d_loss: Any) -> Any:
         out, target = ctx.saved_tensors
         return _with_loss(None, d_loss[0], out, target, ctx.needs_input_grad[1])
@@ -559,7 +593,7 @@ def _register(name: str, implementations: Any, fakes: Any, save: Any, grad: Any)
     for op, function, fake in zip((name, f"{name}_backward"), implementations, fakes, strict=True):
         _library.impl(op, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastsae::{op}", fake, lib=_library)
-    torch.library.register_autograd(f"fastsae::{name}", grad, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"fastsae::{name}", _once(grad), setup_context=save, lib=_library)
 
 
 _register(

@@ -26,11 +26,17 @@ class Batches:
     """An iterator over activations that knows its position.
 
     A stream with state_dict / load_state_dict is set back by its own state; of any other iterable the batches already
-    drawn are drawn again and dropped.
+    drawn are drawn again and dropped. Activations have torch's CPU generator to themselves, from a seed next to `seed`:
+    what training draws between two batches is not drawn again with them.
     """
 
-    def __init__(self, activations: Iterable[Tensor], position: dict[str, Any] | None = None) -> None:
+    def __init__(self, activations: Iterable[Tensor], seed: int, position: dict[str, Any] | None = None) -> None:
         self.drawn = 0
+        self._random_state = torch.Generator().manual_seed(seed + 1).get_state()
+        if not (hasattr(activations, "__iter__") or hasattr(activations, "__getitem__")):
+            got = type(activations).__name__
+            called = "; call it" if callable(activations) else ""
+            raise TypeError(f"Trainer: activations must be an iterable of (B, d_in) tensors; got a {got}{called}")
         stateful = hasattr(activations, "state_dict") and hasattr(activations, "load_state_dict")
         self._stream: Any = activations if stateful else None
         if position is not None and (position["stream"] is not None) != stateful:
@@ -40,21 +46,34 @@ class Batches:
             )
         if position is not None and stateful:
             self._stream.load_state_dict(position["stream"])
-        self._iterator = iter(activations)
+        with self._drawing():
+            self._iterator = iter(activations)
         self._before_last = self.position()
         if position is not None:
             self.drawn = position["drawn"]
             if not stateful:
-                seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
+                with self._drawing():
+                    seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
                 if seen < self.drawn:
                     raise ValueError(f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came")
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        of_training = torch.get_rng_state()
+        torch.set_rng_state(self._random_state)
+        try:
+            yield
+        finally:
+            self._random_state = torch.get_rng_state()
+            torch.set_rng_state(of_training)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
 
     def __next__(self) -> Tensor:
         self._before_last = self.position()
-        batch = next(self._iterator, _END)
+        with self._drawing():
+            batch = next(self._iterator, _END)
         if batch is _END:
             if self.drawn == 0:
                 raise ValueError(_NOTHING)
@@ -87,15 +106,17 @@ class Batches:
         """
         state = self._stream.state_dict() if self._stream is not None else None
         seen: deque[Tensor] = deque()
-        while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, _END)) is not _END:
-            check(batch, self.drawn + len(seen) + 1)
-            seen.append(batch)
+        with self._drawing():
+            while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, _END)) is not _END:
+                check(batch, self.drawn + len(seen) + 1)
+                seen.append(batch)
         if not seen:
             raise ValueError(_NOTHING)
         rows = torch.cat(list(seen))
         if self._stream is not None:
             self._stream.load_state_dict(state)
-            self._iterator = iter(self._stream)
+            with self._drawing():
+                self._iterator = iter(self._stream)
         else:
             self._iterator = _first(seen, self._iterator)
         return rows

@@ -57,8 +57,9 @@ class Trainer:
 
     Activations are normalised by statistics measured on the first rows and stored in the SAE (`sae.reconstruct` takes
     and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
-    `resume=True` continues, on the CPU bit for bit. A stream with state_dict / load_state_dict is set back to its
-    position; from any other iterable the batches already seen are drawn again and dropped. An SAE of several ranks
+    `resume=True` continues, on the CPU bit for bit, and with more steps than before where the learning rate does not
+    decay. A stream with state_dict / load_state_dict is set back to its position; from any other iterable the batches
+    already seen are drawn again and dropped. An SAE of several ranks
     (fastsae.distributed) is trained by all of them, each given the same activations, to the same result.
     """
 
@@ -129,6 +130,12 @@ class Trainer:
         Raises FloatingPointError when activations or the loss are not finite (config.nonfinite = "skip" drops such
         batches), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
         """
+        if self.step >= self.config.steps:
+            warnings.warn(
+                f"Trainer.fit: all {self.config.steps} steps were made before, so nothing is trained; to train on, take "
+                "a run_dir, and resume with more steps",
+                stacklevel=2,
+            )
         if self._is_narrow and type(self._optimizer) is torch.optim.Adam:
             raise ValueError("Trainer: the SAE was cast to bfloat16 after its Trainer was made; cast it first")
         with ExitStack() as stack:
@@ -142,7 +149,7 @@ class Trainer:
                 stack.enter_context(self._ranks.locked(self.config.run_dir, "Trainer"))
                 resumed = self._open_run(self.config.run_dir)
             batches = self._ranks.together(lambda: self._batches(activations, resumed))
-            if resumed is not None:  # after the batches: drawing them again may have taken random numbers
+            if resumed is not None:
                 self._restore_random_state(resumed)
             elif self.step == 0:
                 self._prepare(batches)
@@ -158,30 +165,33 @@ class Trainer:
         return TrainResult(self.step, metrics, self.config.run_dir)
 
     def _batches(self, activations: Iterable[Tensor], resumed: checkpoint.Checkpoint | None) -> Batches:
-        batches = Batches(activations, resumed.state["data"] if resumed else None)
+        batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
         if self.config.run_dir is not None:
             batches.check_position()
         return batches
 
     def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
         config, metrics, loss = self.config, log.last, None
+        last: tuple[Tensor, SAEOutput, Tensor | None] | None = None
         rows_before, since = self.rows_seen, time.perf_counter()
+
+        def rate() -> float:
+            return (self.rows_seen - rows_before) / max(time.perf_counter() - since, 1e-9)
+
         while self.step < config.steps:
             raw = self._draw(batches, loss)
             if raw is None:
                 warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
+                if last is not None and metrics.get("step") != self.step:
+                    metrics = self._write(log, *last, rate())
                 break
             x = self._checked(raw, batches)
             due = False
             if x is not None:
-                output, grad_norm = self._train_step(x)
-                loss = output.loss
+                last = x, *self._train_step(x)
+                loss = last[1].loss
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    rate = (self.rows_seen - rows_before) / max(time.perf_counter() - since, 1e-9)
-                    metrics = self._metrics(x, output, grad_norm, rate)
-                    if not math.isfinite(metrics["loss"]):
-                        raise FloatingPointError(self._diverged(metrics["loss"]))
-                    self._ranks.together(partial(log.write, metrics))
+                    metrics = self._write(log, *last, rate())
                     rows_before, since = self.rows_seen, time.perf_counter()
                 log.advance()
                 due = self.step % config.checkpoint_every == 0 or self.step == config.steps
@@ -295,6 +305,14 @@ class Trainer:
         fired = torch.where(values > 0, self._ranks.own_features(indices, nobody), nobody)
         self._rows_since_fired.index_fill_(0, fired.reshape(-1), 0)
 
+    def _write(self, log: Log, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
+        """Log the step that was made on x."""
+        metrics = self._metrics(x, output, grad_norm, rate)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(self._diverged(metrics["loss"]))
+        self._ranks.together(partial(log.write, metrics))
+        return metrics
+
     def _metrics(self, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
         ranks = self._ranks
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -354,9 +372,18 @@ class Trainer:
         where = _batch(number)
         if not isinstance(raw, Tensor) or raw.dim() != 2 or raw.shape[1] != self.sae.d_in or len(raw) == 0:
             got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            raise ValueError(f"{where}: expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}")
+            expected = f"expected a (B, {self.sae.d_in}) tensor with B at least 1; got {got}"
+            raise ValueError(f"{where}: {expected}{self._advice(raw)}")
         if not raw.is_floating_point() or raw.is_meta:
             raise TypeError(f"{where}: expected a float tensor that holds numbers; got {raw.dtype} on {raw.device}")
+
+    def _advice(self, raw: Any) -> str:
+        """What to do about something that is no batch."""
+        if isinstance(raw, (tuple, list)) and raw and isinstance(raw[0], Tensor):
+            return ". Of a DataLoader over a TensorDataset: (rows for (rows,) in loader)"
+        if isinstance(raw, Tensor):
+            return ". Of one tensor of activations: x.split(2048)" if raw.shape == (self.sae.d_in,) else ""
+        return ". Of NumPy arrays: torch.from_numpy" if hasattr(raw, "__array__") else ""
 
     def _diverged(self, loss: float) -> str:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
@@ -421,16 +448,20 @@ class Trainer:
                 raise TypeError(repr(counts))
             if not isinstance(state["data"]["stream"], dict | None):
                 raise TypeError(repr(state["data"]["stream"]))
+            # Without a decay at its end, the beginning of a longer run is the same.
+            free = _FREE_ON_RESUME if self.config.decay_steps else _FREE_ON_RESUME | {"steps"}
             differing = [
                 f"{name} was {then!r}, is {ours[part].get(name)!r}"
                 for part in ours
                 for name, then in state[part].items()
-                if name not in _FREE_ON_RESUME and json.dumps(ours[part].get(name)) != json.dumps(then)
+                if name not in free and json.dumps(ours[part].get(name)) != json.dumps(then)
             ]
         if differing:
             raise ValueError(
                 f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
             )
+        if state["step"] > self.config.steps:
+            raise ValueError(f"Trainer: {found.folder} is beyond the {self.config.steps} steps asked for; ask for more")
         kept = {name: kinds(p.shape, self.config.optimizer_state) for name, p in self._trained.items()}
         checkpoint.check_state(found.folder, found.tensors, kept, self._rows_since_fired[:-1])
         try:

@@ -70,6 +70,12 @@ CODE = reference.topk_encode(X, W, BIAS, 3)
             TypeError,
             "x is torch.float64 but the weights are torch.float32",
         ),
+        (lambda: fastsae.TopKSAE(8, 20, 3)(X.numpy()), TypeError, "x must be a tensor; got ndarray"),
+        (
+            lambda: fastsae.TopKSAE(8, 20, 3).decode(fastsae.TopKSAE(8, 10, 3).encode(X)),
+            ValueError,
+            "the code is of 10 features, this SAE has 20",
+        ),
         (lambda: fastsae.TopKSAE(8, 20, 3)(X.bfloat16()), TypeError, "x is torch.bfloat16 but the weights"),
     ],
 )

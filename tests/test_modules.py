@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -451,3 +452,23 @@ def test_loaded_weights_are_not_the_file(tmp_path):
 def test_whole_numbers_are_no_activations():
     with pytest.raises(TypeError, match=r"x must be a float tensor; got torch\.int64"):
         fastsae.TopKSAE(8, 50, 6).reconstruct(torch.ones(4, 8, dtype=torch.int64))
+
+
+def test_sizes_from_numpy_are_saved_too(tmp_path):
+    sae = fastsae.TopKSAE(np.int64(8), np.int32(50), np.uint8(3))
+    assert fastsae.load(sae.save_pretrained(tmp_path)).config == fastsae.TopKSAE(8, 50, 3).config
+
+
+def test_weights_of_another_dtype_bring_it_to_raw_activations_too():
+    sae, raw = fastsae.TopKSAE(8, 50, 3), torch.randn(5, 8)
+    sae.load_state_dict(fastsae.TopKSAE(8, 50, 3, dtype=torch.bfloat16).state_dict(), assign=True)
+    assert sae.encode_raw(raw).values.dtype == torch.bfloat16
+    assert sae.reconstruct(raw).dtype == torch.float32
+
+
+def test_a_code_gives_the_columns_of_one_feature_or_several():
+    code = fastsae.TopKSAE(8, 50, 3).encode(torch.randn(2, 5, 8))
+    dense, feature = code.to_dense(), code.indices[0, 0, 0]
+    for one in (int(feature), feature):
+        torch.testing.assert_close(code.columns(one), dense[..., feature : feature + 1])
+    torch.testing.assert_close(code.columns([3, int(feature)]), dense[..., [3, int(feature)]])

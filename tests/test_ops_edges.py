@@ -1,5 +1,6 @@
 """Where the operations could go wrong unseen: numbers that are none, odd memory, and torch's own modes."""
 
+import copy
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_matches
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastsae
 from fastsae import ops
@@ -17,6 +19,16 @@ from fastsae.backends.cpu.select import group_size
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 BACKENDS = ("cpu", "reference")
+
+
+def joint() -> fastsae.JointSAE:
+    sae = fastsae.JointSAE(8, 64, 4, d_embedding=6).eval()
+    for p in sae.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return sae
+
+
+every_sae = pytest.mark.parametrize("make", [joint, lambda: fastsae.TopKSAE(8, 64, 4)], ids=["joint", "topk"])
 
 
 def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]:
@@ -228,10 +240,71 @@ def test_a_scaled_loss_is_not_rounded_to_narrow_weights(scale: float):
 def test_gradients_of_gradients_are_refused_by_the_fast_backend():
     values, indices = torch.rand(3, 2, dtype=torch.float64), torch.randint(9, (3, 2))
     W = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(RuntimeError, match="differentiation"):
-        (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "cpu").pow(3).sum(), W, create_graph=True)
+    (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "cpu").pow(3).sum(), W, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again.*backend='reference'"):
+        torch.autograd.grad(grad.sum(), W)
     (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "reference").pow(3).sum(), W, create_graph=True)
     assert torch.autograd.grad(grad.sum(), W)[0].abs().sum() > 0
+
+
+@every_sae
+def test_a_gradient_penalty_is_refused_and_no_part_of_it_left_out(make):
+    """The gradient with respect to x depends on the weights, though the loss it comes from is a plain number."""
+    sae = make()
+    x = torch.randn(5, 8, requires_grad=True)
+    loss = sae(x).loss
+    (ordinary,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(grad, ordinary)
+    for p in (x, sae.W_enc, sae.W_dec):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(grad.square().sum() + p.sum(), p, retain_graph=True)
+
+
+DERIVATIVES = {
+    "jvp": lambda sae, x, v: torch.func.jvp(lambda y: sae(y).loss, (x,), (v,))[1],
+    "jvp of the code": lambda sae, x, v: torch.func.jvp(lambda y: sae.encode(y).values, (x,), (v,))[1],
+    "jacfwd": lambda sae, x, v: torch.func.jacfwd(lambda y: sae(y).reconstruction)(x[0]),
+    "jacrev": lambda sae, x, v: torch.func.jacrev(lambda y: sae(y).reconstruction)(x[0]),
+    "hessian": lambda sae, x, v: torch.func.hessian(lambda y: sae(y).loss)(x[0]),
+    "vmap of grad": lambda sae, x, v: torch.func.vmap(torch.func.grad(lambda y: sae(y).loss))(x),
+    "functional_call": lambda sae, x, v: torch.func.grad(
+        lambda weights: torch.func.functional_call(sae, weights, (x,)).loss
+    )(dict(sae.named_parameters()))["W_enc"],
+    "dual numbers": lambda sae, x, v: dual(sae, x, v),
+}
+
+
+def dual(sae, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(sae(forward_ad.make_dual(x, v)).loss).tangent
+
+
+@every_sae
+@pytest.mark.parametrize("which", DERIVATIVES)
+def test_derivatives_that_only_pytorch_can_take_are_taken_by_the_reference(which: str, make):
+    """Hand-written backwards would leave them 0, without a word."""
+    sae = make()
+    x, v = torch.randn(2, 5, 8)
+    exact = copy.deepcopy(sae).double()
+    exact.backend = "reference"
+    want = DERIVATIVES[which](exact, x.double(), v.double())
+    assert want.abs().max() > 1e-3
+    torch.testing.assert_close(DERIVATIVES[which](sae, x, v).double(), want, rtol=1e-4, atol=1e-5)
+    sae.backend = "cpu"
+    with pytest.raises(RuntimeError, match="'cpu' cannot serve this call: torch.func and forward-mode"):
+        DERIVATIVES[which](sae, x, v)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_several_shares_of_dropout_compile(dynamic: bool | None):
+    """The second share is another number, and from then on no constant to the compiler."""
+    torch.compiler.reset()
+    for dropout in (0.15, 0.3):
+        sae = fastsae.JointSAE(8, 64, 4, dropout=dropout)
+        compiled = torch.compile(sae, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled(torch.randn(5, 8)).loss.backward()
+        assert sae.W1.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])

@@ -131,11 +131,27 @@ def test_numbers_that_are_none_or_overflow_leave_it_to_the_plain_path(where: str
     torch.testing.assert_close(screened[0], plain[0], equal_nan=True, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("instructions", "amd", "faster"),
+    [
+        ({}, True, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False, False),  # twice as slow, by measurement
+        ({"avx512_bf16": True, "amx_bf16": True}, False, True),
+    ],
+)
+def test_what_a_processor_is_decides(instructions: dict, amd: bool, faster: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    monkeypatch.setattr(screen, "_is_amd", lambda: amd)
+    assert screen.bf16_is_faster.__wrapped__() is faster
+
+
 def test_when_it_pays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     bench = (2048, 1024, 65536, 64, torch.float32)
     for native in (True, False):
-        monkeypatch.setattr(screen, "_has_native_bf16", lambda native=native: native)
+        monkeypatch.setattr(screen, "bf16_is_faster", lambda native=native: native)
         assert screen.screening_pays(*bench) == native
         assert not screen.screening_pays(*bench[:-1], torch.float64)
         assert not screen.screening_pays(*bench[:-1], torch.bfloat16)

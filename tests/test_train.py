@@ -329,6 +329,56 @@ def test_resume_is_bitwise(data, tmp_path, monkeypatch):
     assert steps == list(range(1, 13))
 
 
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.randn(D, generator=torch.Generator().manual_seed(i))
+
+
+def shuffled() -> Iterator[Tensor]:
+    """Epochs of three batches, each in an order drawn from torch's generator, from which dropout is drawn too."""
+    while True:
+        yield from torch.utils.data.DataLoader(Rows(), batch_size=32, shuffle=True)
+
+
+def test_a_shuffling_loader_is_drawn_again_as_it_was(tmp_path, monkeypatch):
+    whole = joint()
+    Trainer(whole, config(steps=12)).fit(shuffled())
+    cut = Trainer(joint(), config(steps=12, run_dir=tmp_path, checkpoint_every=4))
+    step = cut._train_step
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 6 else step(x))
+    with pytest.raises(pytest.fail.Exception):
+        cut.fit(shuffled())
+    again = joint()
+    Trainer(again, config(steps=12, run_dir=tmp_path, resume=True)).fit(shuffled())
+    assert_same(weights(whole), weights(again))
+
+
+def test_a_finished_run_can_be_trained_on(tmp_path):
+    whole, longer = joint(), joint()
+    Trainer(whole, config(steps=12)).fit(activations())
+    Trainer(joint(), config(steps=5, run_dir=tmp_path)).fit(activations())
+    assert Trainer(longer, config(steps=12, run_dir=tmp_path, resume=True)).fit(activations()).steps == 12
+    assert_same(weights(whole), weights(longer))
+    with pytest.raises(ValueError, match="step_00000012 is beyond the 8 steps asked for"):
+        Trainer(joint(), config(steps=8, run_dir=tmp_path, resume=True)).fit(activations())
+
+
+def test_where_the_rate_decays_a_longer_run_is_another_one(tmp_path):
+    Trainer(joint(), config(steps=5, decay_steps=2, run_dir=tmp_path)).fit(activations())
+    with pytest.raises(ValueError, match="another configuration: steps was 5, is 12"):
+        Trainer(joint(), config(steps=12, decay_steps=2, run_dir=tmp_path, resume=True)).fit(activations())
+
+
+def test_what_was_trained_already_is_said():
+    trainer = Trainer(joint(), config())
+    trainer.fit(activations())
+    with pytest.warns(UserWarning, match="all 10 steps were made before, so nothing is trained"):
+        trainer.fit(activations())
+
+
 RUN = textwrap.dedent("""
     import sys
     from pathlib import Path
@@ -512,7 +562,7 @@ def test_nan_batches_can_be_skipped_and_are_counted():
 def test_activations_that_end_early(tmp_path):
     with pytest.warns(UserWarning, match=r"activations ended after 4 of 10 steps"):
         result = Trainer(joint(), config(run_dir=tmp_path, log_every=3)).fit(activations(4))
-    assert result.steps == 4
+    assert result.steps == result.metrics["step"] == 4
     assert checkpoint.load(tmp_path).state["step"] == 4
 
 

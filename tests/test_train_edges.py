@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import signal
 import threading
 import weakref
@@ -140,16 +141,24 @@ def test_gradients_stay_in_the_same_memory(monkeypatch: pytest.MonkeyPatch):
         (torch.randn(0, D), ValueError, r"B at least 1; got \(0, 12\)"),
         (torch.ones(4, D, dtype=torch.int64), TypeError, "float tensor that holds numbers; got torch.int64"),
         (torch.ones(4, D, device="meta"), TypeError, "float tensor that holds numbers; got torch.float32 on meta"),
-        ([1.0, 2.0], ValueError, "got list"),
-        (None, ValueError, "got NoneType"),
+        ([1.0, 2.0], ValueError, "got list$"),
+        (None, ValueError, "got NoneType$"),
+        (torch.randn(D), ValueError, r"Of one tensor of activations: x.split\(2048\)"),
+        ([torch.randn(4, D)], ValueError, r"Of a DataLoader over a TensorDataset: \(rows for \(rows,\) in loader\)"),
+        (torch.randn(4, D).numpy(), ValueError, "got ndarray. Of NumPy arrays: torch.from_numpy"),
     ],
-    ids=["width", "3-d", "1-d", "0-d", "empty", "integer", "meta", "list", "None"],
+    ids=["width", "3-d", "1-d", "0-d", "empty", "integer", "meta", "list", "None", "rows", "loader", "numpy"],
 )
 def test_a_bad_batch_is_named(bad, error, message, at, normalize):
     batches: list = list(activations(4))
     batches[at] = bad
     with pytest.raises(error, match=rf"batch {at + 1} of the activations: expected .*{message}"):
         Trainer(joint(), config(normalize=normalize, normalize_rows=100)).fit(batches)
+
+
+def test_activations_that_are_a_function_are_to_be_called():
+    with pytest.raises(TypeError, match=r"an iterable of \(B, d_in\) tensors; got a function; call it"):
+        Trainer(joint(), config()).fit(activations)
 
 
 @pytest.mark.parametrize("normalize", ["zscore", "none"])
@@ -200,6 +209,9 @@ def test_a_batch_of_one_row(batch: int, tmp_path):
     [
         ({"steps": 0}, "TrainerConfig.steps: expected at least 1; got 0"),
         ({"lr": 0.0}, "TrainerConfig.lr"),
+        ({"lr": math.inf}, "TrainerConfig.lr: expected above 0 and finite; got inf"),
+        ({"lr_end": -1.0}, "TrainerConfig.lr_end: expected 0 or more, and finite; got -1.0"),
+        ({"auxk_coefficient": math.nan}, "TrainerConfig.auxk_coefficient: expected 0 or more, and finite; got nan"),
         ({"warmup_steps": 6, "decay_steps": 5}, "6 and 5 of 10 steps"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm: expected None or above 0"),
         ({"resume": True}, "resume and log_to need a run_dir"),

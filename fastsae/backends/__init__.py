@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsae.backends import cpu, reference
 
@@ -22,6 +23,8 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot serve tensors of this device and dtype; None when it can."""
     if name == "reference":
         return None
+    if _is_transformed():
+        return "torch.func and forward-mode differentiation need operations that PyTorch differentiates by itself"
     if name == "cuda":
         return _cuda_refusal(device, dtype)
     if device.type != "cpu":
@@ -29,6 +32,13 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in cpu.DTYPES:
         return f"it serves {', '.join(str(d)[6:] for d in cpu.DTYPES)}, these are {str(dtype)[6:]}"
     return None
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives are asked for that hand-written backwards cannot give: to those they would come out as 0."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -77,7 +77,8 @@ def interaction_mlp(
     z: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor | None, dropout: float = 0.0, training: bool = False
 ) -> Tensor:
     """interaction = W2 relu(W1 dropout(z) + b1) + b2, without b2 where it is None."""
-    z = F.dropout(z, dropout, training)
+    if training and dropout:
+        z = F.dropout(z, dropout)
     return F.linear(torch.relu(F.linear(z, W1, b1)), W2, b2)
 
 

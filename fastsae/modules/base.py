@@ -64,6 +64,11 @@ def evaluating(sae: "SparseAutoencoder") -> Iterator[None]:
         sae.train(was_training)
 
 
+def _give_normalizer_the_dtype(sae: "SparseAutoencoder", _: object) -> None:
+    """load_state_dict(assign=True) may have brought another one."""
+    sae.normalizer.dtype = sae.W_enc.dtype
+
+
 def _draw_unit_rows(W: Tensor) -> None:
     F.normalize(W.normal_(), dim=1, out=W)
 
@@ -89,6 +94,7 @@ class SparseAutoencoder(nn.Module):
         self.config = config
         self.backend = backend
         self.normalizer = Normalizer(config.d_in, device, dtype)
+        self.register_load_state_dict_post_hook(_give_normalizer_the_dtype)
         choose(backend, self.normalizer.mean.device, dtype)  # a backend that cannot serve says so now
         new = {"device": device, "dtype": dtype}
         self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
@@ -128,6 +134,8 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The k strongest features of each of the normalised activations x (..., d_in)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: x must be a tensor; got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
                 f"{type(self).__name__}: x must end in d_in = {self.d_in}; got shape {tuple(x.shape)}. "
@@ -154,6 +162,8 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction (..., d_in) of a code, all pathways summed."""
+        if code.d_sae != self.d_sae:
+            raise ValueError(f"{type(self).__name__}: the code is of {code.d_sae} features, this SAE has {self.d_sae}")
         return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)
 
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ Other rows are left to the plain path.
 """
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def _saves_time(rows: int, d_in: int, d_sae: int, k: int) -> bool:
     # Measured on a Zen 4 core pair: seconds saved by a multiply-add in bf16, and spent on an entry of W_enc to convert
     # and on each of the k places of a row.
     saved, spent = 10e-12 * rows * d_in * d_sae, 0.8e-9 * d_in * d_sae + 0.8e-6 * rows * k
-    return _has_native_bf16() and saved > spent
+    return bf16_is_faster() and saved > spent
 
 
 def _group(d_sae: int, k: int) -> int:
@@ -48,9 +49,19 @@ def _group(d_sae: int, k: int) -> int:
 
 
 @functools.cache
-def _has_native_bf16() -> bool:
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies bf16 faster than fp32: by what it is and not by a clock.
+
+    Values differ in their last bits with the way they were found, and a run that is resumed must find them alike.
+    """
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    # In avx512_bf16 Zen 4 takes a third of the time, an Intel processor took up to twice as long (docs/decisions.md).
+    return able.get("amx_bf16", False) or (able.get("avx512_bf16", False) and _is_amd())
+
+
+def _is_amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def screened_topk(x: Tensor, encoder: Encoder, k: int) -> tuple[Tensor, Tensor, Tensor]:
