@@ -132,8 +132,8 @@ class Trainer:
         """
         if self.step >= self.config.steps:
             warnings.warn(
-                f"Trainer.fit: all {self.config.steps} steps were made before, so nothing is trained; to train on, take "
-                "a run_dir, and resume with more steps",
+                f"Trainer.fit: all {self.config.steps} steps were made before, so nothing is trained; to train on, "
+                "take a run_dir, and resume with more steps",
                 stacklevel=2,
             )
         if self._is_narrow and type(self._optimizer) is torch.optim.Adam:

@@ -472,3 +472,18 @@ def test_a_code_gives_the_columns_of_one_feature_or_several():
     for one in (int(feature), feature):
         torch.testing.assert_close(code.columns(one), dense[..., feature : feature + 1])
     torch.testing.assert_close(code.columns([3, int(feature)]), dense[..., [3, int(feature)]])
+
+
+@pytest.mark.parametrize("make", [fastsae.TopKSAE, fastsae.JointSAE, fastsae.SequentialSAE])
+def test_parameters_are_drawn_again_as_a_new_one_has_them(make):
+    with torch.device("meta"):
+        sae = make(8, 50, 4, pre_bias=True)
+    sae.to_empty(device="cpu")
+    for t in sae.state_dict().values():
+        t.fill_(torch.nan)
+    torch.manual_seed(5)
+    sae.reset_parameters()
+    torch.manual_seed(5)
+    new = make(8, 50, 4, pre_bias=True)
+    for name, t in new.state_dict().items():
+        assert torch.equal(sae.state_dict()[name], t), name

@@ -241,7 +241,7 @@ def test_gradients_of_gradients_are_refused_by_the_fast_backend():
     values, indices = torch.rand(3, 2, dtype=torch.float64), torch.randint(9, (3, 2))
     W = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "cpu").pow(3).sum(), W, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*backend='reference'"):
         torch.autograd.grad(grad.sum(), W)
     (grad,) = torch.autograd.grad(ops.sparse_decode(values, indices, W, "reference").pow(3).sum(), W, create_graph=True)
     assert torch.autograd.grad(grad.sum(), W)[0].abs().sum() > 0
@@ -292,7 +292,7 @@ def test_derivatives_that_only_pytorch_can_take_are_taken_by_the_reference(which
     assert want.abs().max() > 1e-3
     torch.testing.assert_close(DERIVATIVES[which](sae, x, v).double(), want, rtol=1e-4, atol=1e-5)
     sae.backend = "cpu"
-    with pytest.raises(RuntimeError, match="'cpu' cannot serve this call: torch.func and forward-mode"):
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: torch.func and forward-mode"):
         DERIVATIVES[which](sae, x, v)
 
 

@@ -98,12 +98,9 @@ class SparseAutoencoder(nn.Module):
         choose(backend, self.normalizer.mean.device, dtype)  # a backend that cannot serve says so now
         new = {"device": device, "dtype": dtype}
         self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae, **new))
+        self.b_enc = nn.Parameter(torch.empty(config.d_sae, **new))
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in, **new))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in, **new)) if config.pre_bias else None
-        with torch.no_grad():
-            self.laws()["W_dec"](self.W_dec)
-            self.W_enc.copy_(self.W_dec)
+        self.b_dec = nn.Parameter(torch.empty(config.d_in, **new)) if config.pre_bias else None
 
     def laws(self) -> dict[str, Callable[[Tensor], object]]:
         """What draws the parameters at the start, in place and in this order, any rows of them.
@@ -113,6 +110,18 @@ class SparseAutoencoder(nn.Module):
         bound = 1 / math.sqrt(self.d_sae)
         paper = self.config.init == "paper"
         return {"W_dec": partial(Tensor.uniform_, **{"from": -bound, "to": bound}) if paper else _draw_unit_rows}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters, in place, as a new SAE has them, and forget the normalisation: after to_empty(), say."""
+        for name, law in self.laws().items():
+            law(getattr(self, name))
+        self.W_enc.copy_(self.W_dec)
+        for bias in (self.b_enc, self.b_dec):
+            if bias is not None:
+                bias.zero_()
+        self.normalizer.mean.zero_()
+        self.normalizer.scale.fill_(1)
 
     @property
     def d_in(self) -> int:

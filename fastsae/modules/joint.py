@@ -78,13 +78,10 @@ class JointSAE(SparseAutoencoder):
         self.b1 = parameter(E) if interaction else None
         self.W2 = parameter(d_in, E) if interaction else None
         self.b2 = parameter(d_in) if interaction else None
-        with torch.no_grad():
-            for name, law in self.laws().items():
-                if name != "W_dec":  # it is drawn already
-                    law(getattr(self, name))
+        self.reset_parameters()
 
     def laws(self) -> dict[str, Callable[[Tensor], object]]:
-        there = {name: std for name, std in STD_AT_INIT.items() if getattr(self, name, None) is not None}
+        there = {name: std for name, std in STD_AT_INIT.items() if getattr(self, name) is not None}
         return super().laws() | {name: partial(Tensor.normal_, mean=0.0, std=std) for name, std in there.items()}
 
     @property

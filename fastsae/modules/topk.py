@@ -33,6 +33,7 @@ class TopKSAE(SparseAutoencoder):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(TopKSAEConfig(d_in, d_sae, k, pre_bias, init), backend, device, dtype)
+        self.reset_parameters()
 
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.ops.reconstruct(
