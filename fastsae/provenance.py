@@ -71,8 +71,13 @@ def recorded_base(run_dir: Path) -> Path:
     if not isinstance(there.get(_BASE), str):
         raise ValueError(f"{path} is damaged: it names no base; train the run again")
     base = Path(there[_BASE])
-    if not (base / "sae" / "config.json").is_file():
-        raise FileNotFoundError(f"{run_dir} stands on the SAE of {base}, which is not there any more: bring it back")
+    beside = run_dir.resolve().parent / base.name  # where it is if both runs were moved or copied together
+    places = [place for place in (base, beside) if (place / "sae" / "config.json").is_file()]
+    if not places:
+        raise FileNotFoundError(
+            f"{run_dir} stands on the SAE of {base}, which is neither there nor beside it any more: bring it back"
+        )
+    base = places[0]
     if read_description(base / "sae")["weights_crc32"] != there.get(_BASE_CHECKSUM):
         raise ValueError(f"{base} was trained again since {run_dir} was trained on its SAE; train that one again too")
     return base

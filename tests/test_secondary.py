@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tiny_lm import hooked, tokenizer
 
 import fastsae
 import fastsae.factorial
-from fastsae import cli, files, provenance
+from fastsae import cli, experiment, files, provenance
 from fastsae.activations import Document, ModelActivations, harvest, tokenize
 from fastsae.evaluate import drivers, pairs, top_features, top_pairs
 from fastsae.evaluate.pathways import through_secondary
@@ -337,6 +338,17 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_computed(
         run("factorial", "second", "few.json")
 
 
+def test_runs_that_were_moved_together_find_each_other(folder, tmp_path):
+    for name in ("joint", "second"):
+        shutil.copytree(folder / name, tmp_path / name)
+    data = tmp_path / "second" / "data.json"
+    files.write_json(data, files.read_json(data) | {"base": "/gone/joint"})
+    assert experiment.trained(tmp_path / "second").base is not None
+    (tmp_path / "joint" / "sae" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="the SAE of /gone/joint, which is neither there nor beside it"):
+        experiment.trained(tmp_path / "second")
+
+
 def test_a_base_that_changed_is_noticed(run, folder):
     moved = folder / "joint"
     description = json.loads((moved / "sae" / "config.json").read_text())
@@ -344,5 +356,7 @@ def test_a_base_that_changed_is_noticed(run, folder):
     with pytest.raises(SystemExit, match="joint was trained again since second was trained on its SAE"):
         run("eval", "second", "--tokens", "500")
     (moved / "sae" / "config.json").unlink()
-    with pytest.raises(SystemExit, match=r"second stands on the SAE of .*joint, which is not there any more"):
+    with pytest.raises(
+        SystemExit, match=r"second stands on the SAE of .*joint, which is neither there nor beside it any more"
+    ):
         run("eval", "second", "--tokens", "500")

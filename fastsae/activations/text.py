@@ -1,6 +1,7 @@
 """Text by document: where activations come from, and which documents are held out."""
 
 import hashlib
+import json
 import re
 import sysconfig
 import warnings
@@ -37,10 +38,10 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
     """The documents of `source`, in a fixed order.
 
     source: "stdlib" (the Python sources of the running interpreter's standard library); a folder (every .txt, .md,
-    .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters);
-    or the name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
+    .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters); a
+    .jsonl file (the "text" of each line is a document); or the name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
     "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText, whose rows are lines, each article.
-    Raises FileNotFoundError when `source` is none of these, ValueError for a dataset without a "text" column.
+    Raises FileNotFoundError when `source` is none of these, ValueError for a dataset or a line without a "text".
     """
     path = Path(source)
     if source == STDLIB:
@@ -48,7 +49,7 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
     elif path.is_dir():
         yield from _files_below(path, _TEXT_SUFFIXES, {"__pycache__"})
     elif path.is_file():
-        yield from _file_documents(path)
+        yield from _json_documents(path) if path.suffix == ".jsonl" else _file_documents(path)
     else:
         yield from _dataset_documents(str(source))
 
@@ -94,6 +95,19 @@ def _file_documents(path: Path) -> Iterator[Document]:
         if text.strip() and (last or len(text) >= _FILE_DOCUMENT_CHARS):
             yield Document(f"{path.name}#{number}", text)
             text, number = "", number + 1
+
+
+def _json_documents(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {"text": ""}
+            except ValueError as error:
+                raise ValueError(f"read_documents: line {number} of {path} is not valid JSON ({error})") from error
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f'read_documents: line {number} of {path} holds no string "text"')
+            if row["text"].strip():
+                yield Document(f"{path.name}#{number}", row["text"])
 
 
 def _dataset_documents(spec: str) -> Iterator[Document]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         """`f"{interval:.3f}"` gives "0.123 [0.101, 0.145]"."""
+        if isnan(self.low) and isnan(self.high):
+            return f"{self.estimate:{spec}} [no interval: it takes two documents]"
         return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
