@@ -19,7 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from csrc_triton import cases, offline
+from csrc_triton import cases, compilation, offline
 from csrc_triton.launch import Launch, launch, noting
 
 ARCHS = (80, 90)
@@ -116,42 +116,42 @@ LAUNCHES = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[str, int], offline.Result]:
+def found() -> dict[tuple[str, int], compilation.Result]:
     """What each launch comes to, all compiled beside one another."""
     keys = [(name, arch) for name in LAUNCHES for arch in ARCHS]
-    results = offline.compile_all([offline.specialise(LAUNCHES[name], arch) for name, arch in keys])
+    results = compilation.compile_all([compilation.specialise(LAUNCHES[name], arch) for name, arch in keys])
     return dict(zip(keys, results, strict=True))
 
 
-def violations(found: dict[tuple[str, int], offline.Result], name: str) -> list[str]:
+def violations(found: dict[tuple[str, int], compilation.Result], name: str) -> list[str]:
     return ["; ".join(found[name, arch].violations) for arch in ARCHS]
 
 
 @pytest.mark.parametrize("name", ["clean", "tensor cores", "no tensor cores, nothing counted", "fp32"])
-def test_nothing_is_wrong(found: dict[tuple[str, int], offline.Result], name: str):
+def test_nothing_is_wrong(found: dict[tuple[str, int], compilation.Result], name: str):
     assert violations(found, name) == ["", ""]
     assert all(0 < found[name, arch].registers <= 255 for arch in ARCHS)
 
 
-def test_shared_memory_is_told(found: dict[tuple[str, int], offline.Result]):
+def test_shared_memory_is_told(found: dict[tuple[str, int], compilation.Result]):
     assert found["clean", 90].shared == 0
     # Two operands of 64 x 32 bf16, in the three stages that sm_90 keeps and the two that sm_80 does.
     assert [found["tensor cores", arch].shared for arch in ARCHS] == [2 * 2 * 64 * 32 * 2, 3 * 2 * 64 * 32 * 2]
 
 
-def test_a_spill_is_found(found: dict[tuple[str, int], offline.Result]):
+def test_a_spill_is_found(found: dict[tuple[str, int], compilation.Result]):
     for told in violations(found, "spills"):
         assert re.fullmatch(r"spills: [1-9]\d* bytes of stack, 0 of local memory", told)
 
 
-def test_too_much_shared_memory_is_found(found: dict[tuple[str, int], offline.Result]):
+def test_too_much_shared_memory_is_found(found: dict[tuple[str, int], compilation.Result]):
     assert [re.sub(r"^\d+", "n", told) for told in violations(found, "too much shared memory")] == [
         "n bytes of shared memory, sm_80 has 166912",
         "n bytes of shared memory, sm_90 has 232448",
     ]
 
 
-def test_missing_tensor_cores_are_found(found: dict[tuple[str, int], offline.Result]):
+def test_missing_tensor_cores_are_found(found: dict[tuple[str, int], compilation.Result]):
     assert violations(found, "rows too few for the tensor cores of sm_90") == [
         "",
         "tl.dot of 16-bit operands without wgmma.mma_async",
@@ -161,7 +161,7 @@ def test_missing_tensor_cores_are_found(found: dict[tuple[str, int], offline.Res
 @pytest.mark.parametrize(
     ("name", "says"), [("unknown name", "undefined is not defined"), ("unknown instruction", "'nonsense'")]
 )
-def test_a_compile_error_is_told_in_few_lines(found: dict[tuple[str, int], offline.Result], name: str, says: str):
+def test_a_compile_error_is_told_in_few_lines(found: dict[tuple[str, int], compilation.Result], name: str, says: str):
     for told in violations(found, name):
         assert told.startswith("does not compile:")
         assert says in told
@@ -170,8 +170,8 @@ def test_a_compile_error_is_told_in_few_lines(found: dict[tuple[str, int], offli
 
 def test_a_failing_kernel_is_not_printed():
     script = (
-        "import test_offline; from csrc_triton import offline; "
-        "offline.compile_here(offline.specialise(test_offline.LAUNCHES['unknown instruction'], 90))"
+        "import test_offline; from csrc_triton import compilation; "
+        "compilation.compile_here(compilation.specialise(test_offline.LAUNCHES['unknown instruction'], 90))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
@@ -179,8 +179,8 @@ def test_a_failing_kernel_is_not_printed():
 
 
 def test_a_crash_of_the_compiler_stops_no_other_kernel():
-    jobs = [offline.specialise(case, 90) for case in (copy(block=Crash()), copy(), copy())]
-    crashed, clean, same = offline.compile_all(jobs)
+    jobs = [compilation.specialise(case, 90) for case in (copy(block=Crash()), copy(), copy())]
+    crashed, clean, same = compilation.compile_all(jobs)
     assert crashed.violations == ("does not compile: the compiler crashed",)
     assert clean.violations == ()
     assert same is clean  # compiled once
@@ -199,9 +199,9 @@ def test_machine_code_agrees(arch: int, instruction: str):
 
 def disassembled(case: Launch, arch: int) -> set[str]:
     """The words of a kernel's machine code."""
-    job = offline.specialise(case, arch)
+    job = compilation.specialise(case, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(offline.compiled(job).asm["cubin"])
+        file.write(compilation.compiled(job).asm["cubin"])
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
         return set(re.findall(r"\w+", subprocess.run(command, check=True, capture_output=True, text=True).stdout))
@@ -213,7 +213,7 @@ def disassembled(case: Launch, arch: int) -> set[str]:
 def argument(value: Any, name: str = "stride") -> tuple[str, bool]:
     """Type of an argument, and whether it is known to be divisible by 16."""
     arguments = {"x_ptr": meta(4), "n": 5, "stride": 5, "bias_ptr": None, "scale": 0.5} | {name: value}
-    job = offline.specialise(noted(count_kernel, arguments), 90)
+    job = compilation.specialise(noted(count_kernel, arguments), 90)
     place = (list(job.signature).index(name),)
     assert job.constants.get(place) == (value if job.signature[name] == "constexpr" else None)
     return job.signature[name], job.attributes.get(place) == [["tt.divisibility", 16]]
@@ -266,9 +266,9 @@ def test_a_tensor_that_begins_within_another(offset: int, aligned: bool):
 
 
 def test_equal_launches_are_one_job():
-    jobs = [offline.specialise(case, 90) for case in (copy(), copy(), copy(256), LAUNCHES["clean"])]
+    jobs = [compilation.specialise(case, 90) for case in (copy(), copy(), copy(256), LAUNCHES["clean"])]
     assert [job.key == jobs[0].key for job in jobs] == [True, True, False, True]
-    assert offline.specialise(copy(True), 90).key != offline.specialise(copy(1), 90).key
+    assert compilation.specialise(copy(True), 90).key != compilation.specialise(copy(1), 90).key
 
 
 class Driver:
@@ -287,7 +287,7 @@ class Driver:
 def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     case = product(64)
-    offline.compiled(offline.specialise(case, 90))
+    compilation.compiled(compilation.specialise(case, 90))
     compiled = set(tmp_path.iterdir())
     monkeypatch.setattr(driver, "_active", Driver())
     for warps in (4, 8):
@@ -298,7 +298,7 @@ def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch,
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        offline.specialise(copy(), 90)
+        compilation.specialise(copy(), 90)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -404,6 +404,6 @@ def test_another_k_or_learning_rate_compiles_nothing_anew():
             decoder = cases.Decoder(step.W_dec, adam)
             cases.decode_backward(items, step.values, k, step.x, None, None, decoder, None, None, step.values, False)
             cases.weight_gradient(items, step.values, step.x, adam)
-        return {offline.specialise(launch, 90).key for launch in launches}
+        return {compilation.specialise(launch, 90).key for launch in launches}
 
     assert keys(35, 1e-3) == keys(53, 7e-4)

@@ -8,8 +8,8 @@ import time
 import torch
 
 from benchmarks.gpu.stage import Stage
+from csrc_triton.compilation import Job, Result, compile_all, specialise
 from csrc_triton.launch import Launch
-from csrc_triton.offline import Job, Result, compile_all, specialise
 
 # Processes: half of the cores, since each also has a context on the GPU.
 MOST = 8

@@ -39,8 +39,9 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
 
     source: "stdlib" (the Python sources of the running interpreter's standard library); a folder (every .txt, .md,
     .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters); a
-    .jsonl file (the "text" of each line is a document); or the name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
-    "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText, whose rows are lines, each article.
+    .jsonl file (the "text" of each line is a document); or the name of a Hugging Face dataset whose train split has a
+    "text" column, optionally with a configuration: "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText,
+    whose rows are lines, each article.
     Raises FileNotFoundError when `source` is none of these, ValueError for a dataset or a line without a "text".
     """
     path = Path(source)
