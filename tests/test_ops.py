@@ -25,10 +25,11 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(params=[True, False], ids=["screened", "plain"])
+@pytest.fixture(params=["screened", "blocks of features", "one block"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with bf16 instructions, whose fp32 encoding is screened in bf16, and one without."""
-    monkeypatch.setattr(screen, "_saves_time", lambda *_: request.param)
+    """With bf16 instructions and without; there the tests' few rows are encoded as many are, and as few are."""
+    monkeypatch.setattr(screen, "_saves_time", lambda *_: request.param == "screened")
+    monkeypatch.setattr(blocks, "FEW_ROWS", 64 if request.param == "one block" else 0)
 
 
 on_every_processor = pytest.mark.usefixtures("processor")

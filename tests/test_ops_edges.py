@@ -49,6 +49,7 @@ def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]
 def test_random_shapes_against_plain_python(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Small whole numbers, so that every dtype computes the same, with ties, NaN, infinities, subsets and chunks."""
     monkeypatch.setattr(screen, "_saves_time", lambda *_: seed % 2 == 0)
+    monkeypatch.setattr(blocks, "FEW_ROWS", 64 if seed % 3 else 0)
     draw = random.Random(seed)
     torch.manual_seed(seed)
     B, D, M = draw.choice([0, 1, 5]), draw.choice([1, 3, 16]), int(2 ** draw.uniform(0, 12.5))

@@ -10,6 +10,8 @@ from fastsae.backends.cpu.memory import workspace
 PRE_ACTIVATION_BYTES = 256 * 2**20
 # A block of pre-activations this wide is still in cache when its group maxima are taken, and MKL writes it faster.
 BLOCK = 1024
+# Up to so many rows all of it stays in cache, and starting a product for each block costs more than that saves.
+FEW_ROWS = 64
 
 
 def set_pre_activation_bytes(limit: int) -> None:
@@ -20,18 +22,20 @@ def set_pre_activation_bytes(limit: int) -> None:
     PRE_ACTIVATION_BYTES = limit
 
 
-def block_width(d_sae: int) -> int:
-    """Features per block."""
-    return BLOCK if d_sae > BLOCK else -(-d_sae // 64) * 64
+def block_width(d_sae: int, rows: int | None = None) -> int:
+    """Features per block; for so few rows that blocks do not pay, all of them."""
+    few = rows is not None and rows <= FEW_ROWS
+    return BLOCK if d_sae > BLOCK and not few else -(-d_sae // 64) * 64
 
 
-def n_blocks(d_sae: int) -> int:
-    return -(-d_sae // block_width(d_sae))
+def n_blocks(d_sae: int, width: int) -> int:
+    return -(-d_sae // width)
 
 
 def rows_held(rows: int, d_sae: int, bytes_each: int) -> int:
     """How many of `rows` rows are held at once, at `bytes_each` for one pre-activation."""
-    return max(1, min(rows, PRE_ACTIVATION_BYTES // (bytes_each * n_blocks(d_sae) * block_width(d_sae))))
+    width = block_width(d_sae)
+    return max(1, min(rows, PRE_ACTIVATION_BYTES // (bytes_each * n_blocks(d_sae, width) * width)))
 
 
 class Encoder(NamedTuple):
@@ -47,19 +51,18 @@ class Encoder(NamedTuple):
     def d_sae(self) -> int:
         return len(self.W_enc if self.features is None else self.features)
 
-    def block(self, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """W_enc, b_enc and scale of the i-th block; the last one may be narrower than the others."""
-        width = block_width(self.d_sae)
+    def block(self, i: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W_enc, b_enc and scale of the i-th block of `width` features; the last one may be narrower."""
         part = slice(i * width, min((i + 1) * width, self.d_sae))
         rows = part if self.features is None else self.features[part]
         return self.W_enc[rows], self.b_enc[rows], None if self.scale is None else self.scale[rows]
 
-    def scaled_block(self, i: int) -> tuple[Tensor, Tensor]:
+    def scaled_block(self, i: int, width: int) -> tuple[Tensor, Tensor]:
         """W_enc and b_enc of the i-th block, multiplied by scale."""
-        W, b, scale = self.block(i)
+        W, b, scale = self.block(i, width)
         if scale is None:
             return W, b
-        scaled = workspace("scaled_W", (block_width(self.d_sae), W.shape[1]), W.dtype)[: len(W)]
+        scaled = workspace("scaled_W", (width, W.shape[1]), W.dtype)[: len(W)]
         return torch.mul(W, scale.unsqueeze(1), out=scaled), b * scale
 
     def pre_activations(self, dots: Tensor, ids: Tensor) -> Tensor:

@@ -61,11 +61,12 @@ def plan(rows: int, d_in: int, d_sae: int, k: int, dtype: torch.dtype) -> Plan:
 
 def _pre_activations(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tensor]:
     """x @ W_enc.T + b_enc, scaled, by blocks of features (n_blocks, B, width), and the maxima of groups of features."""
-    rows, width, count = len(x), block_width(encoder.d_sae), n_blocks(encoder.d_sae)
+    rows, width = len(x), block_width(encoder.d_sae, len(x))
+    count = n_blocks(encoder.d_sae, width)
     blocks = workspace("pre-activations", (count, rows, width), x.dtype)
     maxima = x.new_empty(rows, count, width // group if group > 1 else 0)
     for i in range(count):
-        weight, bias, scale = encoder.block(i)
+        weight, bias, scale = encoder.block(i, width)
         torch.addmm(bias, x, weight.T, out=blocks[i, :, : len(bias)])
         if scale is not None:
             blocks[i, :, : len(bias)] *= scale

@@ -102,7 +102,8 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
 
     The bits of non-negative bf16 numbers order like int16, and negative ones come out below zero, as relu wants it.
     """
-    (rows, d_in), width, count = x.shape, block_width(encoder.d_sae), n_blocks(encoder.d_sae)
+    (rows, d_in), width = x.shape, block_width(encoder.d_sae)
+    count = n_blocks(encoder.d_sae, width)
     wide = d_in + _EXTRA
     low_x = torch.zeros(rows, wide, dtype=torch.bfloat16, device="cpu")
     low_x[:, :d_in] = x
@@ -118,7 +119,7 @@ def _upper_bounds(x: Tensor, encoder: Encoder, group: int) -> tuple[Tensor, Tens
     difference = workspace("screened_difference", (width, d_in), torch.float32)
     largest_norm = torch.zeros((), device="cpu")
     for i in range(count):
-        W, b = encoder.scaled_block(i)
+        W, b = encoder.scaled_block(i, width)
         n = len(W)
         low_W[:n, :d_in] = W
         torch.sub(difference[:n].copy_(low_W[:n, :d_in]), W, out=difference[:n])
