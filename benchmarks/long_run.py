@@ -100,6 +100,8 @@ def measure(minutes: float, folder: Path, remarks: list[str]) -> dict[str, Any]:
     process = multiprocessing.get_context("spawn").Process(target=make_store, args=(folder / "store",))
     process.start()
     process.join()
+    if process.exitcode:
+        raise RuntimeError(f"making the store ended with exit code {process.exitcode}; see above")
     torch.set_num_threads(1)
     store = ActivationStore(folder / "store")
     stream = Watched(ActivationStream(store, SETTINGS["batch_size"], SETTINGS["buffer_rows"]), 60 * minutes)

@@ -1,6 +1,6 @@
 """The bars the CUDA backend is built to, and whether the measured rows reach them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,14 @@ BARS = [
 ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def measured(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """What was measured of bars, by their keys."""
+    return {key: value for row in rows if row["status"] == "ok" for key, value in row.get("bars", {}).items()}
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
     """Each bar: what was measured, and reached or not reached."""
-    found = {key: value for row in rows if row["status"] == "ok" for key, value in row.get("bars", {}).items()}
+    found = measured(rows)
     lines = []
     for bar in BARS:
         stated = f"{'<=' if bar.at_most else '>='} {bar.limit:g}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu.bars import BARS
+from benchmarks.gpu.bars import BARS, measured
 from benchmarks.report.cells import figures
 from benchmarks.report.results import is_of_gpu
 from benchmarks.report.rows import Results, Row
@@ -21,7 +21,7 @@ def readme_section(found: dict[str, Results]) -> str:
     gpus = of_gpus(found)
     if not gpus:
         return NONE
-    reached = [_reached(results["rows"]) for results in gpus.values()]
+    reached = [measured(results["rows"]) for results in gpus.values()]
     body = []
     for bar in BARS:
         cells = [
@@ -36,10 +36,6 @@ def readme_section(found: dict[str, Results]) -> str:
     return "\n".join(
         [markdown.table(["bf16", "bar", *names], body, words=2), "", f"{'; '.join(versions)}; `make gpu`."]
     )
-
-
-def _reached(rows: Iterable[Row]) -> dict[str, float]:
-    return {key: value for row in rows if row["status"] == "ok" for key, value in row.get("bars", {}).items()}
 
 
 def _verdict(reached: bool, value: float) -> str:
