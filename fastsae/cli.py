@@ -111,7 +111,9 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     model = experiment.language_model(there.data)
     measured = experiment.measure(model, there, experiment.held_out_windows(model, there.data, tokens))
     r, b = measured.reconstruction, measured.bos_out
-    _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, [95 % intervals] over {b.documents} held-out documents")
+    over = f"[95 % intervals] over {b.documents} held-out documents"
+    over = over if b.documents > 1 else "of one held-out document: intervals take two or more"
+    _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, {over}")
     _say(f"MSE {r.mse:.4f}   cosine {r.cosine:.4f}   L0 {r.l0:.1f}   dead in these rows {r.dead_share:.1%}", "")
     _say(report.table([_condition(name, r, b) for name in b.conditions]), "")
     if measured.bos_in is not None:

@@ -61,7 +61,11 @@ class SparseCode:
 
     def columns(self, features: Tensor | Sequence[int] | int) -> Tensor:
         """What the code holds of some features, distinct (n,), or of one: (..., n), 0 where they are not active."""
-        features = torch.as_tensor(features, device=self.indices.device).reshape(-1)
+        if not isinstance(features, Tensor):
+            features = torch.tensor(features, dtype=torch.int64, device=self.indices.device)
+        if features.dtype != torch.int64:
+            raise TypeError(f"SparseCode.columns: expected int64 numbers of features; got {features.dtype}")
+        features = features.reshape(-1)
         column = torch.full((self.d_sae,), -1, device=self.indices.device)
         column[features] = torch.arange(len(features), device=column.device)
         flat = self.flatten()

@@ -28,8 +28,16 @@ def _check_types(config: Any) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         _require(_fits(value, hint), f"{type(config).__name__}.{name}", _said(hint), value)
-        if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):  # numpy's, which JSON does not know
-            object.__setattr__(config, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+        object.__setattr__(config, name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Without numbers of numpy, which JSON and torch do not know."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if not isinstance(value, numbers.Real) or isinstance(value, (int, float)):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _said(hint: Any) -> str:

@@ -339,8 +339,8 @@ def _topk_encode_save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(values, indices, x, W_enc, b_dec)
 
 
-def _topk_encode_grad(ctx: Any, d_values: Tensor, _: Tensor) -> Any:
-    values, indices, x, W_enc, b_dec = ctx.saved_tensors
+def _topk_encode_grad(ctx: Any, saved: Any, d_values: Tensor, _: Tensor) -> Any:
+    values, indices, x, W_enc, b_dec = saved
     need_x, need_W, _, need_b_dec = ctx.needs_input_grad[:4]
     arguments = (d_values, values, indices, x, W_enc, b_dec, need_x, need_W, need_b_dec, ctx.backend)
     out = _claim(W_enc, ctx.backend) if need_W else None
@@ -408,8 +408,10 @@ def _joint_decode_save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(values, indices, W_dec, W_lin, V, target, out)
 
 
-def _joint_decode_grad(ctx: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: Tensor | None, d_loss: Any) -> Any:
-    values, indices, W_dec, W_lin, V, target, out = ctx.saved_tensors
+def _joint_decode_grad(
+    ctx: Any, saved: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: Tensor | None, d_loss: Any
+) -> Any:
+    values, indices, W_dec, W_lin, V, target, out = saved
     d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[6])
     if d_out is None and d_s is None and d_q is None:
         return (None,) * 9
@@ -489,8 +491,8 @@ def _integrate_save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(s, q, W1, b1, W2, seed, target, output[0] if target is not None else None)
 
 
-def _integrate_grad(ctx: Any, d_out: Tensor | None, d_loss: Tensor | None) -> Any:
-    s, q, W1, b1, W2, seed, target, out = ctx.saved_tensors
+def _integrate_grad(ctx: Any, saved: Any, d_out: Tensor | None, d_loss: Tensor | None) -> Any:
+    s, q, W1, b1, W2, seed, target, out = saved
     d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[7])
     if d_out is None:
         return (None,) * 12
@@ -551,16 +553,20 @@ class _Refused(torch.autograd.Function):
 
 
 def _once(grad: Any) -> Any:
-    """A backward that is written by hand, made to refuse gradients of its gradients: PyTorch would take them for 0."""
+    """A backward that is written by hand, made to refuse gradients of its gradients: PyTorch would take them for 0.
+
+    It is given what was saved, which checkpointing lets nobody unpack twice.
+    """
 
     @functools.wraps(grad)
     def backward(ctx: Any, *d_outputs: Any) -> Any:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = grad(ctx, *d_outputs)
+            found = grad(ctx, saved, *d_outputs)
         if not torch.is_grad_enabled():
             return found
         found = found if isinstance(found, tuple) else (found,)
-        sources = [t for t in (*d_outputs, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        sources = [t for t in (*d_outputs, *saved) if t is not None and t.requires_grad]
         return _Refused.apply(len(found), *found, *sources) if sources else found
 
     return backward
@@ -576,8 +582,8 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, *d_loss: Any) -> Any:
-        out, target = ctx.saved_tensors
+    def backward(ctx: Any, saved: Any, *d_loss: Any) -> Any:
+        out, target = saved
         return _with_loss(None, d_loss[0], out, target, ctx.needs_input_grad[1])
 
 

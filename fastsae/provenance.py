@@ -24,6 +24,8 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
             there = files.read_object(path)
+            if base is not None and there.get(_BASE_CHECKSUM) == ours[_BASE_CHECKSUM]:
+                there[_BASE] = ours[_BASE]  # the same SAE, wherever it lies now
             differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
             if differing:
                 raise ValueError(
@@ -77,10 +79,10 @@ def recorded_base(run_dir: Path) -> Path:
         raise FileNotFoundError(
             f"{run_dir} stands on the SAE of {base}, which is neither there nor beside it any more: bring it back"
         )
-    base = places[0]
-    if read_description(base / "sae")["weights_crc32"] != there.get(_BASE_CHECKSUM):
-        raise ValueError(f"{base} was trained again since {run_dir} was trained on its SAE; train that one again too")
-    return base
+    for place in places:
+        if read_description(place / "sae")["weights_crc32"] == there.get(_BASE_CHECKSUM):
+            return place
+    raise ValueError(f"{base} was trained again since {run_dir} was trained on its SAE; train that one again too")
 
 
 def _base_description(base: Path | None) -> dict[str, Any]:

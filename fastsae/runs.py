@@ -1,5 +1,6 @@
 """What surrounds a training loop: position in the data, log, Ctrl-C, random state."""
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -27,12 +28,12 @@ class Batches:
 
     A stream with state_dict / load_state_dict is set back by its own state; of any other iterable the batches already
     drawn are drawn again and dropped. Activations have torch's CPU generator to themselves, from a seed next to `seed`:
-    what training draws between two batches is not drawn again with them.
+    what training draws between two batches is not drawn again with them. A stream's position holds its state.
     """
 
     def __init__(self, activations: Iterable[Tensor], seed: int, position: dict[str, Any] | None = None) -> None:
         self.drawn = 0
-        self._random_state = torch.Generator().manual_seed(seed + 1).get_state()
+        self._random_state = torch.Generator().manual_seed((seed + 1) % 2**64).get_state()
         if not (hasattr(activations, "__iter__") or hasattr(activations, "__getitem__")):
             got = type(activations).__name__
             called = "; call it" if callable(activations) else ""
@@ -46,6 +47,7 @@ class Batches:
             )
         if position is not None and stateful:
             self._stream.load_state_dict(position["stream"])
+            self._random_state = _random_state(position["random"])
         with self._drawing():
             self._iterator = iter(activations)
         self._before_last = self.position()
@@ -88,6 +90,7 @@ class Batches:
         return {
             "drawn": self.drawn,
             "stream": self._stream.state_dict() if self._stream is not None else None,
+            "random": None if self._stream is None else base64.b64encode(self._random_state.numpy().tobytes()).decode(),
         }
 
     def check_position(self) -> None:
@@ -104,7 +107,7 @@ class Batches:
 
         `check` is called with each batch and its number, and raises if it is not what it should be.
         """
-        state = self._stream.state_dict() if self._stream is not None else None
+        state, random_state = self._stream.state_dict() if self._stream is not None else None, self._random_state
         seen: deque[Tensor] = deque()
         with self._drawing():
             while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, _END)) is not _END:
@@ -115,11 +118,22 @@ class Batches:
         rows = torch.cat(list(seen))
         if self._stream is not None:
             self._stream.load_state_dict(state)
+            self._random_state = random_state
             with self._drawing():
                 self._iterator = iter(self._stream)
         else:
             self._iterator = _first(seen, self._iterator)
         return rows
+
+
+def _random_state(text: Any) -> Tensor:
+    """A state of torch's CPU generator, from a position."""
+    try:
+        state = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"Trainer: the position in the activations is damaged: random: {error}") from error
+    return state
 
 
 def _first(seen: deque[Tensor], rest: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -419,6 +419,7 @@ class Trainer:
         if found is not None:
             self._restore(found)
             self._ranks.first_does(lambda: checkpoint.tidy(run_dir))  # a kill may have come before it was done
+            self._ranks.first_does(lambda: files.write_json(run_dir / "run.json", self._description()))
             return found
 
         def begin() -> None:
@@ -446,8 +447,9 @@ class Trainer:
             counts = [state[name] for name in ("step", "rows_seen", "batches_skipped")] + [state["data"]["drawn"]]
             if not all(type(n) is int and n >= 0 for n in counts):
                 raise TypeError(repr(counts))
-            if not isinstance(state["data"]["stream"], dict | None):
-                raise TypeError(repr(state["data"]["stream"]))
+            for name, kind in (("stream", dict), ("random", str)):
+                if not isinstance(state["data"][name], kind | None):
+                    raise TypeError(repr(state["data"][name]))
             # Without a decay at its end, the beginning of a longer run is the same.
             free = _FREE_ON_RESUME if self.config.decay_steps else _FREE_ON_RESUME | {"steps"}
             differing = [
@@ -457,8 +459,9 @@ class Trainer:
                 if name not in free and json.dumps(ours[part].get(name)) != json.dumps(then)
             ]
         if differing:
+            decays = ". The rate decays over the last steps" if differing[0].startswith("steps was") else ""
             raise ValueError(
-                f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}"
+                f"Trainer: cannot resume {found.folder} with another configuration: {'; '.join(differing)}{decays}"
             )
         if state["step"] > self.config.steps:
             raise ValueError(f"Trainer: {found.folder} is beyond the {self.config.steps} steps asked for; ask for more")

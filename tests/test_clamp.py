@@ -270,6 +270,11 @@ def test_clamping_the_planted_features_shows_their_interaction(found):
     assert effects["pair:0,1"].linear.matched == pytest.approx(1.0)
 
 
+def test_an_experiment_holds_its_verdicts_over_all_it_clamps(found):
+    assert found.effects == effects.judged(found.effects)
+    assert any(e.mixed is not None and e.mixed.p_family > e.mixed.p for e in found.effects)
+
+
 def test_the_effect_is_what_the_network_does(found):
     """Per unit of dose u_2 gains the product of the markers, and high high reads it at 3 (1 + word / 10)."""
     model, stimuli = planted.Planted(), planted.stimuli()

@@ -487,3 +487,17 @@ def test_parameters_are_drawn_again_as_a_new_one_has_them(make):
     new = make(8, 50, 4, pre_bias=True)
     for name, t in new.state_dict().items():
         assert torch.equal(sae.state_dict()[name], t), name
+
+
+def test_a_part_of_an_sae_is_not_drawn_by_itself():
+    sae = fastsae.TopKSAE(8, 50, 4)
+    sae.ranks = object()
+    with pytest.raises(RuntimeError, match=r"draw it anew with fastsae\.distributed\.new"):
+        sae.reset_parameters()
+
+
+def test_columns_are_numbers_of_features():
+    code = fastsae.TopKSAE(8, 50, 3).encode(torch.randn(5, 8))
+    assert code.columns([]).shape == (5, 0)
+    with pytest.raises(TypeError, match=r"expected int64 numbers of features; got torch\.bool"):
+        code.columns(torch.ones(50, dtype=torch.bool))

@@ -223,19 +223,18 @@ def test_autocast_leaves_the_sums_in_fp32():
     torch.testing.assert_close(output.reconstruction, expected)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1 / 3, 65536.0])
-def test_a_scaled_loss_is_not_rounded_to_narrow_weights(scale: float):
-    """One rounding of the difference and one of the gradient; the factor and the activations are none of them."""
-    out = torch.randn(64, 1000).bfloat16().requires_grad_()
-    x = out.detach().float() + 0.1 * torch.randn(64, 1000)
-    empty = out.new_empty(64, 0)
-    _, loss = ops.finish(
-        out, empty, empty, bias=None, mlp=None, dropout=0.0, target=x, compute=out.dtype, backend="cpu"
-    )
-    (loss * scale).backward()
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.37), (torch.bfloat16, 1.0), (torch.float16, 65536)])
+def test_a_scaled_loss_is_not_rounded_to_narrow_weights(dtype: torch.dtype, scale: float):
+    """One rounding of the difference and one of the gradient, which cancel over many; the factor's would not, nor the
+    activations'. bf16 has no 1.37 within 0.2 %; fp16 holds neither 65536 nor, to any digit, 2 / 2^22."""
+    out = torch.randn(64, 65536).to(dtype).requires_grad_()
+    x = out.detach().float() + 0.1 * torch.randn(64, 65536)
+    (ops._SquaredError.apply(out, x) * scale).backward()
     exact = 2 * (out.detach().double() - x.double()) * scale / out.numel()
     assert out.grad is not None
-    assert (out.grad.double() - exact).norm() < 0.003 * exact.norm()
+    grad = out.grad.double()
+    assert (grad - exact).norm() < 0.003 * exact.norm()
+    assert float((grad * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=2e-5)
 
 
 def test_gradients_of_gradients_are_refused_by_the_fast_backend():
@@ -260,6 +259,15 @@ def test_a_gradient_penalty_is_refused_and_no_part_of_it_left_out(make):
     for p in (x, sae.W_enc, sae.W_dec):
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             torch.autograd.grad(grad.square().sum() + p.sum(), p, retain_graph=True)
+    again = torch.utils.checkpoint.checkpoint(lambda y: sae(y).loss, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, x, create_graph=True)[0], ordinary)
+
+
+def test_the_narrow_loss_is_refused_too():
+    out = torch.randn(5, 8).bfloat16().requires_grad_()
+    (grad,) = torch.autograd.grad(ops._SquaredError.apply(out, torch.randn(5, 8)), out, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(grad.sum(), out)
 
 
 DERIVATIVES = {
@@ -272,6 +280,9 @@ DERIVATIVES = {
     "functional_call": lambda sae, x, v: torch.func.grad(
         lambda weights: torch.func.functional_call(sae, weights, (x,)).loss
     )(dict(sae.named_parameters()))["W_enc"],
+    "compiled jvp": lambda sae, x, v: torch.compile(
+        lambda y, w: torch.func.jvp(lambda z: sae(z).loss, (y,), (w,))[1], backend="aot_eager", fullgraph=True
+    )(x, v),
     "dual numbers": lambda sae, x, v: dual(sae, x, v),
 }
 
@@ -286,13 +297,15 @@ def dual(sae, x, v):
 def test_derivatives_that_only_pytorch_can_take_are_taken_by_the_reference(which: str, make):
     """Hand-written backwards would leave them 0, without a word."""
     sae = make()
-    x, v = torch.randn(2, 5, 8)
+    x, v = torch.randn(5, 8), torch.randn(5, 8)
     exact = copy.deepcopy(sae).double()
     exact.backend = "reference"
     want = DERIVATIVES[which](exact, x.double(), v.double())
     assert want.abs().max() > 1e-3
     torch.testing.assert_close(DERIVATIVES[which](sae, x, v).double(), want, rtol=1e-4, atol=1e-5)
     sae.backend = "cpu"
+    if which == "compiled jvp":
+        return
     with pytest.raises(RuntimeError, match=r"'cpu' cannot serve this call: torch.func and forward-mode"):
         DERIVATIVES[which](sae, x, v)
 

@@ -344,6 +344,15 @@ def test_runs_that_were_moved_together_find_each_other(folder, tmp_path):
     data = tmp_path / "second" / "data.json"
     files.write_json(data, files.read_json(data) | {"base": "/gone/joint"})
     assert experiment.trained(tmp_path / "second").base is not None
+    provenance.record(provenance.recorded(tmp_path / "second"), tmp_path / "second", tmp_path / "joint")
+    assert files.read_json(data)["base"] == str(tmp_path / "joint")  # it may be resumed there
+    other = tmp_path / "retrained" / "joint"
+    shutil.copytree(tmp_path / "joint", other)
+    description = files.read_json(other / "sae" / "config.json")
+    files.write_json(other / "sae" / "config.json", description | {"weights_crc32": 1})
+    files.write_json(data, files.read_json(data) | {"base": str(other)})
+    assert provenance.recorded_base(tmp_path / "second") == tmp_path / "joint"  # the one it was trained on
+    files.write_json(data, files.read_json(data) | {"base": "/gone/joint"})
     (tmp_path / "joint" / "sae" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="the SAE of /gone/joint, which is neither there nor beside it"):
         experiment.trained(tmp_path / "second")

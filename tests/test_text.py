@@ -135,11 +135,10 @@ def test_lines_of_json_are_documents(tmp_path):
     path = tmp_path / "pile.jsonl"
     path.write_text('{"text": "one\\n\\ntwo", "meta": 1}\n\n{"text": " "}\n{"text": "caf\u00e9"}\n', encoding="utf-8")
     assert list(read_documents(path)) == [Document("pile.jsonl#1", "one\n\ntwo"), Document("pile.jsonl#4", "caf\u00e9")]
-    for line, message in {
-        "{": "is not valid JSON",
-        '{"body": "x"}': 'holds no string "text"',
-        "[1]": "holds no str",
-    }.items():
+    path.write_bytes(b'\xef\xbb\xbf{"text": "caf\xe9"}\n{"text": "\\ud83d half"}\n{"text": null}\n')
+    assert [d.text for d in read_documents(path)] == ["caf\ufffd", "? half"]
+    wrong = {"{": "is not valid JSON", '{"body": "x"}': 'holds no string "text"', "[1]": "holds no string"}
+    for line, message in (wrong | {"[" * 10**5: "is not valid JSON"}).items():
         path.write_text(f'{{"text": "x"}}\n{line}\n')
         with pytest.raises(ValueError, match=f"line 2 of .*pile.jsonl {message}"):
             list(read_documents(path))

@@ -21,6 +21,7 @@ from torch import Tensor
 import fastsae
 from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig
+from fastsae.runs import Batches
 from fastsae.train import Trainer
 
 D, M, K = 12, 60, 4
@@ -356,19 +357,61 @@ def test_a_shuffling_loader_is_drawn_again_as_it_was(tmp_path, monkeypatch):
     assert_same(weights(whole), weights(again))
 
 
+class Drawn(Stream):
+    """A stream that knows where it is, and draws from torch's generator."""
+
+    def __next__(self) -> Tensor:
+        self.i += 1
+        return torch.rand(32, D)
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "none"])
+def test_a_stream_that_draws_goes_on_from_where_its_generator_was(normalize, tmp_path, monkeypatch):
+    whole, again = joint(), joint()
+    Trainer(whole, config(normalize=normalize)).fit(Drawn())
+    cut = Trainer(joint(), config(normalize=normalize, run_dir=tmp_path, checkpoint_every=4))
+    step = cut._train_step
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 6 else step(x))
+    with pytest.raises(pytest.fail.Exception):
+        cut.fit(Drawn())
+    Trainer(again, config(normalize=normalize, run_dir=tmp_path, resume=True)).fit(Drawn())
+    assert_same(weights(whole), weights(again))
+
+
+def test_drawing_a_batch_leaves_the_generator_of_training_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    seen, batches = [], Batches((torch.rand(2) for _ in range(4)), seed=0)
+    for batch in batches:
+        seen += [torch.rand(1), batch]
+    assert torch.equal(torch.cat(seen[::2]), expected)
+    assert len({float(b[0]) for b in seen[1::2]}) == 4
+
+
+def test_a_damaged_position_is_named(tmp_path):
+    position = Batches(Drawn(), 0).position()
+    for text in ("no base64", "AAAA", None):
+        with pytest.raises(ValueError, match="the position in the activations is damaged: random"):
+            Batches(Drawn(), 0, position | {"random": text})
+
+
 def test_a_finished_run_can_be_trained_on(tmp_path):
     whole, longer = joint(), joint()
     Trainer(whole, config(steps=12)).fit(activations())
     Trainer(joint(), config(steps=5, run_dir=tmp_path)).fit(activations())
     assert Trainer(longer, config(steps=12, run_dir=tmp_path, resume=True)).fit(activations()).steps == 12
     assert_same(weights(whole), weights(longer))
+    assert files.read_json(tmp_path / "run.json")["trainer"]["steps"] == 12
     with pytest.raises(ValueError, match="step_00000012 is beyond the 8 steps asked for"):
         Trainer(joint(), config(steps=8, run_dir=tmp_path, resume=True)).fit(activations())
 
 
 def test_where_the_rate_decays_a_longer_run_is_another_one(tmp_path):
     Trainer(joint(), config(steps=5, decay_steps=2, run_dir=tmp_path)).fit(activations())
-    with pytest.raises(ValueError, match="another configuration: steps was 5, is 12"):
+    with pytest.raises(
+        ValueError, match=r"another configuration: steps was 5, is 12. The rate decays over the last steps"
+    ):
         Trainer(joint(), config(steps=12, decay_steps=2, run_dir=tmp_path, resume=True)).fit(activations())
 
 
@@ -563,6 +606,12 @@ def test_activations_that_end_early(tmp_path):
     with pytest.warns(UserWarning, match=r"activations ended after 4 of 10 steps"):
         result = Trainer(joint(), config(run_dir=tmp_path, log_every=3)).fit(activations(4))
     assert result.steps == result.metrics["step"] == 4
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 4]
+    with pytest.warns(UserWarning, match="ended after 4"):
+        Trainer(joint(), config(run_dir=tmp_path / "even", log_every=2)).fit(activations(4))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "even" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
     assert checkpoint.load(tmp_path).state["step"] == 4
 
 

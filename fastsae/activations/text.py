@@ -103,16 +103,17 @@ def _file_documents(path: Path) -> Iterator[Document]:
 
 
 def _json_documents(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else {"text": ""}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"read_documents: line {number} of {path} is not valid JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
                 raise ValueError(f'read_documents: line {number} of {path} holds no string "text"')
-            if row["text"].strip():
-                yield Document(f"{path.name}#{number}", row["text"])
+            text = (row["text"] or "").encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
+            if text.strip():
+                yield Document(f"{path.name}#{number}", text)
 
 
 def _dataset_documents(spec: str) -> Iterator[Document]:

@@ -24,7 +24,7 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "reference":
         return None
     if _is_transformed():
-        return "torch.func and forward-mode differentiation need operations that PyTorch differentiates by itself"
+        return "torch.func and forward-mode differentiation need operations that PyTorch can transform by itself"
     if name == "cuda":
         return _cuda_refusal(device, dtype)
     if device.type != "cpu":
@@ -36,8 +36,6 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _is_transformed() -> bool:
     """Whether derivatives are asked for that hand-written backwards cannot give: to those they would come out as 0."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

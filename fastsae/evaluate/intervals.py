@@ -20,9 +20,9 @@ class Interval:
     high: float = nan
 
     def __format__(self, spec: str) -> str:
-        """`f"{interval:.3f}"` gives "0.123 [0.101, 0.145]"."""
+        """`f"{interval:.3f}"` gives "0.123 [0.101, 0.145]", and "0.123" without ends."""
         if isnan(self.low) and isnan(self.high):
-            return f"{self.estimate:{spec}} [no interval: it takes two documents]"
+            return f"{self.estimate:{spec}}"
         return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 

@@ -113,7 +113,12 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters, in place, as a new SAE has them, and forget the normalisation: after to_empty(), say."""
+        """Draw all parameters, in place, as a new SAE has them, and forget the normalisation: after to_empty(), say.
+
+        Each class calls it at the end of its __init__, when all parameters are there.
+        """
+        if self.ranks is not ALONE:
+            raise RuntimeError("reset_parameters: this SAE is a rank's part; draw it anew with fastsae.distributed.new")
         for name, law in self.laws().items():
             law(getattr(self, name))
         self.W_enc.copy_(self.W_dec)

@@ -138,7 +138,8 @@ def _known(controls: list[Json]) -> list[float]:
 
 
 def _p(mixed: Json) -> str:
-    return f"{mixed['p']:.3f}" + ("" if mixed["converged"] else " (did not converge)")
+    over_all = f" ({mixed['p_family']:.3f} over all)" if mixed.get("p_family") is not None else ""
+    return f"{mixed['p']:.3f}{over_all}" + ("" if mixed["converged"] else " (did not converge)")
 
 
 def _shown(value: Json) -> str:
