@@ -378,6 +378,17 @@ def test_a_stream_that_draws_goes_on_from_where_its_generator_was(normalize, tmp
     assert_same(weights(whole), weights(again))
 
 
+def test_rows_that_were_measured_are_trained_on_where_they_are_drawn():
+    sae, seen = joint(), []
+    trainer = Trainer(sae, config(normalize_rows=64))
+    step = trainer._train_step
+    trainer._train_step = lambda x: (seen.append(x), step(x))[1]
+    trainer.fit(Drawn())
+    measured = torch.cat(seen[:2])  # in units of the statistics
+    torch.testing.assert_close(measured.mean(dim=0), torch.zeros(D), rtol=0, atol=1e-5)
+    torch.testing.assert_close(measured.std(dim=0), torch.ones(D), rtol=1e-5, atol=0)
+
+
 def test_drawing_a_batch_leaves_the_generator_of_training_alone():
     torch.manual_seed(1)
     expected = torch.rand(4)
