@@ -47,9 +47,10 @@ class Batches:
             )
         if position is not None and stateful:
             self._stream.load_state_dict(position["stream"])
-            self._random_state = _random_state(position["random"])
         with self._drawing():
             self._iterator = iter(activations)
+        if position is not None and stateful:  # what iter() drew was drawn before, too
+            self._random_state = _random_state(position["random"])
         self._before_last = self.position()
         if position is not None:
             self.drawn = position["drawn"]

@@ -358,7 +358,11 @@ def test_a_shuffling_loader_is_drawn_again_as_it_was(tmp_path, monkeypatch):
 
 
 class Drawn(Stream):
-    """A stream that knows where it is, and draws from torch's generator."""
+    """A stream that knows where it is, and draws from torch's generator, at its beginning too."""
+
+    def __iter__(self):
+        torch.rand(1)
+        return self
 
     def __next__(self) -> Tensor:
         self.i += 1
