@@ -119,9 +119,9 @@ class Batches:
         rows = torch.cat(list(seen))
         if self._stream is not None:
             self._stream.load_state_dict(state)
-            self._random_state = random_state
             with self._drawing():
                 self._iterator = iter(self._stream)
+            self._random_state = random_state
         else:
             self._iterator = _first(seen, self._iterator)
         return rows
