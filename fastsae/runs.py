@@ -49,16 +49,16 @@ class Batches:
             self._stream.load_state_dict(position["stream"])
         with self._drawing():
             self._iterator = iter(activations)
-        if position is not None and stateful:  # what iter() drew was drawn before, too
-            self._random_state = _random_state(position["random"])
-        self._before_last = self.position()
         if position is not None:
             self.drawn = position["drawn"]
-            if not stateful:
+            if stateful:
+                self._random_state = _random_state(position["random"])  # what iter() drew was drawn before, too
+            else:
                 with self._drawing():
                     seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
                 if seen < self.drawn:
                     raise ValueError(f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came")
+        self._before_last = self.position()
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:

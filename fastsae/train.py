@@ -59,8 +59,8 @@ class Trainer:
     and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
     `resume=True` continues, on the CPU bit for bit, and with more steps than before where the learning rate does not
     decay. A stream with state_dict / load_state_dict is set back to its position; from any other iterable the batches
-    already seen are drawn again and dropped. An SAE of several ranks
-    (fastsae.distributed) is trained by all of them, each given the same activations, to the same result.
+    already seen are drawn again and dropped. An SAE of several ranks (fastsae.distributed) is trained by all of them,
+    each given the same activations, to the same result.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:

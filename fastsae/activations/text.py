@@ -69,8 +69,7 @@ def _files_below(folder: Path, suffixes: set[str], skipped: set[str]) -> Iterato
     kept = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in skipped]  # never entered: packages of others are many
-        below = (Path(root, name) for name in names if name not in skipped)
-        kept += [path for path in below if path.suffix in suffixes and path.is_file()]
+        kept += [path for path in (Path(root, name) for name in names) if path.suffix in suffixes and path.is_file()]
     # By a hash: the first million tokens are a fair sample, and not the first letters of the alphabet. Not by the hash
     # that holds documents out: it would put those first.
     kept.sort(key=lambda p: _hash(f"order of {p.relative_to(folder).as_posix()}"))
