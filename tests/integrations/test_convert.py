@@ -240,7 +240,12 @@ def test_nothing_is_unpickled(tmp_path):
     ("form", "file", "change", "message"),
     [
         ("sae_lens", "cfg.json", {"architecture": "jumprelu"}, "is of architecture 'jumprelu'; expected topk"),
-        ("sae_lens", "cfg.json", {"normalize_activations": "layer_norm"}, "has normalize_activations = 'layer_norm'"),
+        (
+            "sae_lens",
+            "cfg.json",
+            {"normalize_activations": "constant_norm_rescale"},
+            "= 'constant_norm_rescale', which happens",
+        ),
         ("sae_lens", "cfg.json", {"k": None}, "lacks k"),
         ("sparsify", "cfg.json", {"activation": "groupmax"}, "has activation = 'groupmax'"),
         ("sparsify", "cfg.json", {"transcode": True}, "has transcode = True"),

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from fastsae.integrations.convert import dictionary_learning, native, openai, sae_lens, sparsify
-from fastsae.integrations.convert.form import Converted, in_raw_space
+from fastsae.integrations.convert import dictionary_learning, native, openai, others, sae_lens, sparsify
+from fastsae.integrations.convert.form import NORMALISED, Converted, in_raw_space
 from fastsae.modules import SparseAutoencoder
 
 Format = Literal["fastsae", "sae_lens", "dictionary_learning", "sparsify", "openai"]
@@ -32,18 +32,24 @@ def detect(source: str | Path) -> Format:
     """Which package wrote `source`. Raises FileNotFoundError if there is nothing, ValueError if it is of none."""
     source = Path(source)
     if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist")
-    for name, form in FORMATS.items():
-        if form.written(source):
-            return name  # type: ignore[return-value]  # a key of FORMATS
+        raise FileNotFoundError(f"{source} does not exist; give a file or folder here, nothing is downloaded")
+    others.refuse(source, expected="torch")
+    if found := _form(source):
+        return found
     expected = "; ".join(f"{name}: {form.FILES}" for name, form in FORMATS.items())
-    raise ValueError(f"{source} holds no SAE in a known form. Expected one of {expected}.")
+    what = others.folder(source, lambda folder: _form(folder) is not None)
+    raise ValueError(f"{source} holds no SAE in a known form. {f'{what} ' if what else ''}Expected one of {expected}.")
+
+
+def _form(source: Path) -> Format | None:
+    found = (name for name, form in FORMATS.items() if form.written(source))
+    return next(found, None)  # type: ignore[return-value]  # a key of FORMATS
 
 
 def read(source: str | Path) -> SparseAutoencoder:
     """The SAE in `source`, whatever package wrote it, on the CPU and in eval mode. Warns of what its user must know."""
     found = _read(Path(source))
-    for note in found.notes:
+    for note in found.notes + [NORMALISED] * found.sees_normalised_tokens:
         warnings.warn(note, stacklevel=2)
     return found.sae.eval()
 
@@ -64,7 +70,8 @@ def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
         raise IsADirectoryError(
             f"convert: {target} is a folder; openai's form is one file, such as {target / 'sae.pt'}"
         )
-    notes = list(found.notes)
+    # SAELens' config says it, and its loader does it; OpenAI's loader does it to every TopK SAE.
+    notes = found.notes + [NORMALISED] * (found.sees_normalised_tokens and to != "sae_lens")
     if to != "fastsae":
         raw = in_raw_space(found.sae)
         if raw.W_enc.dtype != found.sae.W_enc.dtype:

@@ -12,14 +12,16 @@ from fastsae.integrations.convert.form import (
     by_name,
     expect,
     expect_k,
+    expect_sizes,
     expect_weights,
     loaded,
+    naming,
     read_pickled,
     topk,
     topk_only,
     write_pickled,
 )
-from fastsae.modules import JointSAE
+from fastsae.modules import JointSAE, SparseAutoencoder
 
 FILES = "ae.pt, with config.json beside it"
 # What JointTrainer writes for dict_class.
@@ -39,20 +41,30 @@ def read(source: Path) -> Converted:
     metadata = {theirs: trainer[ours] for ours, theirs in names.items() if trainer.get(ours)}
     if kind == JOINT:
         (options,) = expect(config, trainer, ("sae",))
-        sae = JointSAE(**to_dict(from_dict(JointSAEConfig, options)), device="meta")
+        with naming(f"{config}, sae"):
+            sae = JointSAE(**to_dict(from_dict(JointSAEConfig, options)), device="meta")
         prefix = "sae."
         parameters = {n.removeprefix(prefix): t for n, t in weights.items() if not n.startswith(f"{prefix}normalizer.")}
-        return Converted(loaded(sae, parameters), metadata)
+        loaded(path, sae, parameters)
+        _expect_sizes(config, trainer, sae, f"{config}, sae")
+        return Converted(sae, metadata)
     if kind != "AutoEncoderTopK":
         raise ValueError(f"{config} is of a {kind}; expected AutoEncoderTopK (or {JOINT}, of our JointTrainer)")
     names = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec")
-    W_enc, b_enc, W_dec, b_dec = expect_weights(path, weights, names)
+    own = expect_weights(path, weights, names, ignored=("k", "threshold"))
+    sae = topk(path, path, expect_k(path, weights), own | {"W_dec": own["W_dec"].T})
+    _expect_sizes(config, trainer, sae, path)
     notes = []
     if weights.get("threshold", -1) >= 0:
         notes.append(f"The threshold of {float(weights['threshold']):.4g} is left behind: a TopK SAE has none.")
     if not config.is_file():
         notes.append(f"{config} is missing: {path} is taken for an AutoEncoderTopK.")
-    return Converted(topk(expect_k(path, weights), W_enc, b_enc, W_dec.T, b_dec), metadata, notes)
+    return Converted(sae, metadata, notes)
+
+
+def _expect_sizes(config: Path, trainer: dict[str, Any], sae: SparseAutoencoder, held: object) -> None:
+    sizes = {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": sae.k}
+    expect_sizes(config, trainer, sizes, held)
 
 
 def write(found: Converted, target: Path) -> list[str]:

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from fastsae import files
-from fastsae.integrations.convert.form import Converted
+from fastsae.integrations.convert import others
+from fastsae.integrations.convert.form import Converted, by_name, expect_finite, widest
 from fastsae.modules import load
 
+# What other forms say of an SAE and fastsae's config does not; it is there to be written into such forms again.
+_KEPT = "converted.json"
 FILES = "config.json and weights.safetensors, or a run_dir with sae/"
 
 
@@ -16,11 +19,23 @@ def written(source: Path) -> bool:
 
 def read(source: Path) -> Converted:
     folder = _folder(source)
-    return Converted(load(folder), _metadata(folder.parent / "data.json"))
+    held = folder / "weights.safetensors"
+    others.refuse(held, expected="safetensors")
+    sae = load(folder)
+    expect_finite(held, sae.state_dict().items())
+    kept = files.read_object(folder / _KEPT) if (folder / _KEPT).is_file() else {}
+    metadata = _metadata(folder.parent / "data.json") | by_name(f"{folder / _KEPT}, metadata", kept.get("metadata", {}))
+    sees_normalised_tokens = kept.get("sees_normalised_tokens", False) is True
+    return Converted(
+        sae.to(widest(dict(sae.named_parameters()))), metadata, sees_normalised_tokens=sees_normalised_tokens
+    )
 
 
 def write(found: Converted, target: Path) -> list[str]:
     found.sae.save_pretrained(target)
+    if found.metadata or found.sees_normalised_tokens:
+        kept = {"metadata": found.metadata, "sees_normalised_tokens": found.sees_normalised_tokens}
+        files.write_json(target / _KEPT, kept)
     return []
 
 

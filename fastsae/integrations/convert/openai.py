@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fastsae.integrations.convert import others
 from fastsae.integrations.convert.form import (
     Converted,
     by_name,
@@ -16,6 +17,12 @@ from fastsae.integrations.convert.form import (
     write_pickled,
 )
 
+_NOT_NORMALISED = (
+    "OpenAI's TopK SAEs see each token less its mean, over its standard deviation, and OpenAI's loader does that for "
+    "each of them. This one was not trained so, and takes activations as they are: in OpenAI's code, set "
+    "autoencoder.normalize = False after Autoencoder.from_state_dict(...)."
+)
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 FILES = "a .pt file with encoder.weight, decoder.weight, pre_bias and latent_bias"
 
 
@@ -31,19 +38,19 @@ def read(source: Path) -> Converted:
             "config.json beside it"
         )
     names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
+    if not any(name in state for name in ("latent_bias", "pre_bias")) and (what := others.by_names(state)):
+        raise ValueError(f"{source} {what}")
     expect(source, state, (*names, "activation"))
-    W_enc, latent_bias, W_dec, pre_bias = expect_weights(source, state, names)
+    weights = expect_weights(source, state, names, ignored=_STATISTICS)
     activation = state["activation"]
     options = by_name(f"{source}, activation_state_dict", state.get("activation_state_dict", {}))
     if activation != "TopK" or options.get("postact_fn", "ReLU") != "ReLU":
         given = f"{activation} followed by {options['postact_fn']}" if "postact_fn" in options else activation
         raise ValueError(f"{source} has the activation {given}; expected TopK followed by ReLU")
-    note = (
-        "OpenAI's TopK SAEs see each token less its mean, over its standard deviation; so does this one, and whoever "
-        "uses it must do that before, and undo it afterwards."
-    )
-    sae = topk(expect_k(source, options), W_enc, latent_bias, W_dec.T, pre_bias)
-    return Converted(sae, notes=[note], sees_normalised_tokens=True)
+    k = expect_k(f"{source}, activation_state_dict", options)
+    sae = topk(source, source, k, weights | {"W_dec": weights["W_dec"].T})
+    normalised = options.get("normalize", True) is not False
+    return Converted(sae, notes=[] if normalised else [_NOT_NORMALISED], sees_normalised_tokens=normalised)
 
 
 def write(found: Converted, target: Path) -> list[str]:
@@ -58,12 +65,9 @@ def write(found: Converted, target: Path) -> list[str]:
         "encoder.weight": w["W_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
         "activation": "TopK",
-        "activation_state_dict": {"k": k, "postact_fn": "ReLU"},
+        # OpenAI's loader takes k and postact_fn from here and passes over the rest; we read it again.
+        "activation_state_dict": {"k": k, "postact_fn": "ReLU", "normalize": found.sees_normalised_tokens},
     }
     write_pickled(target, state)
-    if found.sees_normalised_tokens:
-        return []
-    return [
-        "OpenAI's loader normalises each token for every TopK SAE. This one was not trained so: after "
-        "Autoencoder.from_state_dict(...) set autoencoder.normalize = False."
-    ]
+    said = found.sees_normalised_tokens or _NOT_NORMALISED in found.notes
+    return [] if said else [_NOT_NORMALISED]

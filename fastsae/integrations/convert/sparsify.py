@@ -3,7 +3,16 @@
 from pathlib import Path
 
 from fastsae import files
-from fastsae.integrations.convert.form import Converted, by_name, expect_k, expect_weights, topk, topk_only
+from fastsae.integrations.convert.form import (
+    Converted,
+    by_name,
+    expect_k,
+    expect_sizes,
+    expect_weights,
+    read_tensors,
+    topk,
+    topk_only,
+)
 
 FILES = "cfg.json and sae.safetensors"
 
@@ -13,16 +22,19 @@ def written(source: Path) -> bool:
 
 
 def read(source: Path) -> Converted:
-    path = source / "cfg.json"
-    cfg, weights = by_name(path, files.read_json(path)), files.read_tensors(source / "sae.safetensors")
+    path, held = source / "cfg.json", source / "sae.safetensors"
+    cfg, tensors = by_name(path, files.read_json(path)), read_tensors(held)
     for option, only in (("transcode", False), ("skip_connection", False), ("activation", "topk"), ("signed", False)):
         if cfg.get(option, only) != only:
             raise ValueError(
                 f"{path} has {option} = {cfg[option]!r}: a TopK SAE has {only!r}, nothing else is converted"
             )
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
-    W_enc, b_enc, W_dec, b_dec = expect_weights(source / "sae.safetensors", weights, names)
-    return Converted(topk(expect_k(path, cfg), W_enc, b_enc, W_dec, b_dec))
+    sae = topk(path, held, expect_k(path, cfg), expect_weights(held, tensors, names))
+    # Only without num_latents does sparsify count by the factor.
+    width = {"num_latents": sae.d_sae} if cfg.get("num_latents") else {"expansion_factor": sae.d_sae / sae.d_in}
+    expect_sizes(path, cfg, {"d_in": sae.d_in} | width, held)
+    return Converted(sae)
 
 
 def write(found: Converted, target: Path) -> list[str]:
