@@ -2,13 +2,18 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastsae
@@ -68,6 +73,39 @@ def assert_equal(got: Tensor, expected: Tensor) -> None:
 
 
 OTHERS = [name for name in convert.FORMATS if name != "fastsae"]
+DL = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
+THEIR_NAMES = {
+    "sae_lens": {name: name for name in DL},
+    "dictionary_learning": DL,
+    "sparsify": DL | {"W_dec": "W_dec"},
+    "openai": DL | {"b_enc": "latent_bias", "b_dec": "pre_bias"},
+}
+TURNED = {("sae_lens", "W_enc"), ("dictionary_learning", "W_dec"), ("openai", "W_dec")}
+
+
+def weights_file(out: Path) -> Path:
+    return out if out.is_file() else next(p for p in out.iterdir() if p.suffix in (".safetensors", ".pt"))
+
+
+def tensors_of(out: Path) -> dict[str, Tensor]:
+    file = weights_file(out)
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def change_tensors(out: Path, change: Callable[[dict], dict]) -> None:
+    changed, file = change(tensors_of(out)), weights_file(out)
+    save_file({n: t.clone() for n, t in changed.items()}, file) if file.suffix != ".pt" else torch.save(changed, file)
+
+
+def change_config(out: Path, change: dict) -> None:
+    """None takes a value out."""
+    file = next(path for path in (out / "cfg.json", out / "config.json") if path.is_file())
+    config = json.loads(file.read_text())
+    options = config.get("trainer", config)
+    options |= change
+    for name in [name for name, value in change.items() if value is None]:
+        del options[name]
+    file.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("kind", ["zscore", "scale", "none"])
@@ -366,3 +404,308 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "source (fastsae) -> " in out
     assert "autoencoder.normalize = False" in out
+
+
+# ---- precision and sizes ----
+
+
+@pytest.mark.parametrize("wide", ["W_enc", "b_enc", "W_dec", "b_dec"])
+@pytest.mark.parametrize("form", OTHERS)
+def test_no_weight_is_rounded_to_the_dtype_of_another(form, wide, tmp_path):
+    """Three in bf16 and one in fp32, which bf16 would round: 100.3 to 100.5."""
+    made(tmp_path / "source", kind="none").bfloat16().save_pretrained(tmp_path / "source")
+    out = target(tmp_path, form)
+    convert.convert(tmp_path / "source", out, form)
+    name = THEIR_NAMES[form][wide]
+    change_tensors(out, lambda tensors: tensors | {name: tensors[name].float() + 100.3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = convert.read(out)
+    expected = tensors_of(out)[name]
+    turned = expected.T if (form, wide) in TURNED else expected
+    assert torch.equal(getattr(found, wide), turned)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [
+        ("sae_lens", {"d_in": 7}),
+        ("sae_lens", {"d_sae": 7}),
+        ("sae_lens", {"d_sae": None, "expansion_factor": 7}),
+        ("sae_lens", {"activation_fn_kwargs": {"k": 7}}),
+        ("sparsify", {"d_in": 7}),
+        ("sparsify", {"num_latents": 7}),
+        ("sparsify", {"num_latents": 0, "expansion_factor": 7}),
+        ("dictionary_learning", {"activation_dim": 7}),
+        ("dictionary_learning", {"dict_size": 7}),
+        ("dictionary_learning", {"k": 7}),
+    ],
+    ids=str,
+)
+def test_sizes_that_contradict_are_named(form, change, tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "out", form)
+    change_config(tmp_path / "out", change)
+    ((name, value),) = [item for item in change.items() if item[1]]
+    if isinstance(value, dict):  # the k of the activation, and then the other one is named
+        ((name, value),) = value.items()
+    right = {"d_in": D, "activation_dim": D, "k": K, "expansion_factor": M / D}.get(name, M)
+    with pytest.raises(ValueError, match=rf"\.json: {name} is .*one of them is of another SAE") as caught:
+        convert.read(tmp_path / "out")
+    assert {str(value), str(right)} <= set(re.findall(r"[\d.]*\d", str(caught.value)))
+
+
+def test_a_factor_beside_the_size_says_nothing(tmp_path):
+    """sparsify leaves its default of 32 there."""
+    sae = made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "out", "sparsify")
+    change_config(tmp_path / "out", {"expansion_factor": 32, "k": float(K)})
+    assert_equal(convert.read(tmp_path / "out").reconstruct(raw()), sae.reconstruct(raw()))
+
+
+def test_joint_dictionaries_that_contradict_their_trainer(tmp_path):
+    sae = fastsae.JointSAE(D, M, K)
+    options = {"d_in": D, "d_sae": M, "k": K}
+    tmp_path.joinpath("config.json").write_text(
+        json.dumps({"trainer": {"dict_class": "fastsae.JointSAE", "sae": options, "k": 7}})
+    )
+    torch.save({f"sae.{name}": t for name, t in sae.state_dict().items()}, tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match=r"config\.json: k is 7, but 6 in .*config\.json, sae"):
+        convert.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("form", list(convert.FORMATS))
+def test_weights_that_are_not_finite_are_named(form, value, tmp_path):
+    sae = made(tmp_path / "source", kind="none")
+    with torch.no_grad():
+        sae.W_dec[3, 5] = value
+    if form == "fastsae":
+        sae.save_pretrained(out := tmp_path / "bad")
+    else:
+        convert.convert(tmp_path / "source", out := target(tmp_path, form), form)
+        theirs, W_dec = THEIR_NAMES[form]["W_dec"], sae.W_dec.detach()
+        stored = W_dec.T.contiguous() if (form, "W_dec") in TURNED else W_dec
+        change_tensors(out, lambda tensors: tensors | {theirs: stored})
+    with pytest.raises(
+        ValueError,
+        match=rf"{weights_file(out).name}: W_dec .*holds NaN or infinity in 1 of 4800 places, first at \[3, 5\]",
+    ):
+        convert.convert(out, tmp_path / "never", "fastsae")
+
+
+def test_a_fold_that_leaves_the_dtype_is_not_written(tmp_path):
+    lens = pytest.importorskip("sae_lens")
+    sae = lens.TopKTrainingSAE(lens.TopKTrainingSAEConfig(d_in=D, d_sae=M, k=K)).half()
+    with torch.no_grad():
+        sae.W_dec *= 60000
+        sae.b_enc += 60000
+    sae.save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: \w+ \(in torch\.float16\) holds NaN or infinity"):
+        convert.read(tmp_path)
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_weights_that_do_not_fit_are_named_with_their_file(form, tmp_path):
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", out := target(tmp_path, form), form)
+    change_tensors(out, lambda tensors: tensors | {THEIR_NAMES[form]["b_enc"]: torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"{weights_file(out).name}: the weights do not fit one another.*b_enc"):
+        convert.read(out)
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_tensors_that_no_topk_sae_has_are_refused(form, tmp_path):
+    """As a skip connection whose flag is missing: each package refuses them too."""
+    made(tmp_path / "source")
+    convert.convert(tmp_path / "source", out := target(tmp_path, form), form)
+    change_tensors(out, lambda tensors: tensors | {"W_skip": torch.zeros(D, D)})
+    with pytest.raises(ValueError, match="holds W_skip too, which a TopK SAE has no place for"):
+        convert.read(out)
+
+
+# ---- tokens that are normalised ----
+
+
+def openai_file(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A file with OpenAI's own keys."""
+    g = torch.Generator().manual_seed(2)
+    state = {
+        "pre_bias": torch.randn(D, generator=g).to(dtype),
+        "latent_bias": torch.randn(M, generator=g).to(dtype),
+        "stats_last_nonzero": torch.zeros(M, dtype=torch.long),
+        "encoder.weight": torch.randn(M, D, generator=g).to(dtype),
+        "decoder.weight": torch.randn(D, M, generator=g).to(dtype),
+    }
+    torch.save(state | {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}, path)
+    return state
+
+
+def by_openai(state: dict[str, Tensor], x: Tensor) -> np.ndarray:
+    """sparse_autoencoder/model.py, in fp64: LN, then the encoder, TopK, the decoder, and LN undone."""
+    w = {name: t.double().numpy() for name, t in state.items()}
+    x64 = x.double().numpy()
+    mean = x64.mean(1, keepdims=True)
+    std = x64.std(1, ddof=1, keepdims=True)
+    seen = (x64 - mean) / (std + 1e-5)
+    pre = (seen - w["pre_bias"]) @ w["encoder.weight"].T + w["latent_bias"]
+    code = np.zeros_like(pre)
+    best = np.argsort(-pre, axis=1)[:, :K]
+    np.put_along_axis(code, best, np.maximum(np.take_along_axis(pre, best, 1), 0), 1)
+    return (code @ w["decoder.weight"].T + w["pre_bias"]) * std + mean
+
+
+@pytest.mark.parametrize("through", [[], ["fastsae"], ["openai"], ["sae_lens"], ["fastsae", "openai", "fastsae"]])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_saelens_computes_what_openai_does_of_raw_activations(scale, through, tmp_path):
+    """By SAELens itself; at a scale at which the 1e-5 matters too."""
+    state, source = openai_file(tmp_path / "6.pt"), tmp_path / "6.pt"
+    for number, form in enumerate([*through, "sae_lens"]):
+        out = target(tmp_path, f"{number}") if form != "openai" else tmp_path / f"{number}.pt"
+        notes = convert.convert(source, out, form)
+        source = out
+    assert notes == [
+        "SAELens normalises each token itself (layer_norm), as OpenAI's loader does: give it raw activations."
+    ]
+    x = scale * raw()
+    got = pytest.importorskip("sae_lens").SAE.load_from_disk(source)(x)
+    assert_equal(got.double(), torch.from_numpy(by_openai(state, x)))
+
+
+@pytest.mark.parametrize("form", ["fastsae", "dictionary_learning", "sparsify"])
+def test_forms_that_normalise_no_token_say_so(form, tmp_path):
+    openai_file(tmp_path / "6.pt")
+    (note,) = convert.convert(tmp_path / "6.pt", tmp_path / form, form)
+    assert "see each token less its mean" in note
+
+
+def test_an_sae_that_sees_raw_tokens_goes_on_to_through_openai(tmp_path):
+    sae = made(tmp_path / "source")
+    convert.convert(tmp_path / "source", tmp_path / "a.pt", "openai")
+    with pytest.warns(UserWarning, match="not trained so, and takes activations as they are"):
+        convert.read(tmp_path / "a.pt")
+    convert.convert(tmp_path / "a.pt", tmp_path / "lens", "sae_lens")
+    assert_equal(theirs("sae_lens", tmp_path / "lens", raw()), sae.reconstruct(raw()))
+
+
+def test_a_joint_sae_with_layer_norm(tmp_path):
+    made(tmp_path / "source", joint=True, kind="none")
+    convert.convert(tmp_path / "source", tmp_path / "a", "sae_lens")
+    change_config(tmp_path / "a", {"normalize_activations": "layer_norm"})
+    convert.convert(tmp_path / "a", tmp_path / "b", "fastsae")
+    convert.convert(tmp_path / "b", tmp_path / "c", "sae_lens")
+    assert_equal(theirs("sae_lens", tmp_path / "c", raw()), theirs("sae_lens", tmp_path / "a", raw()))
+
+
+# ---- SAELens before 6 ----
+
+OLD = {
+    "d_in": D,
+    "d_sae": M,
+    "dtype": "torch.float32",
+    "model_name": "gpt2-small",
+    "hook_name": "blocks.8.hook_resid_pre",
+    "hook_layer": 8,
+    "prepend_bos": True,
+    "context_size": 128,
+    "normalize_activations": "none",
+    "apply_b_dec_to_input": True,
+    "finetuning_scaling_factor": False,
+    "sae_lens_training_version": "3.2.3",
+}
+TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+
+
+def old_files(folder: Path, cfg: dict, **tensors: Tensor) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    weights = {
+        "W_enc": torch.randn(D, M, generator=g),
+        "b_enc": torch.randn(M, generator=g),
+        "W_dec": torch.randn(M, D, generator=g),
+        "b_dec": torch.randn(D, generator=g),
+    }
+    folder.mkdir(exist_ok=True)
+    folder.joinpath("cfg.json").write_text(json.dumps(cfg))
+    save_file(weights | tensors, folder / "sae_weights.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "standard"} | TOPK,
+        TOPK,
+        {"architecture": "topk"} | TOPK,
+        {"architecture": "topk", "activation_fn": "topk", "activation_fn_kwargs": {"k": K}},
+        {"architecture": "topk", "apply_b_dec_to_input": False} | TOPK,
+        {"architecture": "standard", "normalize_activations": False} | TOPK,
+        {"architecture": "standard", "normalize_activations": None, "expansion_factor": 4} | TOPK,
+        {"architecture": "standard", "normalize_activations": "layer_norm"} | TOPK,
+    ],
+    ids=str,
+)
+def test_what_saelens_wrote_before_version_6(change, tmp_path):
+    """By numpy, and by SAELens 6, which reads such files too."""
+    w = old_files(tmp_path / "old", OLD | change, scaling_factor=torch.ones(M))
+    state = {
+        "pre_bias": w["b_dec"],
+        "latent_bias": w["b_enc"],
+        "encoder.weight": w["W_enc"].T,
+        "decoder.weight": w["W_dec"].T,
+    }
+    if change.get("apply_b_dec_to_input") is False:
+        state["latent_bias"] = w["b_enc"] + w["b_dec"] @ w["W_enc"]
+    x = raw()
+    normalised = change.get("normalize_activations") == "layer_norm"
+    mean = x.mean(1, keepdim=True) if normalised else torch.zeros(1)
+    std = x.std(1, keepdim=True) if normalised else torch.ones(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if normalised else "error")
+        found = convert.read(tmp_path / "old")
+    got = found.reconstruct((x - mean) / (std + 1e-5 * normalised)) * std + mean
+    assert_equal(got, pytest.importorskip("sae_lens").SAE.load_from_disk(tmp_path / "old")(x))
+    if normalised:
+        assert_equal(got.double(), torch.from_numpy(by_openai(state, x)))
+    convert.convert(tmp_path / "old", tmp_path / "new", "sae_lens")
+    cfg = json.loads((tmp_path / "new" / "cfg.json").read_text())
+    assert cfg["normalize_activations"] == ("layer_norm" if normalised else "none")
+    expected = {"model_name": "gpt2-small", "hook_name": "blocks.8.hook_resid_pre", "context_size": 128}
+    assert expected.items() <= cfg["metadata"].items()
+
+
+def test_hooks_under_their_oldest_name(tmp_path):
+    cfg = {name: value for name, value in OLD.items() if name not in ("hook_name", "prepend_bos")}
+    old_files(tmp_path / "old", cfg | TOPK | {"hook_point": "blocks.1.hook_mlp_out"})
+    convert.convert(tmp_path / "old", tmp_path / "new", "sae_lens")
+    metadata = json.loads((tmp_path / "new" / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.1.hook_mlp_out"
+    assert metadata["prepend_bos"] is True, "as SAELens takes it"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "standard", "activation_fn_str": "relu"}, "a ReLU SAE without k; expected topk"),
+        ({}, "a ReLU SAE without k; expected topk"),
+        ({"activation_fn_str": "tanh-relu"}, "with the activation 'tanh-relu'; expected topk"),
+        ({"architecture": "gated"} | TOPK, "is of architecture 'gated' with the activation 'topk'; expected topk"),
+        ({"architecture": "topk", "activation_fn_str": "relu"}, "is of architecture 'topk' with the activation 'relu'"),
+        ({"activation_fn_str": "topk"}, "lacks k"),
+        (TOPK | {"activation_fn_kwargs": {"k": K, "postact_fn": "Identity"}}, "topk followed by 'Identity'"),
+        (TOPK | {"normalize_activations": True}, "normalize_activations = 'expected_average_only_in'"),
+        (TOPK | {"hook_name": "blocks.1.attn.hook_z"}, "reshape_activations = 'hook_z'"),
+        (TOPK | {"activation_fn_kwargs": {"k": 5000}}, "expected between 1 and d_sae = 200; got 5000"),
+    ],
+    ids=str,
+)
+def test_what_of_before_version_6_is_refused(change, message, tmp_path):
+    old_files(tmp_path, OLD | change)
+    with pytest.raises(ValueError, match=rf"cfg\.json.*{message}"):
+        convert.read(tmp_path)
+
+
+def test_factors_of_finetuning_are_refused(tmp_path):
+    old_files(tmp_path, OLD | TOPK, scaling_factor=torch.full((M,), 1.5))
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors has a scaling_factor that is not 1"):
+        convert.read(tmp_path)

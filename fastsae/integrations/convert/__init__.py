@@ -31,14 +31,16 @@ __all__ = ["FORMATS", "Format", "convert", "detect", "read"]
 def detect(source: str | Path) -> Format:
     """Which package wrote `source`. Raises FileNotFoundError if there is nothing, ValueError if it is of none."""
     source = Path(source)
+    if source.is_symlink() and not source.exists():
+        raise FileNotFoundError(f"{source} is a link to {source.readlink()}, which does not exist")
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; give a file or folder here, nothing is downloaded")
     others.refuse(source, expected="torch")
     if found := _form(source):
         return found
     expected = "; ".join(f"{name}: {form.FILES}" for name, form in FORMATS.items())
-    what = others.folder(source, lambda folder: _form(folder) is not None)
-    raise ValueError(f"{source} holds no SAE in a known form. {f'{what} ' if what else ''}Expected one of {expected}.")
+    what = others.folder(source, lambda folder: _form(folder) is not None) or f"Expected one of {expected}."
+    raise ValueError(f"{source} holds no SAE in a known form. {what}")
 
 
 def _form(source: Path) -> Format | None:

@@ -128,9 +128,10 @@ def read_pickled(path: Path) -> dict[str, Any]:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises as many kinds as there are ways to be damaged
+            damaged = "" if others.is_whole(path) else "is damaged, or "
             raise ValueError(
-                f"{path} cannot be read as tensors ({type(error).__name__}); it is damaged, or holds code, which is "
-                "not run"
+                f"{path} cannot be read as tensors ({type(error).__name__}); it {damaged}holds code, which is not run. "
+                f"{others.LOAD_THERE}"
             ) from error
     for name, t in by_name(path, found).items():
         # A view of strides 0 claims any size in a few bytes; copied, it would take all memory.
@@ -184,6 +185,8 @@ def expect_weights(
 
     Raises ValueError for a tensor beside them that is not `ignored`: it would take part in what the SAE computes.
     """
+    if any(name not in values for name in names) and (what := others.by_names(values)):
+        raise ValueError(f"{where} {what}")
     found = expect(where, values, names)
     for name, t, dimensions in zip(names, found, (2, 1, 2, 1), strict=True):
         if not (isinstance(t, Tensor) and t.dtype in _FLOATS and t.ndim == dimensions):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from fastsae.integrations.convert import others
 from fastsae.integrations.convert.form import (
     Converted,
     by_name,
@@ -38,11 +37,8 @@ def read(source: Path) -> Converted:
             "config.json beside it"
         )
     names = ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias")
-    if not any(name in state for name in ("latent_bias", "pre_bias")) and (what := others.by_names(state)):
-        raise ValueError(f"{source} {what}")
-    expect(source, state, (*names, "activation"))
     weights = expect_weights(source, state, names, ignored=_STATISTICS)
-    activation = state["activation"]
+    (activation,) = expect(source, state, ("activation",))
     options = by_name(f"{source}, activation_state_dict", state.get("activation_state_dict", {}))
     if activation != "TopK" or options.get("postact_fn", "ReLU") != "ReLU":
         given = f"{activation} followed by {options['postact_fn']}" if "postact_fn" in options else activation

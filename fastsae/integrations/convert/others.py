@@ -2,11 +2,12 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _ONLY = "Only TopK SAEs and fastsae's own are converted."
-_LOAD_THERE = "Load it with the package that wrote it, and save its state_dict with torch.save."
+LOAD_THERE = "Load it with the package that wrote it, and save the SAE in that package's own form."
 _NUMPY = {"npz": "an .npz archive of NumPy arrays", "npy": "a single array of NumPy"}
 _BEGINNINGS = {
     b"\x93NUMPY": "npy",
@@ -35,24 +36,23 @@ _BY_NAMES = (
     ({"decoder_bias", "gate_bias"}, "a GatedAutoEncoder of dictionary_learning"),
     ({"bias", "encoder.weight", "decoder.weight"}, "an AutoEncoder (ReLU) of dictionary_learning"),
     ({"encoder.weight", "decoder.weight", "decoder.bias"}, "a ReLU SAE, an AutoEncoderNew of dictionary_learning say"),
-    ({"state_dict"}, "a checkpoint of a trainer (of Lightning, say), which holds the weights under state_dict"),
-    ({"model_state_dict"}, "a checkpoint of a trainer, which holds the weights under model_state_dict"),
 )
+_CHECKPOINT = {"state_dict", "model_state_dict", "optimizer_state_dict", "pytorch-lightning_version"}
 
-# By the names of their files. A pattern matches in the folder itself.
+# By the names of their files.
 _BY_FILES = (
-    (("params.npz",), "a JumpReLU SAE of Gemma Scope (params.npz)"),
-    (("params.safetensors",), "an SAE or transcoder of Gemma Scope 2 (params.safetensors)"),
-    (("params_layer_*.safetensors",), "a crosscoder or transcoder over layers of Gemma Scope 2"),
-    (("hyperparams.json",), "an SAE of Llama Scope (hyperparams.json)"),
-    (("layer_*.safetensors",), "a set of transcoders of circuit-tracer"),
-    (("W_enc_*.safetensors",), "a transcoder over layers of circuit-tracer"),
-    (("*.sae.pt",), "SAEs of Qwen-Scope (*.sae.pt)"),
-    (("sae.pt",), "an SAE of saev (sae.pt)"),
-    (("weights.pt",), "an SAE of ViT-Prisma (weights.pt)"),
-    (("ae_normalized.pt",), "an SAE of InterPLM (ae_normalized.pt)"),
-    (("model.safetensors", "config.json"), "a model of transformers, or an SAE saved by huggingface_hub's mixin"),
-    (("pytorch_model.bin",), "a model of transformers"),
+    ("params.npz", "a JumpReLU SAE of Gemma Scope (params.npz)"),
+    ("params.safetensors", "an SAE or transcoder of Gemma Scope 2 (params.safetensors)"),
+    ("params_layer_*.safetensors", "a crosscoder or transcoder over layers of Gemma Scope 2"),
+    ("hyperparams.json", "an SAE of Llama Scope (hyperparams.json)"),
+    ("layer_*.safetensors", "a set of transcoders of circuit-tracer"),
+    ("W_enc_*.safetensors", "a transcoder over layers of circuit-tracer"),
+    ("*.sae.pt", "SAEs of Qwen-Scope (*.sae.pt)"),
+    ("sae.pt", "an SAE of saev (sae.pt)"),
+    ("weights.pt", "an SAE of ViT-Prisma (weights.pt)"),
+    ("ae_normalized.pt", "an SAE of InterPLM (ae_normalized.pt)"),
+    ("model.safetensors", "a model of transformers, or an SAE saved by the mixin of huggingface_hub"),
+    ("pytorch_model.bin", "a model of transformers"),
 )
 _INCOMPLETE = {
     "cfg.json": "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
@@ -60,6 +60,10 @@ _INCOMPLETE = {
     "sae.safetensors": "cfg.json (sparsify)",
     "config.json": "weights.safetensors (fastsae) or ae.pt (dictionary_learning)",
 }
+_WEIGHTS = ("weights.safetensors", "sae_weights.safetensors", "sae.safetensors")
+# What zipfile raises of damaged bytes: offsets out of the file, flags of encryption, names that are none.
+_BAD_ZIP = (zipfile.BadZipFile, RuntimeError, ValueError, OverflowError, OSError)
+_SINGLE = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".pkl", ".pickle")
 _DEPTH, _FOLDERS, _LISTED = 6, 2000, 8
 
 
@@ -72,7 +76,9 @@ def refuse(path: Path, expected: str) -> None:
 
 def by_names(names: Iterable[str]) -> str | None:
     """What a dict of tensors with these names is, if that is known."""
-    plain = {name.removeprefix("_orig_mod.").removeprefix("module.") for name in names}
+    plain = {str(name).removeprefix("_orig_mod.").removeprefix("module.") for name in names}
+    if plain & _CHECKPOINT:
+        return f"is a checkpoint of a trainer (of Lightning, say), not an SAE in a form of its own. {LOAD_THERE}"
     known = next((what for mark, what in _BY_NAMES if mark <= plain), None)
     return known and f"is {known}. {_ONLY}"
 
@@ -90,13 +96,28 @@ def folder(source: Path, written: Callable[[Path], bool]) -> str | None:
         return f"It looks like {known}. {_ONLY}"
     if broken := sorted(path.name for path in source.iterdir() if path.is_symlink() and not path.exists()):
         return f"{', '.join(broken[:_LISTED])}: a link to what is not there; download or copy it anew."
-    if single := sorted(path.name for path in source.glob("*.pt")):
-        return f"Of a .pt file of OpenAI, give the file itself, such as {source / single[0]}."
+    if single := sorted(path for path in source.iterdir() if path.suffix in _SINGLE and path.is_file()):
+        kind = _kind(single[0])
+        fits = kind in (None, "torch")
+        return f"Give a file itself, such as {single[0]}." if fits else f"Its {single[0].name} {_said(single[0], kind)}"
     for found in _folders_below(source, written):
         if known := _by_files(found):
             return f"Its {found.relative_to(source)} looks like {known}. {_ONLY}"
     present = next((name for name in _INCOMPLETE if (source / name).is_file()), None)
     return present and f"It holds {present}, and lacks {_INCOMPLETE[present]}: was all of it downloaded or copied?"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the names and plain values of a torch.save archive are as they were written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+            with archive.open(name) as file:  # which compares the checksum at its end
+                while file.read(2**20):
+                    pass
+    except (*_BAD_ZIP, EOFError, zlib.error):
+        return False
+    return True
 
 
 def _kind(path: Path) -> str | None:
@@ -110,10 +131,14 @@ def _kind(path: Path) -> str | None:
             return kind
     if head.startswith(b"PK"):
         return _kind_of_zip(path)
-    if head.startswith(b"\x80") and 2 <= head[1:2][0] <= 5 if len(head) > 1 else False:
-        return "torch" if head.startswith(_OLD_TORCH) else "pickle"
+    if head.startswith(_OLD_TORCH):
+        return "torch"
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or path.suffix in (".pkl", ".pickle"):
+        return "pickle"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
         return "safetensors"
+    if head[257:262] == b"ustar":
+        return "archive"
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html")):
         return "html"
@@ -126,7 +151,7 @@ def _kind_of_zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeError, OverflowError):
+    except _BAD_ZIP:
         return None
     if any(name.endswith(".npy") for name in names):
         return "npz"
@@ -148,16 +173,16 @@ def _said(path: Path, kind: str | None) -> str:
     if kind == "json":
         return f"is JSON, not weights. {give_folder}"
     if kind == "safetensors":
-        what = by_names(_names_in_safetensors(path))
-        return what or f"is a file of safetensors, without what says what SAE it is of. {give_folder}"
+        what = None if path.name in _WEIGHTS else by_names(_names_in_safetensors(path))
+        return what or f"is weights alone; the config is beside them. {give_folder}"
     return {
         "lfs": "is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`, or download it",
         "empty": "is empty: a download or a copy was cut off",
         "gguf": f"is a language model in GGUF. {_ONLY}",
         "hdf5": f"is a file of HDF5. {_ONLY}",
         "archive": "is an archive: unpack it, and give what is in it",
-        "torchscript": f"is a TorchScript archive, which holds code, which is not run. {_LOAD_THERE}",
-        "pickle": f"cannot be read as tensors: it is a pickle, which holds code, which is not run. {_LOAD_THERE}",
+        "torchscript": f"is a TorchScript archive, which holds code, which is not run. {LOAD_THERE}",
+        "pickle": f"cannot be read as tensors: it is a pickle, which holds code, which is not run. {LOAD_THERE}",
         "html": "is a web page, not the file: download the file itself (of the Hugging Face Hub, under /resolve/)",
         "saev": f"is an SAE of saev: one line of JSON, then its weights. {_ONLY}",
         "torch": "is a file of torch.save, where one of safetensors is expected",
@@ -175,7 +200,7 @@ def _arrays(path: Path, kind: str) -> str:
 
 def _names_in_safetensors(path: Path) -> list[str]:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        length = min(int.from_bytes(file.read(8), "little"), 10**8)  # safetensors' own limit
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
@@ -184,7 +209,7 @@ def _names_in_safetensors(path: Path) -> list[str]:
 
 
 def _by_files(source: Path) -> str | None:
-    return next((what for marks, what in _BY_FILES if all(any(source.glob(mark)) for mark in marks)), None)
+    return next((what for pattern, what in _BY_FILES if any(source.glob(pattern))), None)
 
 
 def _folders_below(source: Path, written: Callable[[Path], bool]) -> Iterator[Path]:

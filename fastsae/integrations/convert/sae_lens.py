@@ -54,14 +54,7 @@ def read(source: Path) -> Converted:
     weights = expect_weights(held, tensors, ("W_enc", "b_enc", "W_dec", "b_dec"), ignored=beside)
     weights |= tensors if joint else {}
     dtype = widest(weights)
-    weights = {name: t.double() for name, t in weights.items()}  # folded in fp64, and rounded once
-    weights["W_enc"] = weights["W_enc"].T
-    if not cfg.get("apply_b_dec_to_input", True):
-        weights["b_enc"] = weights["b_enc"] + weights["W_enc"] @ weights["b_dec"]
-    if cfg.get("rescale_acts_by_decoder_norm", False):
-        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
-        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms.unsqueeze(1), weights["b_enc"] * norms
-        weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
+    weights = _folded(cfg, weights)
     sae = _joint(path, held, k, cfg, weights, dtype) if joint else topk(path, held, k, weights, dtype)
     # In older configs the factor stands beside d_sae, which need not be of it.
     width = {"d_sae": sae.d_sae} if cfg.get("d_sae") else {"expansion_factor": sae.d_sae / sae.d_in}
@@ -70,15 +63,26 @@ def read(source: Path) -> Converted:
     return Converted(sae, metadata, sees_normalised_tokens=cfg.get("normalize_activations") == "layer_norm")
 
 
+def _folded(cfg: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in fp64, to be rounded once, with what SAELens does beside them."""
+    weights = {name: t.double() for name, t in weights.items()}
+    weights["W_enc"] = weights["W_enc"].T
+    if not cfg.get("apply_b_dec_to_input", True):
+        weights["b_enc"] = weights["b_enc"] + weights["W_enc"] @ weights["b_dec"]
+    if cfg.get("rescale_acts_by_decoder_norm", False):
+        norms = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
+        weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norms.unsqueeze(1), weights["b_enc"] * norms
+        weights["W_dec"] = weights["W_dec"] / norms.unsqueeze(1)
+    return weights
+
+
 def _as_version_6(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """The config of any version. Before 6, TopK was an activation function, and what is now metadata stood beside it.
 
     Raises ValueError for what is not TopK.
     """
-    activation, architecture = (
-        cfg.get("activation_fn", cfg.get("activation_fn_str")),
-        cfg.get("architecture", "standard"),
-    )
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str"))
+    architecture = cfg.get("architecture", "standard")
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     if architecture not in ("topk", "fastsae_topk", "fastsae_joint") or activation not in (None, "topk"):
