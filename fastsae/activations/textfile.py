@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +27,8 @@ _PART_OF_LINE = re.compile(r".{4000}\S{0,1000}\s?|.+", re.DOTALL)
 # How WikiText, whose rows are lines, writes the title of an article.
 _TITLE = re.compile(r" = [^=].* = \n")
 _MARKUP = re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
-_BLANKS = re.compile(r"\s*")
+_BLANKS, _CONTENT = re.compile(r"\s*"), re.compile(r"\S")
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 # In this order: a mark of UTF-32 begins with one of UTF-16.
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -73,20 +74,24 @@ def documents(path: Path, name: str, of_folder: bool = False) -> Iterator[Docume
     if _is_json(text):
         yield from _row_documents(path, name)
         return
-    pieces = [text] if of_folder and not (kind(path) == ".txt" and _is_lines(text)) else list(cut(text))
+    pieces = cut(text)
+    if of_folder:
+        pieces = list(pieces) if kind(path) == ".txt" and _is_lines(text) else [text] if text.strip() else []
+        if len(pieces) == 1:
+            yield Document(name, text)
+            return
     for number, piece in enumerate(pieces):
-        if piece.strip():
-            yield Document(name if of_folder and len(pieces) == 1 else f"{name}#{number}", piece)
+        yield Document(f"{name}#{number}", piece)
 
 
 def cut(text: str) -> Iterator[str]:
     """Documents of whole paragraphs, of about 4,000 characters; where no blank line comes in 16,000, of whole lines, of
     about 1,000."""
-    for paragraphs in _joined(_lines(text), _DOCUMENT_CHARS, str.isspace):
-        if len(paragraphs) < _LONG:
-            yield paragraphs
+    for start, end in _paragraphs(text):
+        if end - start < _LONG:
+            yield text[start:end]
         else:
-            yield from _joined(_parts(paragraphs), _LINES_CHARS, lambda _: True)
+            yield from _of_lines(text, start, end)
 
 
 def articles(rows: Iterable[tuple[str, str]]) -> Iterator[Document]:
@@ -122,39 +127,35 @@ def text_of(row: Any, where: str) -> str:
     )
 
 
-def _joined(lines: Iterable[str], size: int, may_end: Callable[[str], bool]) -> Iterator[str]:
-    """Neighbouring lines, joined until they are of that size and the last one may end a document."""
-    held, length, blank = [], 0, True
-    for line in lines:
-        held.append(line)
-        length += len(line)
-        blank = blank and line.isspace()
-        if length >= size and not blank and may_end(line):
-            yield "".join(held)
-            held, length, blank = [], 0, True
-    if not blank:
-        yield "".join(held)
-
-
-def _lines(text: str) -> Iterator[str]:
+def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
+    """Where documents lie that a blank line ends, the first one that leaves them 4,000 characters."""
     start = 0
-    while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        yield text[start:end]
+    while content := _CONTENT.search(text, start):
+        least = max(start + _DOCUMENT_CHARS, content.end())
+        blank = _BLANK_LINE.search(text, max(start, text.rfind("\n", start, least - 1)))
+        end = blank.end() if blank else len(text)
+        yield start, end
         start = end
 
 
-def _parts(text: str) -> Iterator[str]:
-    for line in _lines(text):
-        if len(line) < _ENORMOUS_LINE:
-            yield line
+def _of_lines(text: str, start: int, stop: int) -> Iterator[str]:
+    while start < stop:
+        content = _CONTENT.search(text, start, stop)
+        least = max(start + _LINES_CHARS, content.end() if content else stop)
+        end = text.find("\n", least - 1, stop) + 1 or stop
+        if not _CONTENT.search(text, end, stop):
+            end = stop
+        line = max(start, text.rfind("\n", start, least - 1) + 1)
+        if end - line < _ENORMOUS_LINE:
+            yield text[start:end]
         else:
-            yield from (match[0] for match in _PART_OF_LINE.finditer(line))
+            yield from (match[0] for match in _PART_OF_LINE.finditer(text, start, end))
+        start = end
 
 
 def _is_lines(text: str) -> bool:
     """Whether most of a text has no blank lines that it could be cut at."""
-    lengths = [len(part) for part in _joined(_lines(text), _DOCUMENT_CHARS, str.isspace)]
+    lengths = [end - start for start, end in _paragraphs(text)]
     return sum(length for length in lengths if length >= _LONG) > len(text) / 2
 
 
