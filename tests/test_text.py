@@ -59,7 +59,7 @@ def by_blank_lines(text: str) -> list[str]:
     documents = [""]
     for paragraph in re.split(r"(?<=\n\n)", text):
         documents[-1] += paragraph
-        if len(documents[-1]) >= 4000:
+        if len(documents[-1]) >= 4000 and documents[-1].strip():
             documents.append("")
     return [document for document in documents if document.strip()]
 
@@ -67,9 +67,10 @@ def by_blank_lines(text: str) -> list[str]:
 def test_where_paragraphs_are_cut_never_changes(tmp_path: Path):
     """Documents are held out by their number."""
     draw = random.Random(0)
+    exact = ["x" * (4000 - n) + "\n" * blank for n in range(6) for blank in (2, 3, 5000)]
     lines = ["word " * draw.randrange(400) + "end\n" * draw.randrange(3) + "\n" * draw.randrange(4) for _ in range(900)]
     path = tmp_path / "book.txt"
-    path.write_text("".join(lines))
+    path.write_text("".join(["\n", *exact, *lines]))
     documents = list(read_documents(path))
     assert [d.text for d in documents] == by_blank_lines(path.read_text())
     assert [d.name for d in documents] == [f"book.txt#{i}" for i in range(len(documents))]
