@@ -1,6 +1,7 @@
 """The command line: fastsae demo | train | eval | analyze | report | study | factorial | plan | convert."""
 
 import dataclasses
+import logging
 import shutil
 import sys
 from importlib.metadata import version
@@ -67,6 +68,8 @@ def main() -> None:
         "plan": plan,
         "convert": convert,
     }
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastsae").setLevel(logging.INFO)  # which text is read
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
     except KeyboardInterrupt as stop:

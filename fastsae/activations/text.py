@@ -1,20 +1,24 @@
 """Text by document: where activations come from, and which documents are held out."""
 
 import hashlib
-import json
+import logging
 import os
-import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
+from fastsae.activations import textfile
+from fastsae.activations.textfile import Document
+
 STDLIB = "stdlib"
-_FILE_DOCUMENT_CHARS = 4000
-# How WikiText, whose rows are lines, writes the title of an article.
-_TITLE = re.compile(r" = [^=].* = \n")
-_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+_TEXT = (".txt", ".md", ".rst", ".py")
+# Where rows lie, these describe them.
+_ABOUT, _ABOUT_NAMES = (".md", ".rst", ".py"), ("readme", "license", "licence", "requirements")
+# Not read either, and it may be what the folder is for.
+_PACKED = (".zst", ".bz2", ".xz", ".gz", ".zip", ".7z", ".tar", ".pdf", ".docx", ".epub", ".html", ".htm", ".xml")
 # Test suites and code pages are mostly tables of literals, and some distributions leave the former out.
 _SKIPPED_STDLIB_FOLDERS = {
     "site-packages",
@@ -27,31 +31,39 @@ _SKIPPED_STDLIB_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text. `name` decides, for good, whether the document is held out."""
-
-    name: str
-    text: str
-
-
 def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
     """The documents of `source`, in a fixed order.
 
-    source: "stdlib" (the Python sources of the running interpreter's standard library); a folder (every .txt, .md,
-    .rst and .py below it is a document); a text file (cut at blank lines into documents of about 4,000 characters); a
-    .jsonl file (the "text" of each line is a document); or the name of a Hugging Face dataset whose train split has a
-    "text" column, optionally with a configuration: "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText,
-    whose rows are lines, each article.
-    Raises FileNotFoundError when `source` is none of these, ValueError for a dataset or a line without a "text".
+    source:
+    - "stdlib": the Python sources of the running interpreter's standard library.
+    - A text file, cut at blank lines into documents of about 4,000 characters. Where no blank line comes in 16,000, as
+      in a file with a document a line, it is cut at line ends into documents of about 1,000; no line is cut but those
+      of 100,000 and more, between words.
+    - A file of rows, whose "text" is a document each: .jsonl, .ndjson or .json (or what its content tells to be JSON;
+      rows follow one another or are one array), .csv, .tsv, .parquet, .arrow.
+    - A folder: each .txt, .md, .rst and .py file below it is a document, but for a .txt file that would mostly be cut
+      at line ends, which is cut; files of rows give their rows. In folders with rows in or below them .md, .rst and .py
+      files, and any README, LICENSE or requirements, are left out: they describe the rows. So is what is no such text.
+      A warning says what was left out. Hidden files and folders are not looked at.
+    - The name of a Hugging Face dataset whose train split has a "text" column, optionally with a configuration:
+      "wikitext:wikitext-103-raw-v1". Each row is a document; in WikiText, whose rows are lines, each article.
+    Files are UTF-8, or UTF-16 with a byte-order mark, and may be packed by gzip.
+
+    Raises FileNotFoundError when `source` is none of these, ValueError for a file or a row without such text.
     """
     path = Path(source)
     if source == STDLIB:
-        yield from _files_below(Path(sysconfig.get_paths()["stdlib"]), {".py"}, _SKIPPED_STDLIB_FOLDERS)
+        stdlib = Path(sysconfig.get_paths()["stdlib"])
+        paths, _ = _files_below(stdlib, _SKIPPED_STDLIB_FOLDERS)
+        yield from _documents_of([path for path in paths if path.suffix == ".py"], stdlib)
     elif path.is_dir():
-        yield from _files_below(path, _TEXT_SUFFIXES, {"__pycache__"})
+        yield from _folder_documents(path)
     elif path.is_file():
-        yield from _json_documents(path) if path.suffix == ".jsonl" else _file_documents(path)
+        yield from _file_documents(path)
+    elif path.exists() or path.is_symlink():
+        raise FileNotFoundError(
+            f"read_documents: {path} is no ordinary file, or a link to nothing; pass a file or folder"
+        )
     else:
         yield from _dataset_documents(str(source))
 
@@ -65,54 +77,119 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _files_below(folder: Path, suffixes: set[str], skipped: set[str]) -> Iterator[Document]:
-    kept = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in skipped]  # never entered: packages of others are many
-        kept += [path for path in (Path(root, name) for name in names) if path.suffix in suffixes and path.is_file()]
+def _file_documents(path: Path) -> Iterator[Document]:
+    read = held_out = 0
+    for document in textfile.documents(path, path.name):
+        read += 1
+        held_out += is_held_out(document.name)
+        yield document
+    if not read:
+        raise ValueError(f"read_documents: {path} holds no text: it is empty or blank")
+    _say(f"read_documents: {path} was read to its end: {read:,} documents, {held_out:,} of them held out")
+
+
+def _folder_documents(folder: Path) -> Iterator[Document]:
+    paths, closed = _files_below(folder, {"__pycache__"})
+    rows = {path for path in paths if textfile.kind(path) in textfile.ROWS}
+    refused = {path: why for path in paths if path in rows and (why := _refusal(path))}
+    above_rows = {parent for path in rows if path not in refused for parent in path.parents}
+    about = {path for path in paths if path.parent in above_rows and path not in rows and _describes(path)}
+    rest = [path for path in paths if path not in refused and path not in about]
+    kept = [path for path in rest if textfile.kind(path) in _TEXT + textfile.ROWS]
+    others = [path for path in rest if textfile.kind(path) not in _TEXT + textfile.ROWS]
+    packed = [path for path in others if path.suffix.lower() in _PACKED]
+
+    left_out = (
+        [f"{_counted(about)} that describe rows ({', '.join(sorted({path.name for path in about})[:3])})"]
+        if about
+        else []
+    )
+    left_out += [f"{_counted(refused)} ({next(iter(refused.values()))})"] if refused else []
+    left_out += [f"{_counted(others)} of kinds that are not read"] if others else []
+    left_out += [f"{len(closed)} links or folders that cannot be opened ({closed[0]})"] if closed else []
+    said = f"Left out: {'; '.join(left_out) or 'nothing'}."
+    if not kept:
+        wanted = f"{'/'.join(sorted(_TEXT))} files below {folder}, nor rows ({'/'.join(textfile.ROWS)})"
+        raise FileNotFoundError(f"read_documents: no {wanted}. {said}")
+    if (refused or packed) and all(_is_named_readme(path) for path in kept):
+        raise ValueError(f"read_documents: nothing but {kept[0].name} could be read below {folder}. {said}")
+    said = f"read_documents: read below {folder}: {_counted(kept)}. {said}"
+    if about or refused or packed or closed:
+        warnings.warn(said, stacklevel=2)
+    else:
+        _say(said)
+    yield from _documents_of(kept, folder)
+
+
+def _files_below(folder: Path, skipped: set[str]) -> tuple[list[Path], list[str]]:
+    """Files in a fixed order; and folders that were not entered, links to nothing."""
+    found: list[Path] = []
+    closed: list[str] = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: closed.append(str(error.filename))):
+        # Never entered: packages of others are many.
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        closed.extend(str(Path(root, name)) for name in folders if Path(root, name).is_symlink())
+        found += [Path(root, name) for name in names if not name.startswith(".")]
     # By a hash: the first million tokens are a fair sample, and not the first letters of the alphabet. Not by the hash
     # that holds documents out: it would put those first.
-    kept.sort(key=lambda p: _hash(f"order of {p.relative_to(folder).as_posix()}"))
-    if not kept:
-        raise FileNotFoundError(f"read_documents: no {'/'.join(sorted(suffixes))} files below {folder}")
-    for path in kept:
-        if text := _read_text(path):
-            yield Document(path.relative_to(folder).as_posix(), text)
+    found.sort(key=lambda p: _hash(f"order of {p.relative_to(folder).as_posix()}"))
+    closed.extend(str(path) for path in found if path.is_symlink() and not path.exists())
+    return [path for path in found if path.is_file()], closed
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file; none, with a warning, if it does not look like UTF-8 text."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    strange = text.count("\ufffd") + text.count("\0")
-    if strange > len(text) / 10:  # Latin-1 has fewer, UTF-16 and what is no text more
-        warnings.warn(f"{path} is not UTF-8 text ({strange} strange characters of {len(text)}): skipped", stacklevel=2)
-        return ""
-    return text if text.strip() else ""
-
-
-def _file_documents(path: Path) -> Iterator[Document]:
-    paragraphs = re.split(r"(?<=\n\n)", _read_text(path))
-    text, number = "", 0
-    for position, paragraph in enumerate(paragraphs):
-        text += paragraph
-        last = position == len(paragraphs) - 1
-        if text.strip() and (last or len(text) >= _FILE_DOCUMENT_CHARS):
-            yield Document(f"{path.name}#{number}", text)
-            text, number = "", number + 1
-
-
-def _json_documents(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
+def _documents_of(paths: list[Path], folder: Path) -> Iterator[Document]:
+    refused: list[str] = []
+    some = False
+    try:
+        for path in paths:
+            documents = textfile.documents(path, path.relative_to(folder).as_posix(), of_folder=True)
             try:
-                row = json.loads(line) if line.strip() else {"text": ""}
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"read_documents: line {number} of {path} is not valid JSON ({error})") from error
-            if not isinstance(row, dict) or "text" not in row or not isinstance(row["text"], str | None):
-                raise ValueError(f'read_documents: line {number} of {path} holds no string "text"')
-            text = (row["text"] or "").encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
-            if text.strip():
-                yield Document(f"{path.name}#{number}", text)
+                first = next(documents, None)
+            except (ValueError, OSError) as error:
+                refused.append(_why(error))
+                continue
+            if first is not None:
+                some = True
+                yield first
+                yield from documents
+    finally:  # when no more is wanted too
+        if refused:
+            skipped = f"{len(refused)} of {len(paths)} files below {folder}"
+            warnings.warn(f"read_documents: {skipped} were skipped. The first: {refused[0]}", stacklevel=2)
+    if not some:
+        raise ValueError(f"read_documents: the files below {folder} hold no text: they are blank or were skipped")
+
+
+def _refusal(path: Path) -> str:
+    """Why no rows are read from a file; empty if they are."""
+    try:
+        return "" if next(textfile.documents(path, path.name), None) else f"{path} holds no text"
+    except (ValueError, OSError, ImportError) as error:
+        return _why(error)
+
+
+def _why(error: Exception) -> str:
+    return str(error).removeprefix("read_documents: ")
+
+
+def _describes(path: Path) -> bool:
+    return textfile.kind(path) in _ABOUT or _is_named_readme(path)
+
+
+def _is_named_readme(path: Path) -> bool:
+    return path.name.lower().startswith(_ABOUT_NAMES)
+
+
+def _counted(paths: Iterable[Path]) -> str:
+    """Such as: 12 .txt, 1 .jsonl."""
+    counts = Counter(textfile.kind(path) or "no suffix" for path in paths).most_common()
+    more = sum(count for _, count in counts[6:])
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts[:6]) + (f", {more:,} others" if more else "")
+
+
+@cache  # once, though text is read for training and again for what is held out
+def _say(line: str) -> None:
+    logging.getLogger("fastsae").info(line)
 
 
 def _dataset_documents(spec: str) -> Iterator[Document]:
@@ -132,18 +209,5 @@ def _dataset_documents(spec: str) -> Iterator[Document]:
             f"Hugging Face dataset ({type(error).__name__}: {error}). Check the spelling, the network, or download "
             "the text and pass its path."
         ) from error
-    article: Document | None = None
-    for number, row in enumerate(rows):
-        if "text" not in row:
-            raise ValueError(f"read_documents: dataset {spec!r} has columns {sorted(row)}, expected one named 'text'")
-        text = row["text"] or ""
-        if _TITLE.fullmatch(text):
-            if article:
-                yield article
-            article = Document(f"{spec}/{number}", text)
-        elif article:
-            article = Document(article.name, article.text + text)
-        elif text.strip():
-            yield Document(f"{spec}/{number}", text)
-    if article:
-        yield article
+    where = f"dataset {spec!r}"
+    yield from textfile.articles((f"{spec}/{number}", textfile.text_of(row, where)) for number, row in enumerate(rows))
