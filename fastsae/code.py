@@ -1,11 +1,12 @@
 """The sparse code that flows from encoder to decoder, and the same code seen feature by feature."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class FeatureOrder(NamedTuple):
@@ -89,3 +90,24 @@ class SparseCode:
 
     def detach(self) -> "SparseCode":
         return SparseCode(self.values.detach(), self.indices, self.d_sae)
+
+
+def _unflatten(tensors: Iterable[Any], d_sae: int) -> SparseCode:
+    code = object.__new__(SparseCode)  # not checked: whoever maps over a code puts anything in
+    vars(code).update(zip(("values", "indices"), tensors, strict=True), d_sae=d_sae)
+    return code
+
+
+# For torch.func, torch.export and whatever else looks for the tensors in what a module returns.
+_pytree.register_pytree_node(
+    SparseCode,
+    lambda code: ([code.values, code.indices], code.d_sae),
+    _unflatten,
+    serialized_type_name="fastsae.SparseCode",
+    to_dumpable_context=lambda d_sae: d_sae,
+    from_dumpable_context=lambda d_sae: d_sae,
+    flatten_with_keys_fn=lambda code: (
+        [(_pytree.GetAttrKey(name), getattr(code, name)) for name in ("values", "indices")],
+        code.d_sae,
+    ),
+)

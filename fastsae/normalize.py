@@ -7,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 
+def check_tensor(who: str, x: Any) -> None:
+    """Raise TypeError, saying what to pass, unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        advice = ". Make it one: torch.from_numpy(x)" if hasattr(x, "__array__") else ""
+        raise TypeError(f"{who}: x must be a tensor; got {type(x).__name__}{advice}")
+
+
 class Normalizer(nn.Module):
     """x -> (x - mean) / scale, with mean and scale (d_in,) that are stored with the weights.
 
@@ -37,10 +44,11 @@ class Normalizer(nn.Module):
         "zscore": mean and standard deviation per dimension (a constant dimension keeps scale 1).
         "scale": one scale, the root mean square of all entries; the mean stays 0. "none": nothing.
         """
+        check_tensor("Normalizer.measure", sample)
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
             expected = f"at least 2 rows of width {len(self.mean)}"
             raise ValueError(f"Normalizer.measure: expected {expected}; got shape {tuple(sample.shape)}")
-        sample = sample.double()
+        sample = sample.cpu().double()  # some devices have no fp64
         if not sample.isfinite().all():
             row, column = (~sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(
@@ -61,6 +69,7 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""
+        check_tensor("Normalizer", x)
         if x.dim() == 0 or x.shape[-1] != len(self.mean):
             raise ValueError(
                 f"Normalizer: x must end in d_in = {len(self.mean)}; got shape {tuple(x.shape)}. Is this the "
@@ -72,6 +81,7 @@ class Normalizer(nn.Module):
 
     def invert(self, y: Tensor) -> Tensor:
         """Normalised activations (..., d_in) to raw ones, in the dtype of the statistics."""
+        check_tensor("Normalizer.invert", y)
         return y * self.scale + self.mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

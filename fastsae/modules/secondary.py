@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.config import SecondarySAEConfig
+from fastsae.modules.base import uncompiled
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.topk import TopKSAE
 
@@ -33,6 +34,7 @@ class SecondarySAE(TopKSAE):
     @classmethod
     def on(cls, base: JointSAE, d_sae: int | None = None, k: int | None = None) -> "SecondarySAE":
         """A new one for the hidden layer of `base`, on its device and in its dtype. Raises ValueError without one."""
+        base = uncompiled(base)
         if not isinstance(base, JointSAE) or base.V is None:
             what = f"{type(base).__name__} without interaction" if isinstance(base, JointSAE) else type(base).__name__
             raise ValueError(f"SecondarySAE.on: expected a JointSAE with its pairwise pathway as the base; got {what}")
