@@ -9,6 +9,14 @@ from torch import Tensor
 from torch.utils import _pytree
 
 
+def check_tensors(who: str, **given: Any) -> None:
+    """Raise TypeError, saying what to pass, unless all that is given is a tensor."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            advice = f". Make it one: torch.from_numpy({name})" if hasattr(x, "__array__") else ""
+            raise TypeError(f"{who}: {name} must be a tensor; got {type(x).__name__}{advice}")
+
+
 class FeatureOrder(NamedTuple):
     """The entries of a code grouped by feature, tokens ascending within a feature.
 
@@ -45,6 +53,7 @@ class SparseCode:
     d_sae: int
 
     def __post_init__(self) -> None:
+        check_tensors("SparseCode", values=self.values, indices=self.indices)
         if self.values.shape != self.indices.shape:
             raise ValueError(
                 f"SparseCode: values and indices must have one shape; got {tuple(self.values.shape)} and "

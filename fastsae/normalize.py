@@ -6,12 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def check_tensor(who: str, x: Any) -> None:
-    """Raise TypeError, saying what to pass, unless x is a tensor."""
-    if not isinstance(x, Tensor):
-        advice = ". Make it one: torch.from_numpy(x)" if hasattr(x, "__array__") else ""
-        raise TypeError(f"{who}: x must be a tensor; got {type(x).__name__}{advice}")
+from fastsae.code import check_tensors
 
 
 class Normalizer(nn.Module):
@@ -44,7 +39,7 @@ class Normalizer(nn.Module):
         "zscore": mean and standard deviation per dimension (a constant dimension keeps scale 1).
         "scale": one scale, the root mean square of all entries; the mean stays 0. "none": nothing.
         """
-        check_tensor("Normalizer.measure", sample)
+        check_tensors("Normalizer.measure", x=sample)
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
             expected = f"at least 2 rows of width {len(self.mean)}"
             raise ValueError(f"Normalizer.measure: expected {expected}; got shape {tuple(sample.shape)}")
@@ -69,7 +64,7 @@ class Normalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""
-        check_tensor("Normalizer", x)
+        check_tensors("Normalizer", x=x)
         if x.dim() == 0 or x.shape[-1] != len(self.mean):
             raise ValueError(
                 f"Normalizer: x must end in d_in = {len(self.mean)}; got shape {tuple(x.shape)}. Is this the "
@@ -81,7 +76,7 @@ class Normalizer(nn.Module):
 
     def invert(self, y: Tensor) -> Tensor:
         """Normalised activations (..., d_in) to raw ones, in the dtype of the statistics."""
-        check_tensor("Normalizer.invert", y)
+        check_tensors("Normalizer.invert", x=y)
         return y * self.scale + self.mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -18,11 +18,11 @@ from torch.utils import _pytree
 
 from fastsae import files, ops
 from fastsae.backends import choose
-from fastsae.code import SparseCode
+from fastsae.code import SparseCode, check_tensors
 from fastsae.config import TopKSAEConfig, from_dict, to_dict
 from fastsae.modules.plain import check_plain
 from fastsae.modules.saved import CONFIG, FORMAT, NEW_CONFIG, WEIGHTS, read_description, saved_in
-from fastsae.normalize import Normalizer, check_tensor
+from fastsae.normalize import Normalizer
 from fastsae.ranks import ALONE, Alone
 
 S = TypeVar("S", bound="SparseAutoencoder")
@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The k strongest features of each of the normalised activations x (..., d_in)."""
-        check_tensor(type(self).__name__, x)
+        check_tensors(type(self).__name__, x=x)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
                 f"{type(self).__name__}: x must end in d_in = {self.d_in}; got shape {tuple(x.shape)}. "
@@ -181,7 +181,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode_raw(self, raw: Tensor) -> SparseCode:
         """The code of raw activations (..., d_in), as a model gives them, on any device: normalised, then encoded."""
-        check_tensor(type(self).__name__, raw)
+        check_tensors(type(self).__name__, x=raw)
         return self.encode(self.normalizer(raw.to(self.W_enc.device)))
 
     def decode(self, code: SparseCode) -> Tensor:
