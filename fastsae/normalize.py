@@ -59,8 +59,8 @@ class Normalizer(nn.Module):
             scale = scale * (rms if rms > 0 else 1.0)
         elif kind != "none":
             raise ValueError(f"Normalizer.measure: expected 'zscore', 'scale' or 'none'; got {kind!r}")
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
+        self.mean.copy_(mean.to(self.mean.dtype))
+        self.scale.copy_(scale.to(self.scale.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig, to_dict
+from fastsae.fp64 import in_fp64
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
@@ -258,8 +259,7 @@ class Trainer:
         raise error
 
     def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
-        config, sae = self.config, self.sae
-        k = self._k()
+        config, k = self.config, self._k()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         norm = None
@@ -345,13 +345,13 @@ class Trainer:
         loss = ranks.mean(output.loss)
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)
         ranks.least(self._rows_since_fired)
-        dead = (self._rows_since_fired[:-1] >= alive_within).double().mean()
+        dead = in_fp64(self._rows_since_fired[:-1] >= alive_within).mean()
         metrics: dict[str, float] = {
             "step": self.step,
             "rows": self.rows_seen,
             "loss": loss.item(),
             "fvu": (loss / variance).item(),
-            "l0": ranks.mean((output.code.values > 0).sum(dim=-1).double().mean()).item(),
+            "l0": ranks.mean(in_fp64((output.code.values > 0).sum(dim=-1)).mean()).item(),
             "dead_share": ranks.mean_over_features(dead).item(),
             "lr": self.learning_rate(self.step - 1),
             "rows_per_second": rate,

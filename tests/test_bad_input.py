@@ -72,7 +72,11 @@ CODE = reference.topk_encode(X, W, BIAS, 3)
             "x is torch.float64 but the weights are torch.float32",
         ),
         *(
-            (lambda call=call: call(fastsae.TopKSAE(8, 20, 3)), TypeError, f"{who}: x must be a tensor; got ndarray.*{IS}")
+            (
+                lambda call=call: call(fastsae.TopKSAE(8, 20, 3)),
+                TypeError,
+                f"{who}: x must be a tensor; got ndarray.*{IS}",
+            )
             for who, call in (
                 ("TopKSAE", lambda sae: sae(X.numpy())),
                 ("TopKSAE", lambda sae: sae.encode(X.numpy())),

@@ -245,7 +245,7 @@ FOLDERS = {
     "unfinished": (unfinished, r"a run that has not finished\. Resume it.*fastsae\.load\('.*step_00000002'\)"),
     "ranks": (of_several_ranks, r"a run that has not finished.*distributed\.consolidate\('.*step_00000002', folder\)"),
     "their folder": (
-        lambda f: (f.mkdir(), (f / "cfg.json").write_text("{}"), save_file({"W_dec": torch.ones(2)}, f / "a.safetensors")),
+        lambda f: (f.mkdir(), (f / "cfg.json").touch(), save_file({"W": torch.ones(2)}, f / "a.safetensors")),
         r"no config\.json in it.*`fastsae convert SOURCE TARGET fastsae`",
     ),
     "a store": (

@@ -79,7 +79,13 @@ def test_nothing_changes_when_the_sae_is_compiled():
 @pytest.mark.parametrize("first", ["compiled", "plain"])
 def test_a_run_of_a_compiled_sae_is_that_of_the_plain_one(first: str, tmp_path):
     torch.compiler.reset()
-    options = {"auxk": 4, "dead_after_tokens": 32, "unit_norm_decoder": True, "checkpoint_every": 3, "run_dir": tmp_path}
+    options = {
+        "auxk": 4,
+        "dead_after_tokens": 32,
+        "unit_norm_decoder": True,
+        "checkpoint_every": 3,
+        "run_dir": tmp_path,
+    }
     whole = joint()
     Trainer(whole, config(**options | {"run_dir": None})).fit(activations())
     for steps, kind in ((5, first), (10, "plain" if first == "compiled" else "compiled")):

@@ -29,8 +29,8 @@ def load(folder: str | Path, *, backend: str = "auto", device: torch.device | st
     architecture = read_description(folder)["architecture"]
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}. A class of your own "
-            "loads it by its from_pretrained"
+            f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}. A class of your "
+            "own loads it by its from_pretrained"
         )
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 

@@ -188,7 +188,7 @@ class SparseAutoencoder(nn.Module):
         """The reconstruction (..., d_in) of a code, all pathways summed."""
         if not isinstance(code, SparseCode):
             raise TypeError(
-                f"{type(self).__name__}.decode: expected a SparseCode, as encode returns it; got {type(code).__name__}. "
+                f"{type(self).__name__}.decode: expected a SparseCode, as encode returns; got {type(code).__name__}. "
                 "Of NumPy arrays: fastsae.SparseCode(torch.from_numpy(values), torch.from_numpy(indices), d_sae)"
             )
         if code.d_sae != self.d_sae:

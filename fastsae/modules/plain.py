@@ -1,6 +1,7 @@
 """Whether the weights of an SAE are those that can be saved, loaded and trained: each there, a tensor of its own."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -69,7 +70,7 @@ _UNDO = {
 def _shared(found: Mapping[str, Tensor]) -> str | None:
     """Two names of weights that lie in one place, or overlap; one whose own entries do."""
     in_order = sorted((t.data_ptr(), name) for name, t in found.items() if t.numel())
-    for (start, first), (next_start, second) in zip(in_order, in_order[1:], strict=False):
+    for (start, first), (next_start, second) in pairwise(in_order):
         in_rows = found[first].is_contiguous() and found[second].is_contiguous()
         if start == next_start or (in_rows and start + found[first].nbytes > next_start):
             return f"{first} and {second}"

@@ -27,7 +27,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     expected = {"format": int, "architecture": str, "config": dict, "weights_crc32": int}
     if not isinstance(description, dict) or not all(isinstance(description.get(k), t) for k, t in expected.items()):
         raise ValueError(
-            f"{path} is no fastsae config: expected the keys {sorted(expected)}. If another package wrote it: {_CONVERT}"
+            f"{path} is no fastsae config: expected the keys {sorted(expected)}. If another package wrote "
+            f"it: {_CONVERT}"
         )
     if description["format"] != FORMAT:
         raise ValueError(

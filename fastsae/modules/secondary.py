@@ -66,7 +66,7 @@ class HiddenActivations:
         self.block_rows, self.d_in = source.block_rows, base.config.d_embedding
         fingerprint = zlib.crc32(repr(base.config).encode())
         for t in base.state_dict().values():  # the normalisation is among them
-            fingerprint = zlib.crc32(t.flatten()[:64].double().cpu().numpy().tobytes(), fingerprint)
+            fingerprint = zlib.crc32(t.flatten()[:64].cpu().double().numpy().tobytes(), fingerprint)
         self.identity: dict[str, Any] = getattr(source, "identity", {}) | {"base": fingerprint}
 
     def block(self, i: int) -> Tensor:
