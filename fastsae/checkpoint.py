@@ -26,6 +26,7 @@ from fastsae.ranks import ALONE, Alone
 
 KEPT = 2
 _RANDOM_STATES = ("rng_cpu", "rng_cuda")
+_COMPILED = "_orig_mod."
 # Tensors that are neither weights nor moments.
 _OF_TRAINING = ("rows_since_fired", *_RANDOM_STATES)
 
@@ -129,6 +130,10 @@ def read(folder: Path, ranks: Alone = ALONE, *, weights_only: bool = False) -> C
     if ranks.count == 1 and "weights.safetensors" in sums:
         weights = files.read_tensors(folder / "weights.safetensors")
         tensors = {} if weights_only else files.read_tensors(folder / "optimizer.safetensors")
+        # Runs of compiled SAEs were written with the names that torch.compile gives.
+        tensors = {name.replace(_COMPILED, ""): t for name, t in tensors.items()}
+        with files.expected_in(folder / "state.json", f"delete {folder}"):
+            state["sae"]["trained"] = [name.replace(_COMPILED, "") for name in state["sae"]["trained"]]
         return Checkpoint(folder, weights, tensors, state)
     from fastsae.distributed import parts
 

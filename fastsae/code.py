@@ -1,11 +1,20 @@
 """The sparse code that flows from encoder to decoder, and the same code seen feature by feature."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
+
+
+def check_tensors(who: str, **given: Any) -> None:
+    """Raise TypeError, saying what to pass, unless all that is given is a tensor."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            advice = f". Make it one: torch.from_numpy({name})" if hasattr(x, "__array__") else ""
+            raise TypeError(f"{who}: {name} must be a tensor; got {type(x).__name__}{advice}")
 
 
 class FeatureOrder(NamedTuple):
@@ -44,6 +53,7 @@ class SparseCode:
     d_sae: int
 
     def __post_init__(self) -> None:
+        check_tensors("SparseCode", values=self.values, indices=self.indices)
         if self.values.shape != self.indices.shape:
             raise ValueError(
                 f"SparseCode: values and indices must have one shape; got {tuple(self.values.shape)} and "
@@ -89,3 +99,24 @@ class SparseCode:
 
     def detach(self) -> "SparseCode":
         return SparseCode(self.values.detach(), self.indices, self.d_sae)
+
+
+def _unflatten(tensors: Iterable[Any], d_sae: int) -> SparseCode:
+    code = object.__new__(SparseCode)  # not checked: whoever maps over a code puts anything in
+    vars(code).update(zip(("values", "indices"), tensors, strict=True), d_sae=d_sae)
+    return code
+
+
+# For torch.func, torch.export and whatever else looks for the tensors in what a module returns.
+_pytree.register_pytree_node(
+    SparseCode,
+    lambda code: ([code.values, code.indices], code.d_sae),
+    _unflatten,
+    serialized_type_name="fastsae.SparseCode",
+    to_dumpable_context=lambda d_sae: d_sae,
+    from_dumpable_context=lambda d_sae: d_sae,
+    flatten_with_keys_fn=lambda code: (
+        [(_pytree.GetAttrKey(name), getattr(code, name)) for name in ("values", "indices")],
+        code.d_sae,
+    ),
+)

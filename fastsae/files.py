@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from typing import Any
 from torch import Tensor
 
 LOCK = ".lock"
+# How file systems, those over a network above all, say that they cannot do something at all.
+_NOT_SUPPORTED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY),
+    *(errno.EBADF, errno.ENOLCK, errno.EPERM),
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,12 +47,16 @@ def named(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Flush a file, or the entries of a folder, to the disk. Some file systems flush files only."""
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,7 +163,8 @@ def crc32(path: Path) -> int:
 def locked(folder: Path, who: str) -> Iterator[None]:
     """Make a folder if need be, and hold it for this process. The lock ends with the process, however it ends.
 
-    Raises OSError when the folder cannot be written, RuntimeError when another process holds it; `who` begins both.
+    Where the file system has no locks, warns that nothing holds it. Raises OSError when the folder cannot be written or
+    locked, RuntimeError when another process holds it; `who` begins all of them.
     """
     import fcntl  # not on Windows, where everything but training into a folder works
 
@@ -169,4 +180,16 @@ def locked(folder: Path, who: str) -> Iterator[None]:
             raise RuntimeError(
                 f"{who}: another process is writing into {folder}; wait for it, or choose another folder"
             ) from error
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise OSError(
+                    error.errno,
+                    f"{who}: cannot lock {folder / LOCK}: {error.strerror}. If no other process writes into {folder}, "
+                    "try again, or choose a folder on another file system",
+                ) from error
+            warnings.warn(
+                f"{who}: {folder} is on a file system without locks ({error.strerror}), so nothing keeps a second "
+                "process out of it: see to it that this is the only one",
+                stacklevel=3,
+            )
         yield

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.code import check_tensors
+
 
 class Normalizer(nn.Module):
     """x -> (x - mean) / scale, with mean and scale (d_in,) that are stored with the weights.
@@ -37,10 +39,11 @@ class Normalizer(nn.Module):
         "zscore": mean and standard deviation per dimension (a constant dimension keeps scale 1).
         "scale": one scale, the root mean square of all entries; the mean stays 0. "none": nothing.
         """
+        check_tensors("Normalizer.measure", x=sample)
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
             expected = f"at least 2 rows of width {len(self.mean)}"
             raise ValueError(f"Normalizer.measure: expected {expected}; got shape {tuple(sample.shape)}")
-        sample = sample.double()
+        sample = sample.cpu().double()  # some devices have no fp64
         if not sample.isfinite().all():
             row, column = (~sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(
@@ -56,11 +59,12 @@ class Normalizer(nn.Module):
             scale = scale * (rms if rms > 0 else 1.0)
         elif kind != "none":
             raise ValueError(f"Normalizer.measure: expected 'zscore', 'scale' or 'none'; got {kind!r}")
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
+        self.mean.copy_(mean.to(self.mean.dtype))
+        self.scale.copy_(scale.to(self.scale.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""
+        check_tensors("Normalizer", x=x)
         if x.dim() == 0 or x.shape[-1] != len(self.mean):
             raise ValueError(
                 f"Normalizer: x must end in d_in = {len(self.mean)}; got shape {tuple(x.shape)}. Is this the "
@@ -72,6 +76,7 @@ class Normalizer(nn.Module):
 
     def invert(self, y: Tensor) -> Tensor:
         """Normalised activations (..., d_in) to raw ones, in the dtype of the statistics."""
+        check_tensors("Normalizer.invert", x=y)
         return y * self.scale + self.mean
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -155,7 +155,7 @@ def reconstruct(
     _check_n(where, n, values)
     if (mlp is None) != (V is None):
         raise ValueError(f"{where}: V and mlp belong together; got {'V' if mlp is None else 'mlp'} alone")
-    rows, d_in = len(values), W_dec.shape[1]
+    rows, d_in = values.shape[0], W_dec.shape[1]  # len() would fix the number of rows of what is exported
     if not 0 <= dropout < 1:
         raise ValueError(f"{where}: dropout must be in [0, 1); got {dropout}")
     if mlp is not None and V is not None:

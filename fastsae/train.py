@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastsae import checkpoint, files
 from fastsae.config import TrainerConfig, to_dict
+from fastsae.fp64 import in_fp64
 from fastsae.gradients import GradientBuffers
-from fastsae.modules import SAEOutput, SparseAutoencoder
+from fastsae.modules import SAEOutput, SparseAutoencoder, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
 from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
@@ -35,6 +36,24 @@ _SKIPPED_IN_A_ROW = 1000
 
 def _batch(number: int) -> str:
     return f"Trainer: batch {number} of the activations"
+
+
+def _expect_sae(given: Any) -> SparseAutoencoder:
+    """`given`, or a TypeError that says what to pass in its place."""
+    if isinstance(given, SparseAutoencoder):
+        return given
+    advice = ""
+    if isinstance(given, type) and issubclass(given, SparseAutoencoder):
+        advice = f". Make one: {given.__name__}(d_in, d_sae, k)"
+    elif isinstance(given, (str, Path)):
+        advice = f". Load it: fastsae.load({str(given)!r})"
+    elif isinstance(uncompiled(getattr(given, "module", None)), SparseAutoencoder):
+        advice = (
+            ", a wrapper around one. Pass what it wraps, its .module; several processes train one SAE by "
+            "fastsae.distributed (docs/distributed.md)"
+        )
+    got = given.__name__ if isinstance(given, type) else type(given).__name__
+    raise TypeError(f"Trainer: expected an SAE of fastsae; got {got}{advice}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,8 @@ class Trainer:
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:
-        self.sae = sae
+        self._compute = sae  # compiled, it may be; all else is asked of the SAE inside
+        self.sae = sae = _expect_sae(uncompiled(sae))
         self.config = config
         if config.k_anneal_from is not None and not sae.k <= config.k_anneal_from <= sae.d_sae:
             raise ValueError(
@@ -78,6 +98,7 @@ class Trainer:
         # One counter more than features: inactive entries of a code are counted there.
         with torch.inference_mode(False):  # fit could not write to it
             self._rows_since_fired = torch.zeros(len(sae.W_enc) + 1, dtype=torch.int64, device=sae.W_enc.device)
+        sae.check_weights("Trainer")
         self._trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         self._check_weights()
         options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -106,8 +127,6 @@ class Trainer:
                 f"TrainerConfig.eps: {self.config.eps} is 0 in the {sae.W_enc.dtype} of this SAE, and Adam divides by "
                 "it; use float32 or bfloat16 weights, or a larger eps such as 1e-4"
             )
-        if len({t.data_ptr() for t in sae.state_dict().values()}) < len(sae.state_dict()):
-            raise ValueError("Trainer: two weights of this SAE share their memory; give each its own (.clone())")
         if self.config.adam_in_backward and self._ranks.adding > 1:
             raise ValueError(
                 f"TrainerConfig: adam_in_backward holds no gradients, and {self._ranks.adding} data ranks must add "
@@ -135,6 +154,13 @@ class Trainer:
                 f"Trainer.fit: all {self.config.steps} steps were made before, so nothing is trained; to train on, "
                 "take a run_dir, and resume with more steps",
                 stacklevel=2,
+            )
+        self.sae.check_weights("Trainer")
+        here = dict(self.sae.named_parameters())
+        if replaced := [name for name, p in self._trained.items() if here[name] is not p]:
+            raise ValueError(
+                f"Trainer: {', '.join(replaced)} was put in place of what this Trainer was made for, and would not be "
+                "trained; make the Trainer afterwards"
             )
         if self._is_narrow and type(self._optimizer) is torch.optim.Adam:
             raise ValueError("Trainer: the SAE was cast to bfloat16 after its Trainer was made; cast it first")
@@ -233,19 +259,18 @@ class Trainer:
         raise error
 
     def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
-        config, sae = self.config, self.sae
-        k = self._k()
+        config, k = self.config, self._k()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         norm = None
         if isinstance(self._optimizer, AdamInBackward):
             with self._optimizer.in_backward():
-                output = sae(x, k)
+                output = self._compute(x, k)
                 output.loss.backward()
             self._optimizer.step()
         else:
             with self._buffers:
-                output = sae(x, k)
+                output = self._compute(x, k)
                 loss = output.loss
                 if config.auxk:
                     loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
@@ -320,13 +345,13 @@ class Trainer:
         loss = ranks.mean(output.loss)
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)
         ranks.least(self._rows_since_fired)
-        dead = (self._rows_since_fired[:-1] >= alive_within).double().mean()
+        dead = in_fp64(self._rows_since_fired[:-1] >= alive_within).mean()
         metrics: dict[str, float] = {
             "step": self.step,
             "rows": self.rows_seen,
             "loss": loss.item(),
             "fvu": (loss / variance).item(),
-            "l0": ranks.mean((output.code.values > 0).sum(dim=-1).double().mean()).item(),
+            "l0": ranks.mean(in_fp64((output.code.values > 0).sum(dim=-1)).mean()).item(),
             "dead_share": ranks.mean_over_features(dead).item(),
             "lr": self.learning_rate(self.step - 1),
             "rows_per_second": rate,

@@ -9,6 +9,7 @@ from fastsae import ops
 from fastsae.backends import reference
 
 X, W, BIAS = torch.randn(4, 8), torch.randn(20, 8), torch.randn(20)
+IS = r"Make it one: torch\.from_numpy\(x\)"
 CODE = reference.topk_encode(X, W, BIAS, 3)
 
 
@@ -70,7 +71,31 @@ CODE = reference.topk_encode(X, W, BIAS, 3)
             TypeError,
             "x is torch.float64 but the weights are torch.float32",
         ),
-        (lambda: fastsae.TopKSAE(8, 20, 3)(X.numpy()), TypeError, "x must be a tensor; got ndarray"),
+        *(
+            (
+                lambda call=call: call(fastsae.TopKSAE(8, 20, 3)),
+                TypeError,
+                f"{who}: x must be a tensor; got ndarray.*{IS}",
+            )
+            for who, call in (
+                ("TopKSAE", lambda sae: sae(X.numpy())),
+                ("TopKSAE", lambda sae: sae.encode(X.numpy())),
+                ("TopKSAE", lambda sae: sae.encode_raw(X.numpy())),
+                ("TopKSAE", lambda sae: sae.components(X.numpy())),
+                ("Normalizer", lambda sae: sae.reconstruct(X.numpy())),
+                ("Normalizer", lambda sae: sae.normalizer(X.numpy())),
+                ("Normalizer.invert", lambda sae: sae.normalizer.invert(X.numpy())),
+                ("Normalizer.measure", lambda sae: sae.normalizer.measure(X.numpy(), "zscore")),
+            )
+        ),
+        (lambda: fastsae.TopKSAE(8, 20, 3).encode_raw(X.tolist()), TypeError, "x must be a tensor; got list$"),
+        (lambda: fastsae.TopKSAE(8, 20, 3).decode(X.numpy()), TypeError, "decode: expected a SparseCode.*from_numpy"),
+        (lambda: fastsae.TopKSAE(8, 20, 3).decode(X), TypeError, "decode: expected a SparseCode.*; got Tensor"),
+        (
+            lambda: fastsae.TopKSAE(8, 20, 3).decode(fastsae.SparseCode(CODE[0].numpy(), CODE[1].numpy(), 20)),
+            TypeError,
+            r"SparseCode: values must be a tensor; got ndarray. Make it one: torch\.from_numpy\(values\)",
+        ),
         (
             lambda: fastsae.TopKSAE(8, 20, 3).decode(fastsae.TopKSAE(8, 10, 3).encode(X)),
             ValueError,

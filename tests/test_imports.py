@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from lower layers, and from its own.
 LAYERS = [
-    {"code", "config", "files", "gradients", "quiet", "ranks"},
+    {"code", "config", "files", "fp64", "gradients", "quiet", "ranks"},
     {"backends"},
     {"ops"},
     {"normalize", "modules"},

@@ -15,7 +15,7 @@ from test_train import D, K, M, activations, assert_same, config, joint, weights
 from torch import Tensor
 
 import fastsae
-from fastsae import checkpoint, runs, train
+from fastsae import checkpoint, files, runs, train
 from fastsae.optim import clip_by_scaling
 from fastsae.train import Trainer
 
@@ -74,6 +74,54 @@ def test_nothing_changes_when_the_sae_is_compiled():
         Trainer(sae, config(**options)).fit(activations())
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("first", ["compiled", "plain"])
+def test_a_run_of_a_compiled_sae_is_that_of_the_plain_one(first: str, tmp_path):
+    torch.compiler.reset()
+    options = {
+        "auxk": 4,
+        "dead_after_tokens": 32,
+        "unit_norm_decoder": True,
+        "checkpoint_every": 3,
+        "run_dir": tmp_path,
+    }
+    whole = joint()
+    Trainer(whole, config(**options | {"run_dir": None})).fit(activations())
+    for steps, kind in ((5, first), (10, "plain" if first == "compiled" else "compiled")):
+        sae, called = joint(), []
+        given = torch.compile(sae, backend="eager") if kind == "compiled" else sae
+        given.register_forward_hook(lambda *_, called=called: called.append(1))
+        trainer = Trainer(given, config(steps=steps, resume=True, **options))
+        trainer.fit(activations())
+        assert len(called) == 5, "the module that was given is what is called"
+        assert_same(weights(sae), weights(fastsae.load(tmp_path / "sae")))
+    assert_same(weights(sae), weights(whole))
+
+
+def test_a_run_with_the_names_that_compiling_gave_goes_on(tmp_path):
+    """As it was written once."""
+    whole = joint()
+    Trainer(whole, config()).fit(activations())
+    Trainer(joint(), config(steps=5, run_dir=tmp_path)).fit(activations())
+    [step] = checkpoint.folders(tmp_path)
+    tensors = files.read_tensors(step / "optimizer.safetensors")
+    files.write_tensors(step / "optimizer.safetensors", {k.replace("/", "/_orig_mod."): t for k, t in tensors.items()})
+    state = files.read_json(step / "state.json")
+    state["sae"]["trained"] = [f"_orig_mod.{name}" for name in state["sae"]["trained"]]
+    files.write_json(step / "state.json", state)
+    sums = {name: files.crc32(step / name) for name in files.read_json(step / "checksums.json")}
+    files.write_json(step / "checksums.json", sums)
+    sae = joint()
+    Trainer(sae, config(run_dir=tmp_path, resume=True)).fit(activations())
+    assert_same(weights(sae), weights(whole))
+
+
+def test_a_compiled_sae_is_a_base_too():
+    compiled = torch.compile(joint(), backend="eager")
+    assert fastsae.SecondarySAE.on(compiled).d_in == 6
+    plain = torch.compile(fastsae.TopKSAE(D, M, K), backend="eager")
+    assert torch.equal(fastsae.SequentialSAE.on(plain).W_dec, plain.W_dec)
 
 
 def test_the_sae_may_be_cast_after_the_trainer_was_made():
@@ -340,6 +388,35 @@ def test_weights_that_cannot_be_trained_so():
     Trainer(measured, config(steps=1)).fit(activations())
     with pytest.raises(ValueError, match="normalize: 'none', but this SAE has stored statistics"):
         Trainer(measured, config(normalize="none")).fit(activations())
+
+
+class Shell(torch.nn.Module):
+    """As FSDP and DistributedDataParallel are."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (torch.nn.DataParallel, r"got DataParallel, a wrapper .*\.module; several processes .*docs/distributed\.md"),
+        (torch.optim.swa_utils.AveragedModel, r"got AveragedModel, a wrapper .*\.module"),
+        (Shell, r"got Shell, a wrapper .*\.module"),
+        (lambda sae: Shell(torch.compile(sae, backend="eager")), r"got Shell, a wrapper .*\.module"),
+        (lambda sae: torch.compile(Shell(sae), backend="eager"), r"got Shell, a wrapper .*\.module"),
+        (lambda sae: torch.nn.Linear(2, 2), "got Linear$"),
+        (lambda sae: type(sae), r"got JointSAE\. Make one: JointSAE\(d_in, d_sae, k\)"),
+        (lambda sae: "runs/first", r"got str\. Load it: fastsae\.load\('runs/first'\)"),
+        (lambda sae: sae.state_dict(), "got OrderedDict$"),
+        (lambda sae: None, "got NoneType$"),
+    ],
+    ids=["DP", "average", "shell", "shell of compiled", "compiled shell", "Linear", "class", "path", "dict", "None"],
+)
+def test_what_is_no_sae_is_refused_with_what_to_pass(wrap: Callable, message: str):
+    with pytest.raises(TypeError, match=f"Trainer: expected an SAE of fastsae; {message}"):
+        Trainer(wrap(joint()), config())
 
 
 def test_what_is_frozen_belongs_to_a_run(tmp_path):

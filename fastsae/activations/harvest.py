@@ -120,7 +120,7 @@ def _weights_digest(model: Any) -> str:
     """A fingerprint of the weights by the first entries of every parameter: names outlive a retrained model."""
     fingerprint = hashlib.sha256()
     for parameter in model.parameters():
-        fingerprint.update(parameter.detach().flatten()[:64].double().cpu().numpy())
+        fingerprint.update(parameter.detach().flatten()[:64].cpu().double().numpy())
     return fingerprint.hexdigest()[:16]
 
 

@@ -25,6 +25,7 @@ def shard(sae: SparseAutoencoder, ranks: Ranks) -> SparseAutoencoder:
     tensors (b_dec, W1, ...) are taken, and of the first group's the rows.
     A new SAE too large for one process is made by `new`.
     """
+    sae = modules.uncompiled(sae)
     if sae.ranks.count > 1:
         raise ValueError(f"distributed.shard: this SAE is spread over {sae.ranks.count} ranks already; use it as it is")
     each = ranks.holding(sae.d_sae)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.code import SparseCode
+from fastsae.fp64 import fp64_device, in_fp64
 from fastsae.modules import JointSAE, SparseAutoencoder
 from fastsae.modules.joint import STD_AT_INIT
 
@@ -93,7 +94,7 @@ class Weights(NamedTuple):
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Of each row, in fp64."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    return torch.linalg.vector_norm(rows.to(fp64_device(rows.device)), dim=1, dtype=torch.float64).square()
 
 
 def trained(sae: JointSAE) -> Weights:
@@ -103,7 +104,8 @@ def trained(sae: JointSAE) -> Weights:
 def redrawn(sae: JointSAE, rng: np.random.Generator) -> Weights:
     linear = V = None
     if sae.W_lin is not None:  # only the norms are needed: those of normal rows are chi-squared
-        linear = torch.from_numpy(STD_AT_INIT["W_lin"] ** 2 * rng.chisquare(sae.d_in, sae.d_sae)).to(sae.W_lin.device)
+        drawn = torch.from_numpy(STD_AT_INIT["W_lin"] ** 2 * rng.chisquare(sae.d_in, sae.d_sae))
+        linear = drawn.to(fp64_device(sae.W_lin.device))
     if sae.V is not None:
         V = torch.from_numpy(STD_AT_INIT["V"] * rng.standard_normal(tuple(sae.V.shape), dtype=np.float32)).to(sae.V)
     return Weights(squared_norms(sae.W_dec), linear, V)
@@ -200,8 +202,9 @@ def contributions(sae: JointSAE, weights: Weights, code: SparseCode) -> dict[str
 
 
 def _sum_of_squares(code: SparseCode) -> Tensor:
-    total = torch.zeros(code.d_sae, dtype=torch.float64, device=code.values.device)
-    return total.index_add_(0, code.indices.reshape(-1), code.values.double().square().reshape(-1))
+    values = in_fp64(code.values)
+    total = values.new_zeros(code.d_sae)
+    return total.index_add_(0, code.indices.reshape(-1).to(total.device), values.square().reshape(-1))
 
 
 def _leave_one_out(sae: JointSAE, V: Tensor, code: SparseCode) -> Tensor:
@@ -209,7 +212,7 @@ def _leave_one_out(sae: JointSAE, V: Tensor, code: SparseCode) -> Tensor:
     compute = torch.promote_types(V.dtype, torch.float32)
     W1, b1, W2 = (getattr(sae, name).to(compute) for name in ("W1", "b1", "W2"))
     R = torch.linalg.qr(W2, mode="r").R  # |W2 g| = |R g|, and R is only as wide as the embedding
-    total = torch.zeros(code.d_sae, dtype=torch.float64, device=V.device)
+    total = torch.zeros(code.d_sae, dtype=torch.float64, device=fp64_device(V.device))
     for values, indices in _chunks(code, V.shape[1]):
         terms = values.to(compute)[..., None] * V[indices].to(compute)
         s = terms.sum(dim=1, keepdim=True)
@@ -218,7 +221,7 @@ def _leave_one_out(sae: JointSAE, V: Tensor, code: SparseCode) -> Tensor:
         # Without the term t of the feature, z loses t (s - t): exact, where two values of z would cancel.
         without = hidden - (terms * (s - terms)) @ W1.T
         change = (hidden.relu() - without.relu()) @ R.T
-        total.index_add_(0, indices.reshape(-1), change.square().sum(dim=-1).double().reshape(-1))
+        total.index_add_(0, indices.reshape(-1).to(total.device), in_fp64(change.square().sum(dim=-1)).reshape(-1))
     return total
 
 

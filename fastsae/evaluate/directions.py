@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.fp64 import fp64_device, in_fp64
+
 PAIRED = 8192
 """Features whose pairs are all looked at; of more, this many are drawn."""
 BLOCK = 1024
@@ -109,6 +111,7 @@ def pairs(rows: Tensor) -> tuple[float, float]:
         part = slice(start, start + BLOCK)
         products = (rows[part] @ rows.T).abs_()
         products.diagonal(start).zero_()
+        products, norms = (t.to(fp64_device(t.device)) for t in (products, norms))
         gram += float(products.sum(dtype=torch.float64))
         cosine += float(products.div_(norms).div_(norms[part, None]).sum(dtype=torch.float64))
     count = len(rows) * (len(rows) - 1)
@@ -117,7 +120,7 @@ def pairs(rows: Tensor) -> tuple[float, float]:
 
 def components(blocks: Iterable[Tensor]) -> tuple[int, int]:
     """How many principal components of the stacked blocks hold 90 % and 95 % of the squared norms."""
-    gram = sum(block.double().T @ block.double() for block in blocks)
+    gram = sum(block.T @ block for block in map(in_fp64, blocks))
     assert isinstance(gram, Tensor)
     energy = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0)
     first, second = (int((energy < share * energy[-1]).sum()) + 1 for share in (0.90, 0.95))
@@ -140,7 +143,7 @@ def concentration(rows: Tensor, rng: np.random.Generator) -> Concentration | Non
 
 def gini(rows: Tensor) -> Tensor:
     """2 sum_i i x_(i) / (n sum x) - (n + 1) / n of each row, x_(1) <= x_(2) <= ... its absolute entries."""
-    x = rows.double().abs().sort(dim=1).values
+    x = in_fp64(rows).abs().sort(dim=1).values
     n = x.shape[1]
     ranks = torch.arange(1, n + 1, dtype=torch.float64, device=x.device)
     return 2 * (x @ ranks) / (n * x.sum(dim=1)) - (n + 1) / n
@@ -148,7 +151,7 @@ def gini(rows: Tensor) -> Tensor:
 
 def effective_rank(rows: Tensor) -> Tensor:
     """exp(entropy of |x| / sum |x|) of each row."""
-    x = rows.double().abs()
+    x = in_fp64(rows).abs()
     return torch.special.entr(x / x.sum(dim=1, keepdim=True)).sum(dim=1).exp()
 
 

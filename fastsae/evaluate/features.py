@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastsae.activations import ModelActivations, TokenWindows
 from fastsae.evaluate.examples import Example, strongest
+from fastsae.fp64 import fp64_device, in_fp64
 from fastsae.modules import HiddenActivations, JointSAE, SparseAutoencoder, evaluating
 
 
@@ -49,9 +50,9 @@ def top_features(
     read = source if base is None else HiddenActivations(source, base)
     with evaluating(sae):
         squares, firings, highest = _statistics(sae, read)
-        contributions = squares * sae.W_dec.double().square().sum(dim=1)
+        contributions = squares * in_fp64(sae.W_dec).square().sum(dim=1)
         ranked = contributions.sort(descending=True, stable=True).indices[:n_features]
-        chosen = ranked[firings[ranked] > 0]
+        chosen = ranked[firings.to(ranked.device)[ranked] > 0].to(firings.device)
         examples = strongest(
             source, lambda i: sae.encode_raw(read.block(i)).columns(chosen), len(chosen), n_examples, context
         )
@@ -70,13 +71,13 @@ def top_features(
 def _statistics(sae: SparseAutoencoder, source: ModelActivations | HiddenActivations) -> tuple[Tensor, Tensor, Tensor]:
     """Of each feature over all rows: the sum of squared activations, how often it fires, its largest activation."""
     device = sae.W_enc.device
-    squares = torch.zeros(sae.d_sae, dtype=torch.float64, device=device)
+    squares = torch.zeros(sae.d_sae, dtype=torch.float64, device=fp64_device(device))
     firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     highest = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype, device=device)
     for i in range(len(source.block_rows)):
         code = sae.encode_raw(source.block(i))
         values, indices = code.values.flatten(), code.indices.flatten()
-        squares.index_add_(0, indices, values.double().square())
+        squares.index_add_(0, indices.to(squares.device), in_fp64(values).square())
         firings.index_add_(0, indices, (values > 0).long())
         highest.scatter_reduce_(0, indices, values.to(highest.dtype), "amax")
     return squares, firings, highest

@@ -7,6 +7,8 @@ from math import isnan, nan
 import torch
 from torch import Tensor
 
+from fastsae.fp64 import in_fp64
+
 LEVEL = 0.95
 _RESAMPLES, _AT_ONCE = 2000, 100
 
@@ -97,7 +99,7 @@ class DocumentTotals:
         self._rows += torch.bincount(documents, minlength=len(self.names))
         for name, value in values.items():
             sums = self._sums.setdefault(name, torch.zeros(len(self.names), dtype=torch.float64, device="cpu"))
-            sums.index_add_(0, documents, value.detach().double().cpu())
+            sums.index_add_(0, documents, in_fp64(value.detach()).cpu())
 
     def put(self, name: str, sums: Tensor) -> None:
         """Sums that were collected elsewhere, one per document."""

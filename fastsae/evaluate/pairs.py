@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsae.activations import ModelActivations, TokenWindows
 from fastsae.code import SparseCode
 from fastsae.evaluate.examples import Example, strongest
+from fastsae.fp64 import fp64_device, in_fp64
 from fastsae.modules import JointSAE, SecondarySAE, evaluating
 
 PER_ROW = 32
@@ -77,6 +78,7 @@ class PairSums:
 
     def __init__(self, d_sae: int, device: torch.device | str, capacity: int = CAPACITY) -> None:
         self.d_sae, self.capacity = d_sae, capacity
+        device = fp64_device(device)
         self.keys = torch.empty(0, dtype=torch.int64, device=device)
         self.sums = torch.empty(0, 2, dtype=torch.float64, device=device)
 
@@ -84,8 +86,8 @@ class PairSums:
         """The rows of a flat code (rows, n)."""
         products, keys = row_pairs(code)
         both = products > 0
-        new = products[both].double()
-        self.keys, place = torch.cat([self.keys, keys[both]]).unique(return_inverse=True)
+        new = in_fp64(products[both])
+        self.keys, place = torch.cat([self.keys, keys[both].to(self.keys.device)]).unique(return_inverse=True)
         sums = torch.cat([self.sums, torch.stack([new, new.square()], dim=1)])
         self.sums = sums.new_zeros(len(self.keys), 2).index_add_(0, place, sums)
         if len(self.keys) > self.capacity:
@@ -156,18 +158,19 @@ def top_pairs(
             sums.add(sae.strongest(code))
             seen += sae.strongest(code).firing_counts()
             spread.add(sae.interaction_from(sae.hidden(code)))
-        sizes = in_parts(sums.pairs, lambda part: embedded(V, part).double().square().sum(dim=1))
-        pairs = sums.largest(sums.sums[:, 1] * sizes, CANDIDATES * n_pairs)
-        measured = torch.zeros(3, len(pairs), dtype=torch.float64, device=device)  # rows, products, squared products
+        sizes = in_parts(sums.pairs, lambda part: in_fp64(embedded(V, part.to(device))).square().sum(dim=1))
+        pairs = sums.largest(sums.sums[:, 1] * sizes, CANDIDATES * n_pairs).to(device)
+        # rows, products, squared products
+        measured = torch.zeros(3, len(pairs), dtype=torch.float64, device=fp64_device(device))
         for i in blocks:
-            products = pair_products(sae.strongest(sae.encode_raw(source.block(i))), pairs).double()
+            products = in_fp64(pair_products(sae.strongest(sae.encode_raw(source.block(i))), pairs))
             measured += torch.stack([(products > 0).double(), products, products.square()]).sum(dim=1)
-        contributions = measured[2] * embedded(V, pairs).double().square().sum(dim=1)
+        contributions = measured[2] * in_fp64(embedded(V, pairs)).square().sum(dim=1)
         order = contributions.sort(descending=True, stable=True).indices[:n_pairs]
-        pairs, measured, contributions = pairs[order], measured[:, order], contributions[order]
+        pairs, measured, contributions = pairs[order.to(device)], measured[:, order], contributions[order]
         vectors = embedded(V, pairs)
         dots = vectors.sum(dim=1).tolist()
-        changes = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+        changes = torch.zeros(len(pairs), dtype=torch.float64, device=measured.device)
 
         def shown(i: int) -> Tensor:
             code = sae.encode_raw(source.block(i))
@@ -176,11 +179,11 @@ def top_pairs(
                 rows = found[:, p].nonzero().squeeze(1)
                 without = hidden[rows] - found[rows, p, None] * (W1 @ vectors[p])
                 change = sae.interaction_from(hidden[rows]) - sae.interaction_from(without)
-                changes[p] += change.double().square().sum()
+                changes[p] += in_fp64(change).square().sum()
             return found
 
         examples = strongest(source, shown, len(pairs), n_examples, context)
-    n, rate = source.n_rows, seen.double() / source.n_rows
+    n, rate = source.n_rows, in_fp64(seen) / source.n_rows
     found = []
     for p, (i, j) in enumerate(pairs.tolist()):
         count, total, _ = measured[:, p].tolist()
@@ -238,21 +241,25 @@ def drivers(
         totals = torch.zeros(len(features), dtype=torch.float64, device="cpu")
         for f, seen, pre in active():
             sums[f].add(seen)
-            totals[f] += pre.double().sum().cpu()
-        parts = [in_parts(s.pairs, lambda p, g=g: embedded(V, p) @ g) for s, g in zip(sums, gradients, strict=True)]
+            totals[f] += in_fp64(pre).sum().cpu()
+        parts = [
+            in_parts(s.pairs, lambda p, g=g: in_fp64(embedded(V, p.to(device)) @ g))
+            for s, g in zip(sums, gradients, strict=True)
+        ]
         pairs = [
-            one.largest((one.sums[:, 0] * part).abs(), CANDIDATES * n_pairs)
+            one.largest((one.sums[:, 0] * part).abs(), CANDIDATES * n_pairs).to(device)
             for one, part in zip(sums, parts, strict=True)
         ]
-        measured = [torch.zeros(2, len(p), dtype=torch.float64, device=device) for p in pairs]  # rows, products
+        # rows, products
+        measured = [torch.zeros(2, len(p), dtype=torch.float64, device=fp64_device(device)) for p in pairs]
         rows = [0] * len(pairs)
         for f, seen, _ in active():
-            products = pair_products(seen, pairs[f]).double()
+            products = in_fp64(pair_products(seen, pairs[f]))
             measured[f] += torch.stack([(products > 0).double(), products]).sum(dim=1)
             rows[f] += len(products)
         found = []
         for f, feature in enumerate(features):
-            shares = measured[f][1] * (embedded(V, pairs[f]) @ gradients[f]).double() / totals[f].to(device)
+            shares = measured[f][1] * in_fp64(embedded(V, pairs[f]) @ gradients[f]) / totals[f].to(measured[f].device)
             order = shares.abs().sort(descending=True, stable=True).indices[:n_pairs].tolist()
             kept = (
                 Driver((int(pairs[f][p, 0]), int(pairs[f][p, 1])), float(shares[p]), float(measured[f][0, p]) / rows[f])
@@ -270,7 +277,7 @@ class _Spread:
         self.sums = torch.zeros(width, dtype=torch.float64, device="cpu")
 
     def add(self, y: Tensor) -> None:
-        y = y.double().cpu()
+        y = in_fp64(y).cpu()
         self.rows += len(y)
         self.sums += y.sum(dim=0)
         self.squares += float(y.square().sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastsae.activations.store import Rows
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, pathways
+from fastsae.fp64 import in_fp64
 from fastsae.modules import SparseAutoencoder, evaluating
 
 
@@ -80,12 +81,12 @@ def reconstruction(
             code = sae.encode(x)
             parts = sae.summands(code)
             kept = ablations(sae, parts)
-            residual = x.double() - kept[FULL].double()
+            residual = in_fp64(x) - in_fp64(kept[FULL])
             restored = sae.normalizer.invert(kept[FULL])
             firing += code.firing_counts()
-            sums = {f"error {name}": (x.double() - y.double()).square().sum(dim=1) for name, y in kept.items()}
-            sums |= {f"abs {name}": getattr(parts, name).double().abs().sum(dim=1) for name in summands}
-            sums["raw error"] = (raw.double() - restored.double()).square().sum(dim=1)
+            sums = {f"error {name}": (in_fp64(x) - in_fp64(y)).square().sum(dim=1) for name, y in kept.items()}
+            sums |= {f"abs {name}": in_fp64(getattr(parts, name)).abs().sum(dim=1) for name in summands}
+            sums["raw error"] = (in_fp64(raw) - in_fp64(restored)).square().sum(dim=1)
             sums["cosine"] = torch.cosine_similarity(raw.to(restored), restored, dim=-1)
             sums["l0"] = (code.values > 0).sum(dim=-1)
             totals.add(documents, sums)
@@ -129,7 +130,7 @@ def _result(
         fvu_raw=sums.ratio("raw error", "variance raw"),
         cosine=sums.ratio("cosine", "rows"),
         l0=sums.ratio("l0", "rows"),
-        dead_share=float((firing == 0).double().mean()),
+        dead_share=float(in_fp64(firing == 0).mean()),
         conditions=fvu,
         pathways=shares,
         error_reduction_against_own_identity_pathway=sums.reduction(f"error {FULL}", f"error {IDENTITY}")
@@ -154,9 +155,9 @@ class _Deviations:
 
     def add(self, y: Tensor, residual: Tensor, documents: Tensor) -> None:
         if self.shift is None and len(y):
-            self.shift = y.double().mean(dim=0)
+            self.shift = in_fp64(y).mean(dim=0)
         if self.shift is not None:
-            y = (y.double() - self.shift).cpu()
+            y = (in_fp64(y) - self.shift).cpu()
             self.rows.index_add_(0, documents, torch.ones(len(y), dtype=torch.float64, device="cpu"))
             self.squares.index_add_(0, documents, y.square().sum(dim=1))
             self.products.index_add_(0, documents, (y * residual).sum(dim=1))

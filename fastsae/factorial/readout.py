@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.activations import check_hook
+from fastsae.fp64 import fp64_device, in_fp64
 
 _LOGITS = 2**26
 """Held at a time, in numbers: 256 MB in fp32."""
@@ -93,10 +94,10 @@ class WordReadout:
 
     def scores(self, replaced: Sequence[Tensor] | None = None) -> Tensor:
         """Log-probabilities (prompts, words) fp64, with the activations of each part replaced."""
-        out = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.float64, device=self._asked.device)
+        out = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.float64, device=fp64_device(self._asked.device))
         for i, part in enumerate(self.spliced.parts):
             here = self._asked[(self._asked[:, 0] >= part.start) & (self._asked[:, 0] < part.stop)]
             logits = self.spliced.logits(part, None if replaced is None else replaced[i])
             at = logits[here[:, 0] - part.start, here[:, 1] + self.spliced.bos].float().log_softmax(dim=-1)
-            out.index_add_(0, here[:, 3], at.gather(1, here[:, 2:3]).squeeze(1).double())
+            out.index_add_(0, here[:, 3].to(out.device), in_fp64(at.gather(1, here[:, 2:3]).squeeze(1)))
         return out.view(self.shape).cpu()

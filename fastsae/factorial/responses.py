@@ -9,6 +9,7 @@ from torch import Tensor
 from fastsae.activations import Document, ModelActivations, TokenWindows, tokenize
 from fastsae.evaluate.pairs import embedded, in_parts, row_pairs
 from fastsae.factorial.stimuli import Stimuli
+from fastsae.fp64 import in_fp64
 from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
 
 Pool = Literal["mean", "max"]
@@ -118,7 +119,7 @@ class _Pool:
     def add(self, texts: Tensor, values: Tensor, features: Tensor) -> None:
         active = values > 0
         keys = (texts.unsqueeze(1) * self.width + features)[active].cpu()
-        values = values[active].double().cpu()
+        values = in_fp64(values[active]).cpu()
         keys, place = keys.unique(return_inverse=True)
         pooled = torch.zeros(len(keys), dtype=torch.float64, device="cpu")
         how = "sum" if self.kind == "mean" else "amax"
@@ -136,7 +137,7 @@ def _responses(family: Any, pool: _Pool, texts: Texts, sae: Any) -> Responses:
     pairs = torch.stack([features // sae.d_sae, features % sae.d_sae], dim=1)
     if family == "pair" and len(features):
         V = sae.V.detach()
-        sizes = in_parts(pairs.to(V.device), lambda part: embedded(V, part).double().norm(dim=1)).cpu()
+        sizes = in_parts(pairs.to(V.device), lambda part: in_fp64(embedded(V, part)).norm(dim=1)).cpu()
         sizes = torch.where(kept, sizes * torch.zeros_like(sizes).index_add_(0, column, values), -1.0)
         kept = kept & torch.zeros_like(kept).index_fill_(0, sizes.topk(min(MAX_PAIRS, len(sizes))).indices, True)
     place = torch.full((len(features),), -1, device="cpu")

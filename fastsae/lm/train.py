@@ -179,7 +179,7 @@ def held_out_loss(model: Any, windows: list[np.ndarray]) -> float:
     """Mean nats per token over all tokens of the windows."""
     model.eval()
     padded = torch.from_numpy(pad(windows, -100))
-    total = sum(token_loss(model, part, "sum").double().item() for part in padded.split(64))
+    total = sum(token_loss(model, part, "sum").item() for part in padded.split(64))
     model.train()
     return total / sum(len(w) - 1 for w in windows)
 

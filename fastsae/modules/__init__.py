@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 
 from fastsae.config import TopKSAEConfig, to_dict
-from fastsae.modules.base import Components, SAEOutput, SparseAutoencoder, evaluating, read_description
+from fastsae.modules.base import ARCHITECTURES, Components, SAEOutput, SparseAutoencoder, evaluating, uncompiled
 from fastsae.modules.joint import JointSAE
+from fastsae.modules.saved import read_description, saved_in
 from fastsae.modules.secondary import HiddenActivations, SecondarySAE
 from fastsae.modules.sequential import SequentialSAE
 from fastsae.modules.topk import TopKSAE
 
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
-    c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE, SecondarySAE)
-}
+ARCHITECTURES |= {c.architecture: c for c in (TopKSAE, JointSAE, SequentialSAE, SecondarySAE)}
 
 
 def new(
@@ -25,14 +24,19 @@ def new(
 
 
 def load(folder: str | Path, *, backend: str = "auto", device: torch.device | str | None = None) -> SparseAutoencoder:
-    """Load a saved SAE of any architecture from `folder`."""
-    architecture = read_description(Path(folder))["architecture"]
+    """Load a saved SAE of any architecture from `folder`: what save_pretrained wrote, or a finished run (its sae/)."""
+    folder = saved_in(folder)
+    architecture = read_description(folder)["architecture"]
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{folder} holds architecture {architecture!r}; known here: {', '.join(ARCHITECTURES)}. A class of your "
+            "own loads it by its from_pretrained"
+        )
     return ARCHITECTURES[architecture].from_pretrained(folder, backend=backend, device=device)
 
 
 __all__ = [
+    "ARCHITECTURES",
     "Components",
     "HiddenActivations",
     "JointSAE",
@@ -45,4 +49,5 @@ __all__ = [
     "load",
     "new",
     "read_description",
+    "uncompiled",
 ]

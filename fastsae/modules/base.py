@@ -3,34 +3,36 @@
 import json
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from fastsae import files, ops
 from fastsae.backends import choose
-from fastsae.code import SparseCode
+from fastsae.code import SparseCode, check_tensors
 from fastsae.config import TopKSAEConfig, from_dict, to_dict
+from fastsae.modules.plain import check_plain
+from fastsae.modules.saved import CONFIG, FORMAT, NEW_CONFIG, WEIGHTS, read_description, saved_in
 from fastsae.normalize import Normalizer
 from fastsae.ranks import ALONE, Alone
 
-FORMAT = 1
-_CONFIG, _NEW_CONFIG = "config.json", ".config.json.new"
-
 S = TypeVar("S", bound="SparseAutoencoder")
 
+ARCHITECTURES: dict[str, type["SparseAutoencoder"]] = {}
+"""The class that `fastsae.load` makes of each architecture; filled where all are there."""
 
-@dataclass(frozen=True)
-class SAEOutput:
-    """What forward returns."""
+
+class SAEOutput(NamedTuple):
+    """What forward returns. A tuple: backward hooks of modules find tensors in nothing else."""
 
     reconstruction: Tensor
     """(..., d_in), in the space forward was given."""
@@ -40,8 +42,7 @@ class SAEOutput:
     """The active features of every token."""
 
 
-@dataclass(frozen=True)
-class Components:
+class Components(NamedTuple):
     """The summands of a reconstruction, each (..., d_in)."""
 
     identity: Tensor
@@ -50,6 +51,15 @@ class Components:
     """sum_{j<n} a_j W_lin[i_j] + b_lin; zeros if the SAE has no linear pathway"""
     interaction: Tensor
     """W2 relu(W1 z + b1) + b2; zeros if the SAE has no pairwise pathway"""
+
+
+for _named in (SAEOutput, Components):  # by these names torch.export writes them into files
+    _pytree._register_namedtuple(_named, serialized_type_name=f"fastsae.{_named.__name__}")
+
+
+def uncompiled(sae: Any) -> Any:
+    """The SAE inside of what torch.compile(sae) returned, with names of its own; all else as it is."""
+    return getattr(sae, "_orig_mod", sae)
 
 
 @contextmanager
@@ -148,8 +158,7 @@ class SparseAutoencoder(nn.Module):
 
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The k strongest features of each of the normalised activations x (..., d_in)."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{type(self).__name__}: x must be a tensor; got {type(x).__name__}")
+        check_tensors(type(self).__name__, x=x)
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(
                 f"{type(self).__name__}: x must end in d_in = {self.d_in}; got shape {tuple(x.shape)}. "
@@ -172,10 +181,16 @@ class SparseAutoencoder(nn.Module):
 
     def encode_raw(self, raw: Tensor) -> SparseCode:
         """The code of raw activations (..., d_in), as a model gives them, on any device: normalised, then encoded."""
+        check_tensors(type(self).__name__, x=raw)
         return self.encode(self.normalizer(raw.to(self.W_enc.device)))
 
     def decode(self, code: SparseCode) -> Tensor:
         """The reconstruction (..., d_in) of a code, all pathways summed."""
+        if not isinstance(code, SparseCode):
+            raise TypeError(
+                f"{type(self).__name__}.decode: expected a SparseCode, as encode returns; got {type(code).__name__}. "
+                "Of NumPy arrays: fastsae.SparseCode(torch.from_numpy(values), torch.from_numpy(indices), d_sae)"
+            )
         if code.d_sae != self.d_sae:
             raise ValueError(f"{type(self).__name__}: the code is of {code.d_sae} features, this SAE has {self.d_sae}")
         return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)
@@ -202,10 +217,21 @@ class SparseAutoencoder(nn.Module):
         return out if self.b_dec is None else out + self.b_dec
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and weights.safetensors (normalisation included) into `folder`."""
+        """Write config.json and weights.safetensors (normalisation included) into `folder`.
+
+        Raises ValueError, before anything is written, if the weights are not those that load would look for.
+        """
         folder = Path(folder)
+        self.check_weights(f"{type(self).__name__}.save_pretrained")
+        if (saved_as := self._saved_as()) is not type(self):
+            warnings.warn(
+                f"{type(self).__name__}.save_pretrained: fastsae.load({str(folder)!r}) will make a {saved_as.__name__} "
+                f"of it. Load it by {type(self).__name__}.from_pretrained, or give the class an `architecture` of its "
+                "own",
+                stacklevel=2,
+            )
         self.ranks.together(lambda: folder.mkdir(parents=True, exist_ok=True))
-        weights, new_weights = folder / "weights.safetensors", folder / ".weights.safetensors.new"
+        weights, new_weights = folder / WEIGHTS, folder / f".{WEIGHTS}.new"
         self.ranks.write_tensors(new_weights, self.state_dict())
 
         def put_in_place() -> None:
@@ -217,9 +243,9 @@ class SparseAutoencoder(nn.Module):
                 "weights_crc32": files.crc32(new_weights),
             }
             # Killed between the two, a save over another SAE leaves new weights, and what belongs to them by this name.
-            files.write_json(folder / _NEW_CONFIG, description)
+            files.write_json(folder / NEW_CONFIG, description)
             os.replace(new_weights, weights)
-            os.replace(folder / _NEW_CONFIG, folder / _CONFIG)
+            os.replace(folder / NEW_CONFIG, folder / CONFIG)
             files.sync(folder)
 
         self.ranks.first_does(put_in_place)
@@ -233,24 +259,24 @@ class SparseAutoencoder(nn.Module):
 
         Raises FileNotFoundError, or ValueError naming the file when it is damaged or of another architecture.
         """
-        folder = Path(folder)
+        folder = saved_in(folder)
         description = read_description(folder)
         if description["architecture"] != cls.architecture:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {folder} holds architecture {description['architecture']!r}, "
                 f"expected {cls.architecture!r}. fastsae.load(folder) picks the class by itself."
             )
-        file = folder / "weights.safetensors"
+        file = folder / WEIGHTS
         weights = {name: t.to(device or "cpu", copy=True) for name, t in files.read_tensors(file).items()}
         if files.crc32(file) != description["weights_crc32"]:
             raise ValueError(
-                f"{file} is not the file that {folder / 'config.json'} was written with: it is damaged, or a save was "
+                f"{file} is not the file that {folder / CONFIG} was written with: it is damaged, or a save was "
                 "cut off. Restore it or use another copy."
             )
         try:
             config = from_dict(cls.config_class, description["config"])
         except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
         if "W_enc" not in weights:
             raise ValueError(f"{file} holds no W_enc: these are not the weights of an SAE")
         try:
@@ -259,15 +285,38 @@ class SparseAutoencoder(nn.Module):
             sae = cls(**to_dict(config), device="meta", dtype=weights["W_enc"].dtype)
             sae.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, OverflowError) as error:
-            raise ValueError(f"{file} does not fit {folder / 'config.json'}: {error}") from error
+            raise ValueError(f"{file} does not fit {folder / CONFIG}: {error}") from error
         if description.get("config_crc32", expected := _checksum(description["config"])) != expected:
             raise ValueError(
-                f"{folder / _CONFIG} is damaged: its config is not the one that was saved. If you changed it on "
+                f"{folder / CONFIG} is damaged: its config is not the one that was saved. If you changed it on "
                 "purpose, take config_crc32 out of it."
             )
         choose(backend, sae.W_enc.device, sae.W_enc.dtype)
         sae.backend = backend
         return sae.eval()
+
+    @classmethod
+    def _saved_as(cls) -> type["SparseAutoencoder"]:
+        """The class that is made of a folder with our architecture in it."""
+        return ARCHITECTURES.get(cls.architecture, next(c for c in cls.__mro__ if "architecture" in vars(c)))
+
+    def check_weights(self, who: str) -> None:
+        """Raise ValueError, naming the weight, unless a new SAE of this config has the same weights, each with memory
+        of its own: others could be trained and saved, and never be loaded."""
+        saved_as = self._saved_as()
+        if not isinstance(self, saved_as):
+            raise ValueError(
+                f"{who}: architecture {self.architecture!r} is that of {saved_as.__name__}, which a "
+                f"{type(self).__name__} is not; give the class an `architecture` of its own"
+            )
+        try:
+            new = saved_as(**to_dict(self.config), device="meta").state_dict()
+        except TypeError as error:
+            raise ValueError(
+                f"{who}: {saved_as.__name__} cannot be made from its config, so it could not be loaded ({error}); put "
+                "what it needs into a config_class of its own, and give that everything by name"
+            ) from error
+        check_plain(who, saved_as.__name__, self.state_dict(), new, whole=self.ranks is ALONE)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -277,28 +326,3 @@ class SparseAutoencoder(nn.Module):
 def _checksum(config: dict[str, Any]) -> int:
     """Of what the shapes of the weights do not show, k above all."""
     return zlib.crc32(json.dumps(config, sort_keys=True).encode())
-
-
-def _of_these_weights(folder: Path, new: Path, old: Path) -> Path:
-    """Which config a save that was cut off left the weights of."""
-    weights = folder / "weights.safetensors"
-    description = files.read_object(new)
-    return new if weights.is_file() and description.get("weights_crc32") == files.crc32(weights) else old
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """The config.json of a saved SAE. Raises FileNotFoundError or ValueError saying what is wrong with it."""
-    path = folder / _CONFIG
-    if (folder / _NEW_CONFIG).is_file():
-        path = _of_these_weights(folder, folder / _NEW_CONFIG, path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no saved SAE: there is no config.json in it")
-    description = files.read_json(path)
-    expected = {"format": int, "architecture": str, "config": dict, "weights_crc32": int}
-    if not isinstance(description, dict) or not all(isinstance(description.get(k), t) for k, t in expected.items()):
-        raise ValueError(f"{path} is no fastsae config: expected the keys {sorted(expected)}")
-    if description["format"] != FORMAT:
-        raise ValueError(
-            f"{path} has format {description['format']}, this fastsae reads format {FORMAT}; update fastsae"
-        )
-    return description

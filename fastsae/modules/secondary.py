@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.config import SecondarySAEConfig
+from fastsae.modules.base import uncompiled
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.topk import TopKSAE
 
@@ -33,6 +34,7 @@ class SecondarySAE(TopKSAE):
     @classmethod
     def on(cls, base: JointSAE, d_sae: int | None = None, k: int | None = None) -> "SecondarySAE":
         """A new one for the hidden layer of `base`, on its device and in its dtype. Raises ValueError without one."""
+        base = uncompiled(base)
         if not isinstance(base, JointSAE) or base.V is None:
             what = f"{type(base).__name__} without interaction" if isinstance(base, JointSAE) else type(base).__name__
             raise ValueError(f"SecondarySAE.on: expected a JointSAE with its pairwise pathway as the base; got {what}")
@@ -64,7 +66,7 @@ class HiddenActivations:
         self.block_rows, self.d_in = source.block_rows, base.config.d_embedding
         fingerprint = zlib.crc32(repr(base.config).encode())
         for t in base.state_dict().values():  # the normalisation is among them
-            fingerprint = zlib.crc32(t.flatten()[:64].double().cpu().numpy().tobytes(), fingerprint)
+            fingerprint = zlib.crc32(t.flatten()[:64].cpu().double().numpy().tobytes(), fingerprint)
         self.identity: dict[str, Any] = getattr(source, "identity", {}) | {"base": fingerprint}
 
     def block(self, i: int) -> Tensor:

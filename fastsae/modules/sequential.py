@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fastsae.config import SequentialSAEConfig
+from fastsae.modules.base import uncompiled
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.topk import TopKSAE
 
@@ -46,6 +47,7 @@ class SequentialSAE(JointSAE):
         interaction: bool = True,
     ) -> "SequentialSAE":
         """A new NFM on a copy of `sae`, whose weights, normalisation, device, dtype and backend it keeps."""
+        sae = uncompiled(sae)
         if not isinstance(sae, TopKSAE):
             raise ValueError(f"SequentialSAE.on: expected a TopKSAE as the base; got {type(sae).__name__}")
         new = cls(
