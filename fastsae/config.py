@@ -244,7 +244,10 @@ class TrainerConfig:
     k_anneal_steps: int = 0
     """Steps over which k comes down."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a batch that holds NaN or infinity: stop the training, or skip the batch and count it."""
+    """What to do with rows that hold NaN or infinity: stop the training, or leave them out and count them."""
+    outliers: Literal["train", "skip"] = "train"
+    """What to do with rows more than ten times as large as nine in ten of their batch, such as attention sinks: train
+    on them, or leave them out and count them. The normalisation is measured without them."""
     seed: int = 0
     """Seeds dropout, and what activations draw from torch's generator, such as the order of a DataLoader; on the
     command line also the SAE's initialisation."""

@@ -1,5 +1,6 @@
 """Activation statistics: measured once, stored with the weights, applied and inverted everywhere."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.code import check_tensors
+
+# Rows so many times as far out as nine rows in ten are no measure of the others. The norms of attention sinks are some
+# 20 to 1000 times those of other tokens.
+_FAR = 10
+# A dimension is silent where its standard deviation is below this share of the mean one, or of its own mean: some
+# roundings of fp32. The values of bf16 lie so far apart that rounding is never small.
+_SILENT, _ROUNDING = 1e-4, 1e-6
+
+
+def far_rows(norms: Tensor) -> Tensor:
+    """Which of these norms (B,) are more than ten times as large as nine in ten of them."""
+    if len(norms) == 0:
+        return norms > 0
+    ordinary = norms.sort().values[9 * (len(norms) - 1) // 10]
+    return (norms > _FAR * ordinary) & (ordinary > 0)
 
 
 class Normalizer(nn.Module):
@@ -33,11 +49,13 @@ class Normalizer(nn.Module):
         return bool((self.mean != 0).any() or (self.scale != 1).any())
 
     @torch.no_grad()
-    def measure(self, sample: Tensor, kind: str) -> None:
-        """Take the statistics of `sample` (rows, d_in).
+    def measure(self, sample: Tensor, kind: str) -> int:
+        """Take the statistics of `sample` (rows, d_in), and return how many rows were left out of them.
 
-        "zscore": mean and standard deviation per dimension (a constant dimension keeps scale 1).
+        "zscore": mean and standard deviation per dimension (one that is constant but for rounding keeps scale 1).
         "scale": one scale, the root mean square of all entries; the mean stays 0. "none": nothing.
+        Rows more than ten times as far from the median as nine in ten are left out, with a warning: few of them, such
+        as attention sinks, would decide the statistics of all.
         """
         check_tensors("Normalizer.measure", x=sample)
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
@@ -50,10 +68,14 @@ class Normalizer(nn.Module):
                 f"Normalizer.measure: the sample holds NaN or infinity, first at row {row}, dimension {column}. "
                 "Find out which activations they come from; statistics of such data would spoil the whole run."
             )
+        far = 0
+        if kind != "none":
+            sample, far = _without_far_rows(sample)
         mean, scale = torch.zeros_like(sample[0]), torch.ones_like(sample[0])
         if kind == "zscore":
             mean, scale = sample.mean(dim=0), sample.std(dim=0)
-            scale = torch.where(scale > 1e-8 * scale.max(), scale, 1.0)
+            silent = (scale <= _SILENT * scale.mean()) | (scale <= _ROUNDING * mean.abs())
+            scale = torch.where(silent, 1.0, scale)
         elif kind == "scale":
             rms = sample.square().mean().sqrt()
             scale = scale * (rms if rms > 0 else 1.0)
@@ -61,6 +83,7 @@ class Normalizer(nn.Module):
             raise ValueError(f"Normalizer.measure: expected 'zscore', 'scale' or 'none'; got {kind!r}")
         self.mean.copy_(mean.to(self.mean.dtype))
         self.scale.copy_(scale.to(self.scale.dtype))
+        return far
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (..., d_in) of any float dtype, normalised, in the dtype of the SAE."""
@@ -89,3 +112,28 @@ class Normalizer(nn.Module):
             return moved if moved.dtype == precise else t.to(moved.device, precise)
 
         return super()._apply(keep, recurse)
+
+
+def _without_far_rows(sample: Tensor) -> tuple[Tensor, int]:
+    """The rows that count, and how many do not; warns of these."""
+    some = sample[:: max(1, len(sample) // 1024)]
+    middle = some.sort(dim=0).values[len(some) // 2]
+    # Some rows at a time: the sample is large.
+    norms = torch.cat([(rows - middle).norm(dim=1) for rows in sample.split(1024)])
+    far = far_rows(norms)
+    n = int(far.sum())
+    if n:
+        warn_of_far_rows("Normalizer.measure", norms, far, " (left out of the statistics)")
+        sample = sample[~far]
+    return sample, n
+
+
+def warn_of_far_rows(where: str, norms: Tensor, far: Tensor, note: str = "") -> None:
+    """Say how many rows lie far out, how far, and what can be done about them."""
+    times = (norms.max() / norms[~far].quantile(0.5)).item()
+    warnings.warn(
+        f"{where}: {int(far.sum())} of {len(far)} rows ({far.double().mean().item():.2%}) are up to {times:,.0f} times "
+        f"as large as the median row, as attention sinks are{note}. They weigh most in loss and FVU: the log has "
+        "fvu_ordinary for the other rows, and TrainerConfig(outliers='skip') trains without them",
+        stacklevel=3,
+    )

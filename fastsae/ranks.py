@@ -47,6 +47,10 @@ class Alone:
         """The largest of all processes' states."""
         return state
 
+    def every(self, flags: Tensor) -> Tensor:
+        """Which flags are up on all processes."""
+        return flags
+
     def share(self, loss: Tensor) -> Tensor:
         """What this process' mean over its rows adds to the mean over the batch."""
         return loss

@@ -1,12 +1,14 @@
 """What surrounds a training loop: position in the data, log, Ctrl-C, random state."""
 
 import base64
+import copy
 import dataclasses
 import itertools
 import json
 import math
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,16 +25,91 @@ _END: Any = object()
 _NOTHING = "Trainer: activations gave no batch at all"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A place in the activations, between two batches."""
+
+    drawn: int
+    rows: int
+    """Rows drawn; counted of a plain iterable only."""
+    stream: Any
+    """The stream's own state; None of a plain iterable."""
+    random: Tensor
+    seen: "_Seen | None"
+    """The batch before this place."""
+    before: "_Place | None"
+    """The place before that batch, which has none before it again."""
+
+    def to_json(self) -> dict[str, Any]:
+        random, rows = (None, self.rows) if self.stream is None else (_text(self.random), None)
+        return {"drawn": self.drawn, "rows": rows, "stream": self.stream, "random": random, "last": self._last()}
+
+    def _last(self) -> dict[str, Any] | None:
+        if self.seen is None:
+            return None
+        before = {} if self.before is None else {"stream": self.before.stream, "random": _text(self.before.random)}
+        return {**self.seen.to_json(), **before}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What a batch can be known again by: its shape, and up to 16 x 64 entries from all over it."""
+
+    shape: tuple[int, ...]
+    entries: Tensor
+
+    @classmethod
+    def of(cls, batch: Any) -> "_Seen | None":
+        """None of what is no batch. Entries are copied where they lie: nothing waits for a GPU, and the stream may fill
+        the same memory again."""
+        if not isinstance(batch, Tensor) or batch.dim() != 2 or len(batch) == 0:
+            return None
+        rows, columns = (max(1, math.ceil(n / most)) for n, most in zip(batch.shape, (16, 64), strict=True))
+        entries = batch.detach()[(len(batch) - 1) % rows :: rows, ::columns]  # the last row is among them
+        return cls(tuple(batch.shape), entries.clone())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "entries": _text(self.entries.double().cpu().contiguous())}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "_Seen":
+        try:
+            return cls(tuple(found["shape"]), torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Trainer: the position in the activations is damaged: last: {error}") from error
+
+    def differences(self, again: "_Seen | None", number: int) -> str | None:
+        """What is different about batch `number` that was drawn again; warns where it is rounding."""
+        if again is None or self.shape != again.shape:
+            return f"batch {number} was {self.shape}, drawn again it is {again.shape if again else 'none'}"
+        then, now = self.entries.view(again.entries.shape), again.entries.double().cpu()
+        off = ~((then == now) | (then.isnan() & now.isnan()))
+        if not off.any():
+            return None
+        # A model on other hardware gives the same rows in other bits: by far less than rows differ from one another.
+        spread = then.std(dim=0, correction=0)
+        spread = torch.where(spread > 0, spread, 0.01 * then.abs())
+        if not ((now - then).abs() <= 0.1 * spread)[off].double().mean() > 0.5:
+            return f"batch {number} drawn again holds other numbers: other data, or in another order"
+        warnings.warn(
+            f"Trainer: batch {number} drawn again differs by rounding from the one that was trained on; the run goes "
+            "on, but not to the same bits",
+            stacklevel=2,
+        )
+        return None
+
+
 class Batches:
     """An iterator over activations that knows its position.
 
     A stream with state_dict / load_state_dict is set back by its own state; of any other iterable the batches already
-    drawn are drawn again and dropped. Activations have torch's CPU generator to themselves, from a seed next to `seed`:
-    what training draws between two batches is not drawn again with them. A stream's position holds its state.
+    drawn are drawn again and dropped. Raises ValueError where the batch drawn last, which is drawn again of either, is
+    another one, or the batches have other numbers of rows. Activations have torch's CPU generator to themselves, from a
+    seed next to `seed`: what training draws between two batches is not drawn again with them. A stream's position holds
+    its state.
     """
 
     def __init__(self, activations: Iterable[Tensor], seed: int, position: dict[str, Any] | None = None) -> None:
-        self.drawn = 0
         self._random_state = torch.Generator().manual_seed((seed + 1) % 2**64).get_state()
         if not (hasattr(activations, "__iter__") or hasattr(activations, "__getitem__")):
             got = type(activations).__name__
@@ -45,20 +122,70 @@ class Batches:
                 "Trainer: the checkpoint was made with another kind of activations (a stream that can be set back, or "
                 "a plain iterable); resume with the same"
             )
+        before = self._drawn_again(position) if position is not None and stateful else None
         if position is not None and stateful:
-            self._stream.load_state_dict(position["stream"])
+            self._load_state(position["stream"])
         with self._drawing():
             self._iterator = iter(activations)
-        if position is not None:
-            self.drawn = position["drawn"]
-            if stateful:
-                self._random_state = _random_state(position["random"])  # what iter() drew was drawn before, too
-            else:
-                with self._drawing():
-                    seen = sum(1 for _ in itertools.islice(self._iterator, self.drawn))
-                if seen < self.drawn:
-                    raise ValueError(f"Trainer: to resume, {self.drawn} batches must be drawn again; only {seen} came")
-        self._before_last = self.position()
+        self._now = self._before_last = _Place(0, 0, self._state(), self._random_state, None, None)
+        if position is not None and stateful:
+            # What iter() drew was drawn before, too.
+            self._random_state = _random_state(position["random"])
+            seen = _Seen.from_json(position["last"]) if before else None
+            self._now = _Place(position["drawn"], 0, self._state(), self._random_state, seen, before)
+        elif position is not None:
+            self._draw_all_again(position)
+        self._before_last = self._now
+
+    @property
+    def drawn(self) -> int:
+        return self._now.drawn
+
+    def _drawn_again(self, position: dict[str, Any]) -> _Place | None:
+        """The place before the batch drawn last, which is drawn again from there and must be the one it was."""
+        last = position.get("last")
+        if last is None:  # none was drawn, or the checkpoint is older than this check
+            return None
+        seen, of_new = _Seen.from_json(last), self._random_state
+        before = _Place(position["drawn"] - 1, 0, last.get("stream"), _random_state(last.get("random")), None, None)
+        self._load_state(before.stream)
+        with self._drawing():
+            iterator = iter(self._stream)
+        self._random_state = before.random
+        with self._drawing():
+            batch = next(iterator, None)
+        self._random_state = of_new
+        self._refuse(seen.differences(_Seen.of(batch), position["drawn"]))
+        return before
+
+    def _draw_all_again(self, position: dict[str, Any]) -> None:
+        drawn, rows, batch = 0, 0, None
+        with self._drawing():
+            for batch in itertools.islice(self._iterator, position["drawn"]):
+                drawn, rows = drawn + 1, rows + _rows(batch)
+        if drawn < position["drawn"]:
+            raise ValueError(f"Trainer: to resume, {position['drawn']} batches must be drawn again; only {drawn} came")
+        seen = _Seen.of(batch)
+        if position.get("last") is not None:  # it is not in checkpoints older than this check
+            if rows != (before := position.get("rows")):
+                self._refuse(f"{drawn} batches were {before} rows, drawn again they are {rows}")
+            self._refuse(_Seen.from_json(position["last"]).differences(seen, drawn))
+        self._now = _Place(drawn, rows, None, self._random_state, seen, None)
+
+    def _refuse(self, difference: str | None) -> None:
+        if difference is not None:
+            raise ValueError(
+                f"Trainer: cannot resume with other activations: {difference}. Give the same batches in the same order "
+                "(what is drawn by NumPy, random or a GPU needs a seed of its own), or start a new run on the SAE of "
+                "the checkpoint (fastsae.load)"
+            )
+
+    def _state(self) -> Any:
+        """A copy: a stream may give out what it goes on to change."""
+        return None if self._stream is None else copy.deepcopy(self._stream.state_dict())
+
+    def _load_state(self, state: Any) -> None:
+        self._stream.load_state_dict(copy.deepcopy(state))
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -74,25 +201,22 @@ class Batches:
         return self
 
     def __next__(self) -> Tensor:
-        self._before_last = self.position()
+        now = self._before_last = self._now
         with self._drawing():
             batch = next(self._iterator, _END)
         if batch is _END:
             if self.drawn == 0:
                 raise ValueError(_NOTHING)
+            self._now = dataclasses.replace(now, stream=self._state(), random=self._random_state)
             raise StopIteration
-        self.drawn += 1
+        before = None if self._stream is None else dataclasses.replace(now, seen=None, before=None)
+        rows = now.rows + _rows(batch)
+        self._now = _Place(now.drawn + 1, rows, self._state(), self._random_state, _Seen.of(batch), before)
         return batch
 
     def position(self, before_last: bool = False) -> dict[str, Any]:
         """JSON-able; `before_last` gives the position before the batch drawn last."""
-        if before_last:
-            return self._before_last
-        return {
-            "drawn": self.drawn,
-            "stream": self._stream.state_dict() if self._stream is not None else None,
-            "random": None if self._stream is None else base64.b64encode(self._random_state.numpy().tobytes()).decode(),
-        }
+        return (self._before_last if before_last else self._now).to_json()
 
     def check_position(self) -> None:
         """Raise TypeError if the position cannot be stored: now, and not when the first checkpoint is due."""
@@ -108,17 +232,19 @@ class Batches:
 
         `check` is called with each batch and its number, and raises if it is not what it should be.
         """
-        state, random_state = self._stream.state_dict() if self._stream is not None else None, self._random_state
+        state, random_state = self._state(), self._random_state
         seen: deque[Tensor] = deque()
+        missing = n_rows
         with self._drawing():
-            while sum(len(batch) for batch in seen) < n_rows and (batch := next(self._iterator, _END)) is not _END:
+            while missing > 0 and (batch := next(self._iterator, _END)) is not _END:
                 check(batch, self.drawn + len(seen) + 1)
-                seen.append(batch)
+                seen.append(batch.detach().clone())  # the stream may fill the same memory again
+                missing -= len(batch)
         if not seen:
             raise ValueError(_NOTHING)
         rows = torch.cat(list(seen))
         if self._stream is not None:
-            self._stream.load_state_dict(state)
+            self._load_state(state)
             with self._drawing():
                 self._iterator = iter(self._stream)
             self._random_state = random_state
@@ -127,10 +253,22 @@ class Batches:
         return rows
 
 
+def _rows(batch: Any) -> int:
+    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 0
+
+
+def _text(t: Tensor) -> str:
+    return base64.b64encode(t.numpy().tobytes()).decode()
+
+
+def _bytes(text: Any) -> bytearray:
+    return bytearray(base64.b64decode(text, validate=True))
+
+
 def _random_state(text: Any) -> Tensor:
     """A state of torch's CPU generator, from a position."""
     try:
-        state = torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        state = torch.frombuffer(_bytes(text), dtype=torch.uint8)
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"Trainer: the position in the activations is damaged: random: {error}") from error
@@ -192,6 +330,8 @@ class Log:
             "dead": f"{metrics['dead_share']:.1%}",
             "rows/s": f"{metrics['rows_per_second']:,.0f}",
         }
+        if "fvu_ordinary" in metrics:
+            shown["FVU of ordinary rows"] = f"{metrics['fvu_ordinary']:.3f}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
 

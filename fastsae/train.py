@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from fastsae.fp64 import in_fp64
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
+from fastsae.normalize import far_rows, warn_of_far_rows
 from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
@@ -30,8 +31,15 @@ _FREE_ON_RESUME = {"run_dir", "resume", "log_every", "checkpoint_every", "log_to
 # How drawing a batch went, the worst last.
 _DRAWN, _ENDED, _FAILED = range(3)
 
+# What is left out of training: rows that are not finite, rows far larger than others, batches with too few others.
+_SKIPPED = ("rows_skipped", "outliers_skipped", "batches_skipped")
+
 # So many batches with NaN in a row are no accident any more.
 _SKIPPED_IN_A_ROW = 1000
+
+
+def _norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _batch(number: int) -> str:
@@ -78,8 +86,9 @@ class Trainer:
     and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
     `resume=True` continues, on the CPU bit for bit, and with more steps than before where the learning rate does not
     decay. A stream with state_dict / load_state_dict is set back to its position; from any other iterable the batches
-    already seen are drawn again and dropped. An SAE of several ranks (fastsae.distributed) is trained by all of them,
-    each given the same activations, to the same result.
+    already seen are drawn again and dropped. Other batches are refused, known by the number of their rows and by the
+    one drawn last. A batch is read before the next one is drawn, and never written to. An SAE of several ranks
+    (fastsae.distributed) is trained by all of them, each given the same activations, to the same result.
     """
 
     def __init__(self, sae: SparseAutoencoder, config: TrainerConfig) -> None:
@@ -94,7 +103,8 @@ class Trainer:
         self._ranks = sae.ranks
         self.step = 0
         self.rows_seen = 0
-        self.batches_skipped = self._skipped_in_a_row = 0
+        self.batches_skipped = self.rows_skipped = self.outliers_skipped = self._skipped_in_a_row = 0
+        self._told_of_outliers = False
         # One counter more than features: inactive entries of a code are counted there.
         with torch.inference_mode(False):  # fit could not write to it
             self._rows_since_fired = torch.zeros(len(sae.W_enc) + 1, dtype=torch.int64, device=sae.W_enc.device)
@@ -147,7 +157,7 @@ class Trainer:
         """Train until config.steps. Raises before anything is written if run_dir holds another run.
 
         Raises FloatingPointError when activations or the loss are not finite (config.nonfinite = "skip" drops such
-        batches), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
+        rows), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
         """
         if self.step >= self.config.steps:
             warnings.warn(
@@ -360,24 +370,64 @@ class Trainer:
             metrics["grad_norm"] = grad_norm.item()
         if self.config.k_anneal_from is not None:
             metrics["k"] = output.code.k
-        if self.batches_skipped:
-            metrics["batches_skipped"] = self.batches_skipped
-        return metrics
+        return metrics | self._without_outliers(x, output) | {name: n for name, n in self._skipped().items() if n}
+
+    def _without_outliers(self, x: Tensor, output: SAEOutput) -> dict[str, float]:
+        """FVU of ordinary rows, where others are far larger and decide that of all."""
+        ranks, norms = self._ranks, _norms(x)
+        far = far_rows(norms)
+        if not ranks.worst(bool(far.any())):
+            return {}
+        if far.any() and not self._told_of_outliers:
+            warn_of_far_rows(f"Trainer: step {self.step}", norms, far)
+            self._told_of_outliers = True
+        weight = (~far).to(x.dtype).unsqueeze(1)
+        mean = ranks.mean((weight * x).mean(dim=0)) / ranks.mean(weight.mean())
+        error, variance = (ranks.mean((weight * (x - y).square()).mean()) for y in (output.reconstruction, mean))
+        return {"fvu_ordinary": (error / variance).item()}
+
+    def _skipped(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _SKIPPED}
 
     def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
-        """The batch as the SAE wants it, normalised; None to skip it."""
+        """Our rows of a batch, normalised, without those that are to be left out; None if too few are left."""
+        x = self._normalised(self._ranks.own_rows(raw))
+        bad = bool(self._ranks.worst(not x.isfinite().all()))
+        if bad and self.config.nonfinite == "stop":
+            self._stop_at(raw, batches)
+        if bad or self.config.outliers == "skip":
+            return self._kept(raw, x, batches)
+        self._skipped_in_a_row = 0
+        return x
+
+    def _normalised(self, raw: Tensor) -> Tensor:
         # Detached: it may come with a model's graph.
-        x = self.sae.normalizer(self._ranks.own_rows(raw).detach().to(self.sae.W_enc.device))
-        finite = x.isfinite()
-        if not self._ranks.worst(not finite.all()):
-            self._skipped_in_a_row = 0
-            return x
-        self._skipped_in_a_row += 1
-        if self.config.nonfinite == "skip" and self._skipped_in_a_row <= _SKIPPED_IN_A_ROW:
-            self.batches_skipped += 1
+        return self.sae.normalizer(raw.detach().to(self.sae.W_enc.device))
+
+    def _kept(self, raw: Tensor, own: Tensor, batches: Batches) -> Tensor | None:
+        """Our share of the rows of a batch that are trained on; all ranks leave out the same rows."""
+        ranks = self._ranks
+        x = own if ranks.count == 1 else self._normalised(raw)
+        finite = x.isfinite().all(dim=1)
+        kept = finite.clone()
+        if self.config.outliers == "skip":
+            kept[finite] = ~far_rows(_norms(x[finite]))
+        finite, kept = ranks.every(torch.stack([finite, kept]))
+        n_finite, n = int(finite.sum()), int(kept.sum())
+        too_few = n < ranks.adding  # each data rank needs one
+        if too_few and self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
+            self._stop_at(raw, batches)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if too_few else 0
+        self.rows_skipped += len(x) - n_finite
+        self.outliers_skipped += n_finite - n
+        self.batches_skipped += too_few
+        if too_few:
             return None
-        if self._ranks.count > 1:  # the rows of all
-            finite = self.sae.normalizer(raw.detach().to(x.device)).isfinite()
+        return own if n == len(x) else ranks.own_rows(x[kept])
+
+    def _stop_at(self, raw: Tensor, batches: Batches) -> NoReturn:
+        """Save what was trained, and raise FloatingPointError that says where this batch is not finite."""
+        finite = self._normalised(raw).isfinite()  # the rows of all ranks
         self._save(batches.position(before_last=True), None)
         if finite.all():
             raise FloatingPointError(
@@ -385,11 +435,11 @@ class Trainer:
                 "ranks the same activations"
             )
         row, column = (~finite).nonzero()[0].tolist()
-        many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row > _SKIPPED_IN_A_ROW else ""
+        many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW else ""
         raise FloatingPointError(
             f"{_batch(batches.drawn)} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
             f"{row}, dimension {column}.{many} Nothing was trained on it. Look at where these activations come from, "
-            "or skip such batches (nonfinite)."
+            "or leave such rows out (nonfinite)."
         )
 
     def _check_form(self, raw: Tensor, number: int) -> None:
@@ -434,7 +484,7 @@ class Trainer:
         sample = batches.peek(self.config.normalize_rows, self._check_form)
         if self.config.nonfinite == "skip":
             sample = sample[sample.isfinite().all(dim=1)]
-        self.sae.normalizer.measure(sample, self.config.normalize)
+        self._told_of_outliers = self.sae.normalizer.measure(sample, self.config.normalize) > 0
 
     # ---- runs on disk -----------------------------------------------------------------------------------------------
 
@@ -469,12 +519,14 @@ class Trainer:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state, ours = found.state, self._description()
         with files.expected_in(found.folder / "state.json", f"delete {found.folder}"):
-            counts = [state[name] for name in ("step", "rows_seen", "batches_skipped")] + [state["data"]["drawn"]]
+            skipped = {name: state.get(name, 0) for name in _SKIPPED}  # older checkpoints count batches alone
+            counts = [state["step"], state["rows_seen"], state["data"]["drawn"], *skipped.values()]
             if not all(type(n) is int and n >= 0 for n in counts):
                 raise TypeError(repr(counts))
-            for name, kind in (("stream", dict), ("random", str)):
-                if not isinstance(state["data"][name], kind | None):
-                    raise TypeError(repr(state["data"][name]))
+            data = {"rows": None, "last": None} | state["data"]  # older checkpoints know nothing of either
+            for name, kind in (("stream", dict), ("random", str), ("rows", int), ("last", dict)):
+                if not isinstance(data[name], kind | None):
+                    raise TypeError(repr(data[name]))
             # Without a decay at its end, the beginning of a longer run is the same.
             free = _FREE_ON_RESUME if self.config.decay_steps else _FREE_ON_RESUME | {"steps"}
             differing = [
@@ -496,11 +548,9 @@ class Trainer:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
             raise ValueError(f"Trainer: checkpoint {found.folder} is of another SAE: {error}") from error
-        self.step, self.rows_seen, self.batches_skipped = (
-            state["step"],
-            state["rows_seen"],
-            state["batches_skipped"],
-        )
+        self.step, self.rows_seen = state["step"], state["rows_seen"]
+        for name, n in skipped.items():
+            setattr(self, name, n)
         self._rows_since_fired[:-1] = found.tensors["rows_since_fired"]
         for key, t in found.tensors.items():
             moment, _, name = key.partition("/")
@@ -528,10 +578,5 @@ class Trainer:
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self.sae.W_enc.device)
         for name, p in self._trained.items():
             tensors |= {f"{key}/{name}": t for key, t in self._optimizer.state[p].items()}
-        state = {
-            "rows_seen": self.rows_seen,
-            "batches_skipped": self.batches_skipped,
-            "data": data,
-            **self._description(),
-        }
+        state = {"rows_seen": self.rows_seen, **self._skipped(), "data": data, **self._description()}
         checkpoint.save(self.config.run_dir, self.step, self.sae, tensors, state)

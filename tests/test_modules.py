@@ -359,6 +359,52 @@ def test_normalizer_leaves_a_constant_dimension_finite():
     assert (normalizer(sample)[:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("kind", ["zscore", "scale"])
+def test_normalizer_leaves_rows_far_larger_than_others_out(kind, offset):
+    ordinary = torch.randn(995, 6) + offset
+    sample = torch.cat([ordinary, torch.randn(5, 6)])
+    sample[-5:, :2] += torch.tensor([900.0, -700.0])
+    normalizer, plain = Normalizer(6), Normalizer(6)
+    with pytest.warns(UserWarning, match=r"5 of 1000 rows \(0.50%\) are up to [\d,]+ times as large"):
+        assert normalizer.measure(sample, kind) == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plain.measure(ordinary, kind) == 0
+    x = ordinary.double().numpy()
+    mean, scale = (x.mean(0), x.std(0, ddof=1)) if kind == "zscore" else (0 * x[0], 0 * x[0] + (x**2).mean() ** 0.5)
+    for n in (normalizer, plain):
+        np.testing.assert_allclose(n.mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(n.scale.numpy(), scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        torch.zeros(1000, 6).index_fill_(0, torch.arange(0, 1000, 3), 1.0),  # most rows are silent
+        torch.cat([torch.randn(700, 6), 30 * torch.randn(300, 6)]),
+        torch.randn(1000, 6).exp(),
+    ],
+    ids=["sparse", "two kinds", "heavy tail"],
+)
+def test_normalizer_keeps_rows_that_are_no_exception(sample):
+    normalizer = Normalizer(6)
+    assert normalizer.measure(sample, "zscore") == 0
+    np.testing.assert_allclose(normalizer.scale.numpy(), sample.double().numpy().std(0, ddof=1), rtol=1e-6)
+
+
+def test_normalizer_does_not_enlarge_rounding():
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1000, 5, generator=generator)
+    sample[:, 0] = 100 + 8e-6 * sample[:, 0].sign()  # one fp32 number and the next
+    sample[:, 1] *= 1e-6
+    sample[:, 2] *= 0.01  # small, but no rounding
+    normalizer = Normalizer(5)
+    normalizer.measure(sample, "zscore")
+    assert normalizer.scale[:2].tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(normalizer.scale[2:].numpy(), sample[:, 2:].double().numpy().std(0, ddof=1), rtol=1e-6)
+
+
 def test_normalizer_refuses_bad_samples():
     sample = torch.randn(50, 3)
     sample[4, 2] = torch.inf

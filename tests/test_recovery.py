@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastsae
-from fastsae import checkpoint, gradients
+from fastsae import checkpoint, gradients, runs
 from fastsae.train import Trainer
 
 
@@ -234,6 +234,79 @@ def test_a_shuffling_loader_is_resumed_in_its_order(normalize: str, tmp_path):
         Trainer(cut, config(**options, run_dir=tmp_path)).fit(killed_after(Shuffled(), 5))
     Trainer(resumed, config(**options, run_dir=tmp_path, resume=True)).fit(Shuffled())
     assert_same(weights(resumed), weights(whole))
+
+
+class Numbered:
+    """A stream that can be set back: batches of `size` rows of `data`, one after the other."""
+
+    def __init__(self, data: Tensor, size: int) -> None:
+        self.data, self.size, self.i = data, size, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.i < len(self.data):
+            self.i += self.size
+            yield self.data[self.i - self.size : self.i]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"i": self.i}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.i = state["i"]
+
+
+ROWS = torch.cat(list(activations(40)))
+SPARSE = [
+    x.relu() * (torch.rand(x.shape, generator=torch.Generator().manual_seed(i)) < 0.1)
+    for i, x in enumerate([ROWS, ROWS.flip(0)])
+]
+
+
+@pytest.mark.parametrize("kind", ["iterable", "stream"])
+@pytest.mark.parametrize(
+    ("rows", "size", "again", "other_size", "message"),
+    [
+        (ROWS, 32, ROWS, 16, r"(10 batches were 320 rows, drawn again they are 160|was \(32, 12\).* is \(16, 12\))"),
+        (ROWS, 32, torch.randn(1280, D), 32, "holds other numbers"),
+        (ROWS, 32, ROWS.flip(0), 32, "holds other numbers"),
+        (ROWS, 32, 2 * ROWS, 32, "holds other numbers"),
+        (ROWS / 100 + 100, 32, ROWS.flip(0) / 100 + 100, 32, "holds other numbers"),
+        (SPARSE[0], 32, SPARSE[1], 32, "holds other numbers"),
+        (ROWS, 1, ROWS.roll(3, 0), 1, "holds other numbers"),
+        (ROWS, 32, ROWS[:300], 32, r"(320 rows, drawn again they are 300|was \(32, 12\).* is \(12, 12\))"),
+    ],
+    ids=["batch size", "data", "order", "scale", "far from zero", "sparse", "single rows", "last batch"],
+)
+def test_other_activations_are_not_resumed_on(kind, rows, size, again, other_size, message, tmp_path):
+    def data(rows: Tensor, size: int):
+        return rows.split(size) if kind == "iterable" else Numbered(rows, size)
+
+    Trainer(joint(), config(run_dir=tmp_path)).fit(data(rows, size))
+    with pytest.raises(ValueError, match=f"cannot resume with other activations: .*{message}.* start a new run on"):
+        Trainer(joint(), config(run_dir=tmp_path, resume=True, steps=12)).fit(data(again, other_size))
+    Trainer(joint(), config(run_dir=tmp_path, resume=True, steps=12)).fit(data(rows, size))
+
+
+def test_activations_that_are_rounded_otherwise_are_gone_on_with(tmp_path):
+    """As a model gives them on other hardware."""
+    Trainer(joint(), config(run_dir=tmp_path)).fit(ROWS.split(32))
+    with pytest.warns(UserWarning, match="batch 10 drawn again differs by rounding"):
+        Trainer(joint(), config(run_dir=tmp_path, resume=True, steps=12)).fit(ROWS.bfloat16().float().split(32))
+
+
+@pytest.mark.parametrize("kind", ["iterable", "stream"])
+def test_checkpoints_that_know_no_last_batch_are_resumed(kind, tmp_path, monkeypatch):
+    def data():
+        return ROWS.split(32) if kind == "iterable" else Numbered(ROWS, 32)
+
+    with monkeypatch.context() as patch:
+        new = runs._Place.to_json
+        old = ("drawn", "stream", "random")
+        patch.setattr(runs._Place, "to_json", lambda self: {name: new(self)[name] for name in old})
+        Trainer(joint(), config(run_dir=tmp_path, steps=6)).fit(data())
+    whole, again = joint(), joint()
+    Trainer(whole, config()).fit(data())
+    Trainer(again, config(run_dir=tmp_path, resume=True)).fit(data())
+    assert_same(weights(again), weights(whole))
 
 
 @pytest.mark.parametrize(

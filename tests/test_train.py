@@ -241,6 +241,60 @@ def test_dead_features_are_counted():
     assert result.metrics["dead_share"] >= 0.25
 
 
+# ---- memory that a stream fills again ----
+
+
+class Refilled(Stream):
+    """A stream that gives out one tensor and one state, and fills both anew."""
+
+    def __init__(self) -> None:
+        self.state, self.buffer = {"i": 0}, torch.empty(32, D)
+
+    def __next__(self) -> Tensor:
+        self.state["i"] += 1
+        return self.buffer.normal_(generator=torch.Generator().manual_seed(self.state["i"])).abs_()
+
+    def state_dict(self) -> dict[str, int]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state = state
+
+
+def refilled(numpy: bool = False) -> Iterator[Tensor]:
+    buffer = torch.empty(32, D)
+    rows = buffer.numpy()
+    for x in activations():
+        if numpy:
+            rows[:] = x.numpy()
+        else:
+            buffer.copy_(x)
+        yield torch.from_numpy(rows) if numpy else buffer
+
+
+@pytest.mark.parametrize(
+    ("data", "fresh"),
+    [(refilled, activations), (lambda: refilled(numpy=True), activations), (Refilled, Stream)],
+    ids=["iterable", "numpy", "stream"],
+)
+def test_a_stream_may_fill_one_tensor_again_and_again(data, fresh, tmp_path):
+    whole, ours, resumed = joint(), joint(), joint()
+    Trainer(whole, config(normalize_rows=200)).fit(fresh())
+    Trainer(ours, config(normalize_rows=200)).fit(data())
+    assert_same(weights(ours), weights(whole))
+    Trainer(joint(), config(normalize_rows=200, steps=6, run_dir=tmp_path)).fit(data())
+    Trainer(resumed, config(normalize_rows=200, run_dir=tmp_path, resume=True)).fit(data())
+    assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "scale", "none"])
+def test_batches_are_not_written_to(normalize):
+    batches = list(activations(10))
+    before = [x.clone() for x in batches]
+    Trainer(joint(), config(normalize=normalize)).fit(batches)
+    assert all(torch.equal(x, then) for x, then in zip(batches, before, strict=True))
+
+
 # ---- the log ----
 
 
@@ -607,14 +661,18 @@ def test_nan_stops_with_its_position_and_nothing_trained_on_it(tmp_path):
     again = joint()
     Trainer(again, config(run_dir=tmp_path, resume=True, nonfinite="skip")).fit(spoiled(20, 5))
     skipped = joint()
-    Trainer(skipped, config()).fit(x for i, x in enumerate(activations()) if i != 5)
+    Trainer(skipped, config()).fit(x[x.isfinite().all(dim=1)] for x in spoiled(20, 5))
     assert_same(weights(again), weights(skipped))
 
 
-def test_nan_batches_can_be_skipped_and_are_counted():
-    result = Trainer(joint(), config(nonfinite="skip")).fit(spoiled(20, 5))
+def test_rows_with_nan_can_be_skipped_and_are_counted(tmp_path):
+    run = config(nonfinite="skip", run_dir=tmp_path)
+    result = Trainer(joint(), run).fit(spoiled(20, 5))
     assert result.steps == 10
-    assert result.metrics["batches_skipped"] == 1
+    assert (result.metrics["rows_skipped"], result.metrics["rows"]) == (2, 10 * 32 - 2)
+    assert "batches_skipped" not in result.metrics
+    longer = config(nonfinite="skip", run_dir=tmp_path, resume=True, steps=12)
+    assert Trainer(joint(), longer).fit(spoiled(20, 5)).metrics["rows_skipped"] == 2
 
 
 def test_activations_that_end_early(tmp_path):

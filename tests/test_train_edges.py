@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -220,8 +221,8 @@ def test_skipping_leaves_bad_rows_out_of_the_statistics_too():
     batches[0] = batches[0].clone()
     batches[0][3, 2] = torch.nan
     sae = joint()
-    result = Trainer(sae, config(nonfinite="skip", steps=5)).fit(batches)
-    assert result.metrics["batches_skipped"] == 1
+    result = Trainer(sae, config(nonfinite="skip", steps=6)).fit(batches)
+    assert result.metrics["rows_skipped"] == 1
     finite = torch.cat([batches[0][:3], batches[0][4:], batches[1]])
     torch.testing.assert_close(sae.normalizer.mean, finite.mean(0))
     with pytest.raises(ValueError, match="the sample holds NaN or infinity, first at row 3, dimension 2"):
@@ -314,6 +315,66 @@ def test_only_nan_does_not_run_for_ever(monkeypatch: pytest.MonkeyPatch):
     endless = itertools.chain(activations(2), itertools.repeat(torch.full((4, D), torch.nan)))
     with pytest.raises(FloatingPointError, match=r"batch 8 of the activations holds 48 values.*So did the 5 before it"):
         Trainer(joint(), config(nonfinite="skip", normalize_rows=32)).fit(endless)
+
+
+def test_a_batch_with_one_good_row_ends_a_row_of_bad_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train, "_SKIPPED_IN_A_ROW", 5)
+    bad = torch.full((4, D), torch.nan)
+    mixed = torch.cat([bad, torch.ones(1, D)])
+    batches = [*activations(2), *[bad] * 5, mixed, *[bad] * 5, *activations(1)]
+    result = Trainer(joint(), config(nonfinite="skip", normalize_rows=32, steps=4)).fit(batches)
+    assert (result.metrics["batches_skipped"], result.metrics["rows_skipped"]) == (10, 44)
+
+
+# ---- rows far larger than others ------------------------------------------------------------------------------------
+
+
+def with_sinks(n: int | None = None) -> Iterator[Tensor]:
+    """In each batch of 32 rows one is 1000 times as large, in three dimensions."""
+    for i, x in enumerate(activations(n)):
+        x[i % 32, :3] += torch.tensor([900.0, -700.0, 400.0])
+        yield x
+
+
+def without_sinks(n: int | None = None) -> Iterator[Tensor]:
+    for i, x in enumerate(activations(n)):
+        yield torch.cat([x[: i % 32], x[i % 32 + 1 :]])
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "scale", "none"])
+def test_outliers_can_be_left_out(normalize, tmp_path):
+    ours, plain, resumed = joint(), joint(), joint()
+    options = {"normalize": normalize, "outliers": "skip"}
+    caught = contextlib.nullcontext() if normalize == "none" else pytest.warns(UserWarning, match="2 of 64 rows")
+    with caught:
+        result = Trainer(ours, config(**options, run_dir=tmp_path, steps=6)).fit(with_sinks())
+    assert result.metrics["outliers_skipped"] == 6
+    assert result.metrics["rows"] == 6 * 31
+    assert "fvu_ordinary" not in result.metrics
+    again = config(**options, run_dir=tmp_path, resume=True)
+    assert Trainer(resumed, again).fit(with_sinks()).metrics["outliers_skipped"] == 10
+    Trainer(plain, config(normalize=normalize, normalize_rows=62)).fit(without_sinks())
+    assert_same(weights(resumed), weights(plain))
+
+
+def test_outliers_are_told_of_once_and_their_share_of_the_fvu_is_shown():
+    sae = fastsae.TopKSAE(D, M, K)
+    x = next(with_sinks())  # its first row is one
+    trainer, other = Trainer(sae, config(normalize="none")), Trainer(sae, config(normalize="none"))
+    trainer.step = other.step = 1
+    with torch.no_grad():
+        output = sae(x)
+    with pytest.warns(UserWarning, match=r"1 of 32 rows \(3.12%\) are up to [\d,]+ times .*outliers='skip'"):
+        metrics = trainer._metrics(x, output, None, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trainer._metrics(x, output, None, 1.0) == metrics
+        ordinary, restored = x[1:].double().numpy(), output.reconstruction[1:].double().numpy()
+        expected = ((ordinary - restored) ** 2).sum() / ((ordinary - ordinary.mean(0)) ** 2).sum()
+        assert metrics["fvu_ordinary"] == pytest.approx(expected, rel=1e-4)
+        with torch.no_grad():
+            plain = next(activations())
+            assert "fvu_ordinary" not in other._metrics(plain, sae(plain), None, 1.0)
 
 
 def test_ctrl_c_while_batches_are_skipped(tmp_path):

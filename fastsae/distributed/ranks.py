@@ -172,6 +172,11 @@ class Ranks(Alone):
         dist.all_reduce(t, dist.ReduceOp.MAX)
         return int(t)
 
+    def every(self, flags: Tensor) -> Tensor:
+        agreed = flags.to("cpu", torch.uint8)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        return agreed.to(flags.device, torch.bool)
+
     def share(self, loss: Tensor) -> Tensor:
         if self.layout.data == 1:
             return loss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crew import Crew
-from ranked import D, K, M, Recording, activations, assert_equal_to_rounding, config, new, trained, whole
+from ranked import B, D, K, M, Recording, activations, assert_equal_to_rounding, config, new, trained, whole
 from torch import Tensor
 
 import fastsae
@@ -180,8 +180,38 @@ def test_rows_that_cannot_be_split_evenly(four):
 def test_bad_batches_are_skipped_by_all(four):
     options = {"nonfinite": "skip", "normalize": "none"}
     results, alone = four(spoiled, 2, options), spoiled(0, options)
-    assert alone["lines"][-1]["batches_skipped"] == 1
+    assert alone["lines"][-1]["rows_skipped"] == 1
     assert_equal_to_rounding(results, 2, alone)
+
+
+def test_outliers_are_left_out_by_all(four):
+    options = {"outliers": "skip", "normalize": "none"}
+    results, alone = four(with_a_sink, 2, options), with_a_sink(0, options)
+    assert alone["lines"][-1]["outliers_skipped"] == 6
+    assert_equal_to_rounding(results, 2, alone)
+
+
+def with_a_sink(features: int, options: dict[str, Any]) -> dict[str, Any]:
+    stream = (torch.cat([x, 1000 * x[:1]]) for x in activations())
+    return trained("topk", features, options, stream=stream)
+
+
+def test_a_batch_with_too_few_good_rows_for_all_ranks_is_skipped(two):
+    results = two(nearly_all_bad)
+    whole(results, 1)
+    for result in results:
+        assert result["lines"][-1]["batches_skipped"] == 1
+        assert result["lines"][-1]["rows_skipped"] == B - 1
+
+
+def nearly_all_bad() -> dict[str, Any]:
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 2:
+                x[:-1, 3] = torch.nan
+            yield x
+
+    return trained("topk", 1, {"nonfinite": "skip", "normalize": "none"}, stream=stream())
 
 
 def spoiled(features: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,23 @@ def one_nan(run_dir: Path, features: int) -> None:
     trained("topk", features, {"run_dir": run_dir, "normalize": "none"}, stream=on_rank_1(stream))
 
 
+def test_a_row_that_is_bad_on_one_rank_is_left_out_on_all(two):
+    results = two(one_nan_skipped)
+    whole(results, 1)
+    assert [result["lines"][-1]["rows_skipped"] for result in results] == [1, 1]
+
+
+def one_nan_skipped() -> dict[str, Any]:
+    def stream() -> Iterator[Tensor]:
+        for i, x in enumerate(activations()):
+            if i == 2:
+                x[-1, 3] = torch.nan
+            yield x
+
+    options = {"normalize": "none", "nonfinite": "skip"}
+    return trained("topk", 1, options, stream=on_rank_1(stream))
+
+
 @pytest.mark.parametrize("features", [1, 2])
 def test_what_is_too_large_for_the_sae_is_named_by_its_place(two, features):
     for said in said_by(two, too_large, features):
