@@ -76,7 +76,8 @@ def language_model(data: DataConfig) -> Any:
 
 def training_windows(model: Any, data: DataConfig) -> TokenWindows:
     _check_context(model, data)
-    return tokenize(read_documents(data.text), model.tokenizer, data.context, data.tokens, held_out=False)
+    documents = read_documents(data.text)
+    return tokenize(documents, model, data.context, data.tokens, held_out=False, prepend_bos=data.prepend_bos)
 
 
 def _check_context(model: Any, data: DataConfig) -> None:
@@ -93,7 +94,7 @@ def held_out_windows(
     """Windows spread over the held-out documents, `tokens` tokens at most."""
     _check_context(model, data)
     documents = read_documents(data.text)
-    return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
+    return tokenize(documents, model, data.context, tokens, True, per_document, data.prepend_bos)
 
 
 def train(
