@@ -184,7 +184,7 @@ class DataConfig:
     context: int = 256
     """Tokens per window, BOS included."""
     prepend_bos: bool | None = None
-    """Begin windows with BOS; None does as the model was trained: GPT-2, Llama and Gemma with, Qwen and Pythia without."""
+    """Begin windows with BOS; None is as the model was trained: GPT-2 and Llama with, Qwen and Pythia without."""
     batch_size: int = 1024
     """Activations per training step."""
     buffer_rows: int = 131_072

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastsae.activations.reading import PaddingMask, check_hook, check_tokens
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
-from fastsae.activations.tokens import TokenWindows
+from fastsae.activations.tokens import TokenWindows, prepends_bos
 from fastsae.files import locked
 
 # On the CPU a model reads a block in parts: temporaries of more rows are paged in anew at every operation, which took
@@ -41,7 +41,7 @@ class ModelActivations:
         if batch_windows < 1:
             raise ValueError(f"ModelActivations: expected batch_windows of at least 1; got {batch_windows}")
         check_tokens(model, windows, "ModelActivations")
-        if windows.has_bos and not getattr(model.cfg, "default_prepend_bos", True):
+        if windows.has_bos and not prepends_bos(model):
             warnings.warn(
                 "windows begin with BOS, and this model was trained without: its activations are others then. "
                 "tokenize(documents, model, ...) makes windows as the model knows them",
@@ -93,7 +93,7 @@ class ModelActivations:
         }
 
     def _read(self, windows: TokenWindows, is_text: Tensor) -> Tensor:
-        """The activations at text, some windows at a time, each time as wide as the longest of them."""
+        """The activations at text, some windows at a time."""
         on_cpu = torch.device(self.model.cfg.device).type == "cpu"
         at_once = max(1, _CPU_TOKENS // windows.context) if on_cpu else len(windows)
         rows = []

@@ -15,7 +15,7 @@ Read = Callable[..., Tensor]
 
 
 def check_hook(model: Any, hook_name: str) -> None:
-    """Raise ValueError, naming the nearest known hooks, unless `model` has this one; TypeError if it has none at all."""
+    """Raise ValueError, naming the nearest known hooks, unless `model` has this one; TypeError if it has no hooks."""
     if not hasattr(model, "hook_dict"):
         raise TypeError(
             f"expected a TransformerLens model, which has named hooks; got {type(model).__name__}. "
@@ -74,6 +74,18 @@ class PaddingMask:
 
     def __call__(self, is_token: Tensor) -> dict[str, Tensor]:
         return {} if self._name is None or bool(is_token.all()) else {self._name: is_token.long().to(self._device)}
+
+
+def output_mask(model: Any, windows: TokenWindows) -> PaddingMask:
+    """What keeps the output of a model, rather than one of its layers, from seeing padding."""
+
+    @torch.no_grad()
+    def logits(tokens: Tensor, **mask: Tensor) -> Tensor:
+        if not hasattr(model, "forward"):  # has hooks to run with, and nothing to give a mask to
+            return tokens[..., None]
+        return model.forward(tokens.to(model.cfg.device), return_type="logits", **mask)
+
+    return PaddingMask(model, windows, logits)
 
 
 def _change(read: Read, windows: TokenWindows, mask: dict[str, Tensor]) -> float:

@@ -35,14 +35,14 @@ class TokenWindows:
         return len(self.tokens)
 
     def __getitem__(self, windows: slice) -> "TokenWindows":
-        """Some of the windows, as wide as the longest of them."""
+        """Some of the windows, narrower if all of them are short."""
         lengths = self.lengths[windows]
-        tokens = self.tokens[windows, : int(lengths.max())].contiguous()
+        tokens = self.tokens[windows, : _width(lengths, self.context)].contiguous()
         return TokenWindows(tokens, lengths, self.documents[windows], self.names, self.has_bos, self.special)
 
     @property
     def context(self) -> int:
-        """Tokens that a window has room for, as many as the longest document fills."""
+        """Tokens that a window has room for."""
         return self.tokens.shape[1]
 
     @property
@@ -139,9 +139,9 @@ def tokenize(
             "name: use more text, or text of several documents."
         )
     owners = torch.repeat_interleave(torch.tensor([len(windows) for windows in lengths], device="cpu"))
-    rows = _padded(torch.cat(tokens), torch.cat(lengths), bos)
-    ends = torch.cat(lengths) + (bos is not None)
-    return TokenWindows(rows, ends, owners, tuple(names), bos is not None, special)
+    bodies = torch.cat(lengths)
+    rows = _padded(torch.cat(tokens), bodies, context, bos)
+    return TokenWindows(rows, bodies + (context - body), owners, tuple(names), bos is not None, special)
 
 
 def first_token(model: Any, prepend_bos: bool | None = None) -> int | None:
@@ -151,11 +151,16 @@ def first_token(model: Any, prepend_bos: bool | None = None) -> int | None:
     prepend_bos: None is as the model was trained, `cfg.default_prepend_bos` in TransformerLens; without a model, True.
     """
     tokenizer, cfg = _tokenizer(model), _cfg(model)
-    if not (getattr(cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos):
+    if not (prepends_bos(model) if prepend_bos is None else prepend_bos):
         return None
     bos, cls = (_id(tokenizer, cfg, name) for name in ("bos", "cls"))
     put_first = tokenizer("a", verbose=False)["input_ids"][:1]  # such as [CLS], where there is no BOS
     return put_first[0] if put_first and put_first[0] in (bos, cls) else bos
+
+
+def prepends_bos(model: Any) -> bool:
+    """Whether a TransformerLens model was trained with BOS at the beginning; True where that is not known."""
+    return bool(getattr(_cfg(model), "default_prepend_bos", True))
 
 
 def special_tokens(model: Any) -> tuple[int, ...]:
@@ -234,10 +239,18 @@ def _text(ids: Tensor, special: tuple[int, ...]) -> Tensor:
     return ~torch.isin(ids, torch.tensor(special, dtype=torch.int64, device="cpu"))
 
 
-def _padded(tokens: Tensor, lengths: Tensor, bos: int | None) -> Tensor:
-    """(windows, longest): tokens one after the other as windows of these lengths, with BOS in front of each."""
+def _padded(tokens: Tensor, lengths: Tensor, context: int, bos: int | None) -> Tensor:
+    """Tokens one after the other as windows of these lengths, with BOS in front of each: (windows, context), or
+    narrower."""
     first = int(bos is not None)
-    rows = torch.zeros(len(lengths), first + int(lengths.max()), dtype=torch.int64, device="cpu")
+    rows = torch.zeros(len(lengths), _width(lengths + first, context), dtype=torch.int64, device="cpu")
     rows[:, :first] = bos or 0
     rows[:, first:].masked_scatter_(torch.arange(rows.shape[1] - first, device="cpu") < lengths.unsqueeze(1), tokens)
     return rows
+
+
+def _width(lengths: Tensor, context: int) -> int:
+    """What padding is left away for: the longest window if it takes at most half of the context. To save less would
+    not be worth that the rows of ordinary text are rounded in another way."""
+    longest = int(lengths.max())
+    return longest if 2 * longest <= context else context

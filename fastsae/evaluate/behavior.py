@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens
+from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
 from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
@@ -94,7 +94,13 @@ def behavior(
             raise ValueError(f"behavior: expected {name} of at least 1; got {value}")
     if torch.device(model.cfg.device).type == "cpu":
         batch_windows = min(batch_windows, max(1, _CPU_TOKENS // windows.context))
-    mask = _padding_mask(model, windows)
+    mask = output_mask(model, windows)
+    if mask.reads_ahead:
+        warnings.warn(
+            "behavior: this model reads in both directions: it has seen the token that comes next, so there is no "
+            "cross-entropy of predicting it, and no loss recovered. KL is of its outputs at each token.",
+            stacklevel=2,
+        )
     totals = DocumentTotals(windows.names)
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
@@ -109,25 +115,6 @@ def behavior(
             "use a longer context or longer documents"
         )
     return _result(totals.finish())
-
-
-def _padding_mask(model: Any, windows: TokenWindows) -> PaddingMask | None:
-    """None for what has hooks to run with and no forward of its own."""
-    if not hasattr(model, "forward"):
-        return None
-
-    @torch.no_grad()
-    def logits(tokens: Tensor, **mask: Tensor) -> Tensor:
-        return model.forward(tokens.to(model.cfg.device), return_type="logits", **mask)
-
-    mask = PaddingMask(model, windows, logits)
-    if mask.reads_ahead:
-        warnings.warn(
-            "behavior: this model reads in both directions: it has seen the token that comes next, so there is no "
-            "cross-entropy of predicting it, and no loss recovered. KL is of its outputs at each token.",
-            stacklevel=3,
-        )
-    return mask
 
 
 def _result(sums: DocumentSums) -> Behavior:
@@ -171,15 +158,14 @@ class _Splice:
         model: Any,
         hook_name: str,
         windows: TokenWindows,
-        mask: PaddingMask | None,
+        mask: PaddingMask,
         bos: bool,
         noise: torch.Generator,
         context: int,
     ) -> None:
         self.sae, self.secondary, self.model, self.hook_name = sae, secondary, model, hook_name
         self.noise, self.context = noise, context
-        self.predicts = mask is None or not mask.reads_ahead
-        self.mask = {} if mask is None else mask(windows.is_token())
+        self.predicts, self.mask = not mask.reads_ahead, mask(windows.is_token())
         is_text = windows.is_text()
         self.replaced = windows.is_token() if bos else is_text
         counts = self.replaced[:, :-1] & is_text[:, 1:]  # position t + 1, predicted at t
