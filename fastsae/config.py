@@ -184,6 +184,8 @@ class DataConfig:
     """Tokens of training text; fewer if the text ends. Seen again and again, shuffled anew, if training takes more."""
     context: int = 256
     """Tokens per window, BOS included."""
+    prepend_bos: bool | None = None
+    """Begin windows with BOS; None is as the model was trained: GPT-2 and Llama with, Qwen and Pythia without."""
     batch_size: int = 1024
     """Activations per training step."""
     buffer_rows: int = 131_072

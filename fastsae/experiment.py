@@ -16,6 +16,7 @@ from fastsae.activations import (
     ModelActivations,
     TokenWindows,
     harvest,
+    prepends_bos,
     read_documents,
     tokenize,
 )
@@ -71,12 +72,21 @@ def device() -> str:
 def language_model(data: DataConfig) -> Any:
     from fastsae import lm
 
-    return lm.load(data.model, device())
+    model = lm.load(data.model, device())
+    if data.prepend_bos is not None:
+        model.cfg.default_prepend_bos = data.prepend_bos
+    return model
+
+
+def as_read(model: Any, data: DataConfig) -> DataConfig:
+    """The same with the model's own convention where none is asked for: that is recorded with a run."""
+    return data if data.prepend_bos is not None else dataclasses.replace(data, prepend_bos=prepends_bos(model))
 
 
 def training_windows(model: Any, data: DataConfig) -> TokenWindows:
     _check_context(model, data)
-    return tokenize(read_documents(data.text), model.tokenizer, data.context, data.tokens, held_out=False)
+    documents = read_documents(data.text)
+    return tokenize(documents, model, data.context, data.tokens, held_out=False, prepend_bos=data.prepend_bos)
 
 
 def _check_context(model: Any, data: DataConfig) -> None:
@@ -93,7 +103,7 @@ def held_out_windows(
     """Windows spread over the held-out documents, `tokens` tokens at most."""
     _check_context(model, data)
     documents = read_documents(data.text)
-    return tokenize(documents, model.tokenizer, data.context, tokens, True, per_document)
+    return tokenize(documents, model, data.context, tokens, True, per_document, data.prepend_bos)
 
 
 def train(
@@ -105,6 +115,7 @@ def train(
     dtype: torch.dtype = torch.float32,
 ) -> SparseAutoencoder:
     """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together."""
+    data = as_read(model, data)
     make = _maker(config, data, trainer.seed, ranks, dtype)
     base = None if isinstance(config, TopKSAEConfig) else config.base
     source = ModelActivations(model, data.hook, training_windows(model, data))
@@ -157,6 +168,11 @@ def _on_base(config: SequentialRunConfig | SecondaryRunConfig, data: DataConfig,
             f"{config.base} was trained on {seen.hook} of model {seen.model!r} on {seen.text!r}, this run is on "
             f"{ours.hook} of model {ours.model!r} on {ours.text!r}; --model, --hook and --text must be those of the "
             "base, or documents it was trained on would be held out"
+        )
+    if seen.prepend_bos is not None and seen.prepend_bos != ours.prepend_bos:
+        raise ValueError(
+            f"{config.base} was trained with prepend_bos = {seen.prepend_bos}, this run has {ours.prepend_bos}; "
+            f"--data.prepend-bos {seen.prepend_bos} is as the base reads"
         )
     options = to_dict(config)
     del options["base"]

@@ -1,9 +1,11 @@
 """From token windows to shuffled batches: the right rows, each once, whatever interrupts."""
 
 import copy
+import dataclasses
 import errno
 import gc
 import json
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,20 +14,25 @@ from typing import Any
 import pytest
 import safetensors.torch
 import tiny_lm
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
-from fastsae import files
+from fastsae import files, lm
 from fastsae.activations import (
     ActivationStore,
     ActivationStream,
     Document,
     ModelActivations,
     TokenWindows,
+    first_token,
     harvest,
     is_held_out,
+    special_tokens,
     tokenize,
 )
+from fastsae.activations.store import Rows
 
 HOOK = "blocks.1.hook_resid_post"
 # Both kinds of TransformerLens models are served as long as the first exists.
@@ -145,6 +152,83 @@ def test_the_digest_tells_tokens_and_documents_apart(tokenizer: Any):
     assert len(others | {digest(a, b)}) == 5
 
 
+BOS = tiny_lm.WORDS[0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 without special tokens", "qwen", "neox", "bert"])
+def test_windows_begin_as_the_model_was_trained(kind: str, tmp_path: Path):
+    model = lm.load(str(tiny_lm.saved(tmp_path, kind)))
+    documents = [Document("a", "the cat sat on the mat")]
+    plain = model.tokenizer(documents[0].text, add_special_tokens=False)["input_ids"]
+    expected = model.to_tokens(documents[0].text)[0].tolist()  # TransformerLens' own idea of it
+    if kind == "gpt2 without special tokens":
+        expected = plain  # TransformerLens puts an id there that the model does not know
+    elif kind == "bert":
+        assert expected.pop() == model.tokenizer.sep_token_id
+        assert expected[0] == model.tokenizer.cls_token_id
+    assert (expected == plain) == (kind not in ("gpt2", "bert"))
+    for given in (model, model.tokenizer):
+        windows = tokenize(documents, given, 32, held_out=None)
+        assert windows.tokens[0, : windows.lengths[0]].tolist() == expected
+        assert windows.is_text().sum() == windows.n_tokens == len(plain)
+        assert windows.has_bos == (expected != plain)
+    assert len(ModelActivations(model, HOOK, windows).block(0)) == len(plain)
+    without = tokenize(documents, model, 32, held_out=None, prepend_bos=False)
+    assert without.tokens[0, : without.lengths[0]].tolist() == plain
+    forced = tokenize(documents, model, 32, held_out=None, prepend_bos=True)
+    assert forced.has_bos == (kind != "gpt2 without special tokens")
+    if kind in ("qwen", "neox"):
+        assert forced.tokens[0, 0] == model.tokenizer.eos_token_id
+        with pytest.warns(UserWarning, match="begin with BOS, and this model was trained without"):
+            ModelActivations(model, HOOK, forced)
+
+
+def test_text_that_begins_with_bos_gets_no_second_one(tokenizer: Any):
+    windows = tokenize([Document("a", text(30))], tokenizer, CONTEXT, held_out=None)
+    begun = tokenize([Document("a", f"{BOS} {text(30)}")], tokenizer, CONTEXT, held_out=None)
+    assert begun.digest() == windows.digest()
+    words = text(22).split()
+    middle = " ".join([*words[:11], BOS, *words[11:]])  # where a window begins
+    inside = tokenize([Document("a", middle)], tokenizer, CONTEXT, held_out=None)
+    plain = tokenize([Document("a", text(22))], tokenizer, CONTEXT, held_out=None)
+    assert inside.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_what_stands_between_texts_is_seen_and_is_no_text(tokenizer: Any, model: Any):
+    joined = [Document("a", f"the cat {BOS} sat on {BOS}"), Document("b", f"{BOS} {BOS}"), Document("c", text(3))]
+    windows = tokenize(joined, tokenizer, CONTEXT, held_out=None)
+    bos, ids = tokenizer.bos_token_id, tokenizer("the cat sat on", add_special_tokens=False)["input_ids"]
+    assert windows.tokens[0, :7].tolist() == [bos, *ids[:2], bos, *ids[2:], bos]
+    assert windows.documents.tolist() == [0, 2], "a window without text has nothing to train on"
+    assert windows.is_text()[0, :7].tolist() == [False, True, True, False, True, True, False]
+    assert (windows.n_tokens, windows.n_predictions) == (7, 4)
+    source = ModelActivations(model, HOOK, windows)
+    assert source.block_rows == [7]
+    rows = source.rows(0)
+    assert rows.positions.tolist() == [1, 2, 4, 5, 1, 2, 3]
+    with torch.no_grad():
+        _, seen = model.run_with_cache(windows.tokens[:1, :7], names_filter=[HOOK])
+    torch.testing.assert_close(rows.activations[:4], seen[HOOK][0, [1, 2, 4, 5]], rtol=1e-5, atol=5e-6)
+    for limit in range(1, 8):
+        assert tokenize(joined, tokenizer, CONTEXT, limit, held_out=None).n_tokens == limit
+    as_text = dataclasses.replace(windows, special=())
+    assert as_text.n_tokens == 9
+    assert as_text.digest() != windows.digest()
+
+
+def test_which_tokens_are_special():
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "<|user|>": 3, "[SEP]": 4, "hi": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    options: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    roles = {"additional_special_tokens": ["<|user|>"], "sep_token": "[SEP]", "pad_token": "<unk>", "cls_token": "<c>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **options, **roles)
+    assert made.convert_tokens_to_ids("<c>") == 6, "it has been added"
+    assert special_tokens(made) == (0, 1, 4, 6)
+    assert first_token(made) == 0
+    made.bos_token = "<nowhere>"  # read as the unknown token
+    assert first_token(made) != 2
+
+
 # ---- activations of a model ---------------------------------------------------------------------------------------
 
 
@@ -240,6 +324,102 @@ def test_hooks_that_give_no_activations_are_refused_by_name(model: Any, windows:
         ModelActivations(model, HOOK, tokenize(DOCUMENTS, tokenizer, CONTEXT + 1))
 
 
+def test_short_documents_are_not_padded_to_the_context(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    documents = [Document(f"{i}", text(1 + i % 4, i)) for i in range(9)]
+    short = tokenize(documents, tokenizer, CONTEXT, held_out=None)
+    assert short.tokens.shape == (9, 5)
+    mixed = tokenize([*documents, Document("long", text(11))], tokenizer, CONTEXT, held_out=None)
+    assert mixed.tokens.shape == (10, CONTEXT)
+    widths, run = [], model.run_with_cache
+    source = ModelActivations(model, HOOK, mixed, batch_windows=3)
+    monkeypatch.setattr(model, "run_with_cache", lambda t, **kw: (widths.append(t.shape[1]), run(t, **kw))[1])
+    rows = [source.rows(i) for i in range(4)]
+    assert widths == [4, 5, 5, CONTEXT]
+    monkeypatch.undo()
+    alone = ModelActivations(model, HOOK, short, batch_windows=1)
+    torch.testing.assert_close(
+        torch.cat([part.activations for part in rows[:3]]), all_rows(alone), rtol=1e-5, atol=5e-6
+    )
+    assert torch.cat([part.documents for part in rows]).tolist() == [
+        *(i for i in range(9) for _ in range(1 + i % 4)),
+        *[9] * 11,
+    ]
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Any:
+    return lm.load(str(tiny_lm.saved(tmp_path, "bert")))
+
+
+def test_a_model_that_reads_in_both_directions_does_not_see_padding(bert: Any, tmp_path: Path):
+    """Compared with transformers' own, a window at a time."""
+    documents = [Document(f"{i}", text(n, i)) for i, n in enumerate([2, 9, 4, 7, 1])]
+    windows = tokenize(documents, bert, CONTEXT, held_out=None)
+    theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    for hook, layer in {"blocks.0.hook_resid_post": 1, "blocks.1.hook_resid_post": 2}.items():
+        rows = ModelActivations(bert, hook, windows).block(0)
+        with torch.no_grad():
+            alone = [
+                theirs(tokens[None, :length], output_hidden_states=True).hidden_states[layer][0, 1:]
+                for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True)
+            ]
+        torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:HookedEncoder is deprecated")
+def test_an_encoder_that_names_its_mask_otherwise_does_not_see_padding(bert: Any):
+    from transformer_lens import HookedEncoder, HookedTransformerConfig
+
+    sizes = {"n_layers": 2, "d_model": 16, "n_ctx": CONTEXT, "d_head": 8, "n_heads": 2, "d_mlp": 32, "d_vocab": 30}
+    encoder = HookedEncoder(HookedTransformerConfig(**sizes, act_fn="gelu", attention_dir="bidirectional", seed=3))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    windows = tokenize([Document(f"{i}", text(n, i)) for i, n in enumerate([2, 9, 4])], bert, CONTEXT, held_out=None)
+    rows = ModelActivations(encoder, HOOK, windows).block(0)
+    alone = []
+    for tokens, length in zip(windows.tokens, windows.lengths.tolist(), strict=True):
+        with torch.no_grad():
+            alone.append(encoder.run_with_cache(tokens[None, :length], names_filter=[HOOK])[1][HOOK][0, 1:])
+    torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_kept_from_seeing_padding_is_refused(bert: Any, monkeypatch: pytest.MonkeyPatch):
+    windows = tokenize([Document("a", text(3)), Document("b", text(9))], bert, CONTEXT, held_out=None)
+    run = bert.run_with_cache
+    monkeypatch.setattr(bert, "run_with_cache", lambda t, attention_mask=None, **kw: run(t, **kw))
+    with pytest.raises(ValueError, match="reads in both directions, and takes no attention mask"):
+        ModelActivations(bert, HOOK, windows)
+    full = tokenize([Document("a", text(11)), Document("b", text(22))], bert, CONTEXT, held_out=None)
+    assert ModelActivations(bert, HOOK, full).n_rows == 33, "nothing is padded"
+
+
+def test_a_model_that_reads_forward_runs_without_a_mask(model: Any, windows: TokenWindows):
+    seen, run = [], model.run_with_cache
+    source = ModelActivations(model, HOOK, windows)
+    source.model = Spy = type("Spy", (), {"cfg": model.cfg})
+    Spy.run_with_cache = staticmethod(lambda t, **kw: (seen.append(set(kw)), run(t, **kw))[1])
+    source.block(0)
+    assert seen
+    assert not any("attention_mask" in kw for kw in seen)
+
+
+def test_ids_that_the_model_does_not_know_are_named(model: Any, windows: TokenWindows):
+    tokens = windows.tokens.clone()
+    for unknown in (len(tiny_lm.WORDS), -1):
+        tokens[3, 1] = unknown
+        message = rf"token id {unknown} in 'document 2' is outside the model's vocabulary of {len(tiny_lm.WORDS)} ids"
+        with pytest.raises(ValueError, match=message):
+            ModelActivations(model, HOOK, dataclasses.replace(windows, tokens=tokens))
+
+
+def test_a_transformers_model_is_told_what_is_wanted(windows: TokenWindows, tmp_path: Path):
+    plain = tiny_lm.bridge().original_model
+    with pytest.raises(TypeError, match=r"expected a TransformerLens model.*got GPT2LMHeadModel.*fastsae.lm.load"):
+        ModelActivations(plain, HOOK, windows)
+    with pytest.raises(TypeError, match=r"expected ModelActivations\(model, hook_name, windows\); got GPT2LMHeadModel"):
+        harvest(plain, tmp_path)
+
+
 # ---- store --------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +471,56 @@ def test_a_store_in_bf16_is_the_rounded_activations(hooked: Any, windows: TokenW
     assert store.identity["dtype"] == "bfloat16"
     torch.testing.assert_close(store.block(1), source.block(1).bfloat16(), rtol=0, atol=0)
     assert store.rows(1).positions.dtype == torch.int32
+
+
+class Given:
+    """Activations that are given, two rows of each of two documents, as of a model."""
+
+    block_rows, n_rows, windows = [2, 2], 4, type("Windows", (), {"names": ("x", "y")})
+    identity = {"d_in": 3}  # noqa: RUF012  # nobody writes to it
+
+    def __init__(self, activations: Tensor) -> None:
+        self.activations = activations
+
+    def rows(self, i: int) -> Rows:
+        return Rows(self.activations[2 * i : 2 * i + 2], torch.tensor([i, i]), torch.tensor([4, 7]))
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "dtype", "holding"),
+    [
+        (65_520.0, torch.float32, torch.float16, "bfloat16"),
+        (-1e5, torch.bfloat16, torch.float16, "bfloat16"),
+        (3.4e38, torch.float32, torch.bfloat16, "float32"),
+        (1e39, torch.float64, torch.float32, "float64"),
+    ],
+)
+def test_activations_that_a_dtype_cannot_hold_are_refused_at_the_shard(value, source, dtype, holding, tmp_path: Path):
+    activations = torch.zeros(4, 3, dtype=source)
+    activations[0] = torch.finfo(dtype).max if source != torch.bfloat16 else 1.0
+    activations[3, 1] = value
+    place = f"document 'y', position 7, dimension 1 is {float(activations[3, 1]):g}"
+    with pytest.raises(ValueError, match=re.escape(f"{place}, more than {str(dtype)[6:]} holds") + f".*Use {holding}"):
+        harvest(Given(activations), tmp_path, dtype)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.glob("shard*")) == ["shard_00000.safetensors"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_the_model_itself_gives_is_not_blamed_on_the_dtype(value: float, tmp_path: Path):
+    activations = torch.zeros(4, 3)
+    activations[1, 2] = value
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(
+            ValueError, match=rf"'x', position 7, dimension 2 is {value:g}: the model itself gives that"
+        ):
+            harvest(Given(activations), tmp_path / str(dtype), dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_harvest_into_float8_is_refused_at_once(dtype: torch.dtype, tmp_path: Path):
+    with pytest.raises(TypeError, match=rf"got {dtype}. Activations are trained on in float16, bfloat16"):
+        harvest(Given(torch.zeros(4, 3)), tmp_path / "store", dtype)  # type: ignore[arg-type]
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_harvest_killed_at_any_shard_goes_on_and_ends_the_same_to_the_byte(

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny_lm import bridge, hooked, tokenizer
+from tiny_lm import bridge, hooked, saved, tokenizer
 
 import fastsae
+from fastsae import lm
 from fastsae.activations import Document, ModelActivations, tokenize
 from fastsae.activations.store import Rows
 from fastsae.evaluate import behavior, reconstruction
@@ -270,6 +271,77 @@ def test_a_perfect_reconstruction_changes_nothing():
     assert b.full.kl.estimate == pytest.approx(0, abs=1e-6)
     assert b.full.ce.estimate == pytest.approx(b.ce_clean.estimate)
     assert b.full.loss_recovered.estimate == pytest.approx(1)
+
+
+def test_separators_are_neither_replaced_nor_predicted_until_bos_is_in():
+    m, sae = hooked(), small_sae()
+    sae.eval()
+    texts = tokenize([Document("a", "the cat <bos> sat on the mat <bos> .")], tokenizer(), 12, held_out=None)
+    ids = texts.tokens[:, : texts.lengths[0]]
+    text = ids[0] != tokenizer().bos_token_id
+    assert text.tolist() == [False, True, True, False, True, True, True, True, False, True]
+    replace = kept_of(sae, ["identity", "linear", "interaction"])
+    for bos, replaced in {False: text, True: torch.ones_like(text)}.items():
+
+        def hook(activation, hook, replaced=replaced):
+            return torch.where(replaced[:, None], replace(activation), activation)
+
+        with torch.no_grad():
+            clean, spliced = (
+                m.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits")[0].double().log_softmax(-1)
+                for hooks in ([], [(HOOK, hook)])
+            )
+        counts = replaced[:-1] & text[1:]
+        b = behavior(sae, m, HOOK, texts, bos=bos)
+        assert b.tokens == int(counts.sum()) == (4 if not bos else 7)
+        kl = (clean.exp() * (clean - spliced)).sum(-1)[:-1][counts].mean()
+        assert b.full.kl.estimate == pytest.approx(kl.item(), rel=1e-4)
+        if not bos:
+            assert texts.n_predictions == b.tokens
+
+
+def test_short_windows_are_measured_as_they_are_alone():
+    m, sae = hooked(), small_sae()
+    documents = [Document(str(i), "the cat sat") for i in range(5)] + [Document("long", TEXT[0].text)]
+    mixed = tokenize(documents, tokenizer(), 12, held_out=None)
+    short = tokenize(documents[:5], tokenizer(), 12, held_out=None)
+    assert (mixed.context, short.context) == (12, 4)
+    together = behavior(sae, m, HOOK, mixed, batch_windows=5).sums
+    alone = behavior(sae, m, HOOK, short, batch_windows=2).sums
+    for name in ("kl full", "ce full", "ce ablated"):
+        assert together.sums[name][:5].tolist() == pytest.approx(alone.sums[name].tolist(), rel=1e-4)
+
+
+def test_a_model_that_reads_in_both_directions_is_measured_without_its_padding(tmp_path):
+    m = lm.load(str(saved(tmp_path, "bert")))
+    sae = small_sae()
+    texts = tokenize(TEXT, m, 12, held_out=None)
+    assert texts.lengths.min() < texts.context
+    with pytest.warns(UserWarning, match="reads in both directions.*no cross-entropy"):
+        b = behavior(sae, m, HOOK, texts)
+    sae.eval()
+    replace, kl = kept_of(sae, ["identity", "linear", "interaction"]), []
+
+    def hook(activation, hook):
+        return torch.cat([activation[:, :1], replace(activation[:, 1:])], dim=1)
+
+    for tokens, length in zip(texts.tokens, texts.lengths.tolist(), strict=True):
+        with torch.no_grad():
+            clean, spliced = (
+                m.run_with_hooks(tokens[None, :length], fwd_hooks=hooks, return_type="logits")[0].log_softmax(-1)
+                for hooks in ([], [(HOOK, hook)])
+            )
+        kl.append((clean.exp() * (clean - spliced)).sum(-1)[1:-1])
+    assert b.full.kl.estimate == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert math.isnan(b.ce_clean.estimate)
+    assert math.isnan(b.full.loss_recovered.estimate)
+
+
+def test_behavior_of_ids_that_the_model_does_not_know():
+    texts = windows()
+    texts.tokens[1, 2] = 99
+    with pytest.raises(ValueError, match="behavior: token id 99 in 'a' is outside the model's vocabulary of 17"):
+        behavior(small_sae(), hooked(), HOOK, texts)
 
 
 def test_behavior_at_a_hook_with_heads():

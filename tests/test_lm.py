@@ -1,5 +1,6 @@
 """The embedded language model, the script that made it, and the trigram it is compared with."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from fastsae import lm
-from fastsae.activations import is_held_out, read_documents, tokenize
+from fastsae.activations import Document, is_held_out, read_documents, tokenize
 from fastsae.lm import train
 from fastsae.lm.trigram import Trigram
 
@@ -94,6 +95,26 @@ def test_what_is_no_fault_of_the_folder(monkeypatch):
 def test_a_name_that_is_no_model():
     with pytest.raises(OSError, match=r"'no/such-model' is neither 'embedded', nor a folder"):
         lm.load("no/such-model")
+
+
+def test_a_model_is_no_name(model):
+    with pytest.raises(TypeError, match=r"expected a folder or a name .* got GPT2LMHeadModel.*boot_transformers"):
+        lm.load(model.original_model)
+
+
+def test_its_windows_are_those_it_was_trained_on(model):
+    """To the bit those of every run there is."""
+    document = Document("a", "def f(x):\n    return x\n" * 40)
+    windows = tokenize([document], model.tokenizer, 256, held_out=None)
+    ids = model.tokenizer(document.text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > 255
+    want = torch.zeros(2, 256, dtype=torch.int64)  # 0 is BOS, and what pads
+    want[0, 1:], want[1, 1 : len(ids) - 254] = torch.tensor(ids[:255]), torch.tensor(ids[255:])
+    assert windows.tokens.tolist() == want.tolist()
+    fingerprint = hashlib.sha256(b"a")
+    for part in (want, torch.tensor([256, len(ids) - 254]), torch.tensor([0, 0])):
+        fingerprint.update(part.numpy().tobytes())
+    assert windows.digest() == fingerprint.hexdigest()[:16]
 
 
 # ---- the script ----

@@ -1,20 +1,27 @@
 """From text to activations: documents, token windows, a model's activations, a store, a shuffled stream."""
 
-from fastsae.activations.harvest import ModelActivations, check_hook, harvest
+from fastsae.activations.harvest import ModelActivations, harvest
+from fastsae.activations.reading import PaddingMask, check_hook, check_tokens, output_mask
 from fastsae.activations.store import ActivationStore
 from fastsae.activations.stream import ActivationStream
 from fastsae.activations.text import Document, is_held_out, read_documents
-from fastsae.activations.tokens import TokenWindows, tokenize
+from fastsae.activations.tokens import TokenWindows, first_token, prepends_bos, special_tokens, tokenize
 
 __all__ = [
     "ActivationStore",
     "ActivationStream",
     "Document",
     "ModelActivations",
+    "PaddingMask",
     "TokenWindows",
     "check_hook",
+    "check_tokens",
+    "first_token",
     "harvest",
     "is_held_out",
+    "output_mask",
+    "prepends_bos",
     "read_documents",
+    "special_tokens",
     "tokenize",
 ]

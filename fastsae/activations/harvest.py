@@ -1,8 +1,10 @@
 """Activations of a language model at one hook: computed block by block, on the fly or into a store."""
 
-import difflib
 import hashlib
+import inspect
+import math
 import re
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsae.activations.reading import PaddingMask, check_hook, check_tokens
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
-from fastsae.activations.tokens import TokenWindows
+from fastsae.activations.tokens import TokenWindows, prepends_bos
 from fastsae.files import locked
 
 # On the CPU a model reads a block in parts: temporaries of more rows are paged in anew at every operation, which took
 # twice the time.
 _CPU_TOKENS = 2048
 
+_STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class ModelActivations:
-    """The activations of `model` at `hook_name` over token windows, without BOS and padding: a source of blocks.
+    """The activations of `model` at `hook_name` over token windows, at tokens of text: a source of blocks.
 
     model: anything with TransformerLens' run_with_cache and hook_dict (HookedTransformer, TransformerBridge); it is put
     into eval mode. Only the layers up to the hook are run. A hook with a head axis gives its heads side by side in one
-    row. Raises ValueError for an unknown hook, naming the nearest known ones, for a hook that never fires or has no row
-    per token, and for windows longer than the model reads.
+    row. A model that reads in both directions gets an attention mask. Raises ValueError for an unknown hook, naming the
+    nearest known ones, for a hook that never fires or has no row per token, for windows longer than the model reads or
+    with ids it does not know, and for padding that it cannot be kept from seeing.
     """
 
     def __init__(self, model: Any, hook_name: str, windows: TokenWindows, batch_windows: int = 32) -> None:
@@ -34,19 +40,24 @@ class ModelActivations:
         check_hook(model, hook_name)
         if batch_windows < 1:
             raise ValueError(f"ModelActivations: expected batch_windows of at least 1; got {batch_windows}")
-        if windows.context > model.cfg.n_ctx:
-            raise ValueError(
-                f"ModelActivations: expected windows of at most {model.cfg.n_ctx} tokens, the model's context; got "
-                f"{windows.context}. Use a shorter context."
+        check_tokens(model, windows, "ModelActivations")
+        if windows.has_bos and not prepends_bos(model):
+            warnings.warn(
+                "windows begin with BOS, and this model was trained without: its activations are others then. "
+                "tokenize(documents, model, ...) makes windows as the model knows them",
+                stacklevel=2,
             )
         model.eval()  # dropout would make every pass over the same tokens another one
         layer = re.match(r"blocks\.(\d+)\.", hook_name)
-        self._stop_at_layer = int(layer[1]) + 1 if layer else None
+        forward = getattr(model, "forward", None)
+        stops = layer and (forward is None or "stop_at_layer" in inspect.signature(forward).parameters)
+        self._stop = {"stop_at_layer": int(layer[1]) + 1} if layer and stops else {}
         self._batches = [slice(lo, lo + batch_windows) for lo in range(0, len(windows), batch_windows)]
         self.block_rows = [int(windows.is_text(batch).sum()) for batch in self._batches]
         for length in (1, 2):  # a head axis can pass for the tokens at one length, not at two
-            probe = self._run(windows.tokens[:1, :length])
+            probe = self._forward(windows.tokens[:1, :length])
             self.d_in, self.dtype = probe.shape[-1], probe.dtype
+        self._mask = PaddingMask(model, windows, self._forward)
 
     @property
     def n_rows(self) -> int:
@@ -58,13 +69,11 @@ class ModelActivations:
 
     def rows(self, i: int) -> Rows:
         """The same, with the document and the position of each row."""
-        batch = self._batches[i]
-        is_text = self.windows.is_text(batch)
-        activations = self._run(self.windows.tokens[batch])
-        document = self.windows.documents[batch].unsqueeze(1).expand_as(is_text)[is_text]
+        windows = self.windows[self._batches[i]]
+        is_text = windows.is_text()
         return Rows(
-            activations[is_text.to(activations.device)],
-            document.to(torch.int32),
+            self._read(windows, is_text),
+            windows.documents.unsqueeze(1).expand_as(is_text)[is_text].to(torch.int32),
             is_text.nonzero()[:, 1].to(torch.int32),
         )
 
@@ -83,15 +92,22 @@ class ModelActivations:
             "batch_windows": self.batch_windows,
         }
 
-    def _run(self, tokens: Tensor) -> Tensor:
+    def _read(self, windows: TokenWindows, is_text: Tensor) -> Tensor:
+        """The activations at text, some windows at a time."""
         on_cpu = torch.device(self.model.cfg.device).type == "cpu"
-        at_once = max(1, _CPU_TOKENS // tokens.shape[1]) if on_cpu else len(tokens)
-        return torch.cat([self._forward(part) for part in tokens.split(at_once)])
+        at_once = max(1, _CPU_TOKENS // windows.context) if on_cpu else len(windows)
+        rows = []
+        for lo in range(0, len(windows), at_once):
+            part = windows[lo : lo + at_once]
+            activations = self._forward(part.tokens, **self._mask(part.is_token()))
+            text = is_text[lo : lo + at_once, : part.context]
+            rows.append(activations[text.to(activations.device)])
+        return torch.cat(rows)
 
     @torch.no_grad()
-    def _forward(self, tokens: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, **mask: Tensor) -> Tensor:
         _, cache = self.model.run_with_cache(
-            tokens.to(self.model.cfg.device), names_filter=[self.hook_name], stop_at_layer=self._stop_at_layer
+            tokens.to(self.model.cfg.device), names_filter=[self.hook_name], **self._stop, **mask
         )
         if self.hook_name not in cache:
             raise ValueError(
@@ -108,14 +124,6 @@ class ModelActivations:
         return activations.flatten(2)
 
 
-def check_hook(model: Any, hook_name: str) -> None:
-    """Raise ValueError, naming the nearest known hooks, unless `model` has this one."""
-    if hook_name not in model.hook_dict:
-        near = difflib.get_close_matches(hook_name, model.hook_dict, n=5, cutoff=0.5)
-        hint = f"Near ones: {', '.join(near)}." if near else "See model.hook_dict for all."
-        raise ValueError(f"the model has no hook {hook_name!r}. {hint}")
-
-
 def _weights_digest(model: Any) -> str:
     """A fingerprint of the weights by the first entries of every parameter: names outlive a retrained model."""
     fingerprint = hashlib.sha256()
@@ -128,17 +136,41 @@ def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = t
     """Write all blocks of `source` into a store, a shard each, and open it.
 
     An interrupted harvest goes on at the first missing shard; the store comes out the same to the bit. Raises
-    ValueError when `folder` holds another harvest, RuntimeError when another process is writing into it.
+    ValueError when `folder` holds another harvest, and at an activation that is not finite or that `dtype` cannot hold;
+    RuntimeError when another process is writing into it.
     """
-    if not dtype.is_floating_point:
-        raise TypeError(f"harvest: expected a float dtype; got {dtype}")
+    if not hasattr(source, "block_rows"):
+        raise TypeError(f"harvest: expected ModelActivations(model, hook_name, windows); got {type(source).__name__}")
+    if dtype not in _STORED:
+        trained_on = ", ".join(str(one)[6:] for one in _STORED)
+        raise TypeError(f"harvest: expected a float dtype; got {dtype}. Activations are trained on in {trained_on}")
     folder = Path(folder)
     with locked(folder, "harvest"), tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
         writer = StoreWriter(folder, source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
         for i, n_rows in enumerate(source.block_rows):
             if not writer.has(i):
                 rows = source.rows(i)
-                writer.write(i, rows._replace(activations=rows.activations.to(dtype)))
+                stored = rows._replace(activations=rows.activations.to(dtype))
+                if not stored.activations.isfinite().all():
+                    raise ValueError(_not_finite(rows, stored.activations, source))
+                writer.write(i, stored)
             bar.update(n_rows)
         writer.finish(source.block_rows)
     return ActivationStore(folder)
+
+
+def _not_finite(rows: Rows, stored: Tensor, source: ModelActivations) -> str:
+    """Where the first activation is that cannot be stored, and what to do."""
+    row, dimension = (~stored.isfinite()).nonzero()[0].tolist()
+    value = float(rows.activations[row, dimension])
+    where = (
+        f"harvest: the activation at document {source.windows.names[int(rows.documents[row])]!r}, position "
+        f"{int(rows.positions[row])}, dimension {dimension} is {value:g}"
+    )
+    if not math.isfinite(value):
+        return (
+            f"{where}: the model itself gives that, in {str(rows.activations.dtype)[6:]}. Load it in float32, or leave "
+            "that document out."
+        )
+    holding = [str(one)[6:] for one in _STORED if abs(value) <= torch.finfo(one).max]
+    return f"{where}, more than {str(stored.dtype)[6:]} holds ({torch.finfo(stored.dtype).max:g}). Use {holding[0]}."

@@ -1,15 +1,17 @@
 """Documents as windows of tokens, each within one document."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae.activations.text import Document, is_held_out
+
+# Windows looked at together: a mask of all of them would take a byte for every token.
+_TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -26,35 +28,58 @@ class TokenWindows:
     """Names of the documents."""
     has_bos: bool
     """Whether each window begins with BOS."""
+    special: tuple[int, ...] = ()
+    """Ids that are no text wherever they stand, such as BOS or a separator: the model sees them, nothing else does."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, windows: slice) -> "TokenWindows":
+        """Some of the windows, narrower if all of them are short."""
+        lengths = self.lengths[windows]
+        tokens = self.tokens[windows, : _width(lengths, self.context)].contiguous()
+        return TokenWindows(tokens, lengths, self.documents[windows], self.names, self.has_bos, self.special)
+
     @property
     def context(self) -> int:
+        """Tokens that a window has room for."""
         return self.tokens.shape[1]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of text: neither BOS nor padding."""
-        return int(self.lengths.sum()) - len(self) * self.has_bos
+        """Tokens of text: neither special nor padding."""
+        return sum(int(self.is_text(part).sum()) for part in self._parts())
 
     @property
     def n_predictions(self) -> int:
         """Tokens of text that another token of text comes before."""
-        return int((self.lengths - int(self.has_bos) - 1).clamp(min=0).sum())
+        return sum(int((text[:, :-1] & text[:, 1:]).sum()) for text in map(self.is_text, self._parts()))
+
+    def is_token(self, windows: slice = slice(None)) -> Tensor:
+        """Which positions are not padding: (n, context) bool."""
+        return torch.arange(self.context, device="cpu") < self.lengths[windows].unsqueeze(1)
 
     def is_text(self, windows: slice = slice(None)) -> Tensor:
-        """Which positions hold text (neither BOS nor padding): (n, context) bool."""
-        position = torch.arange(self.context, device="cpu")
-        return (position < self.lengths[windows].unsqueeze(1)) & (position >= int(self.has_bos))
+        """Which positions hold text (neither special nor padding): (n, context) bool."""
+        text, tokens = self.is_token(windows), self.tokens[windows]
+        text[:, : int(self.has_bos)] = False
+        for token in self.special:
+            text &= tokens != token
+        return text
 
     def digest(self) -> str:
-        """A fingerprint of the tokens, their order, and the documents they are from."""
+        """A fingerprint of the tokens, their order, the documents they are from, and of what is no text in them."""
         fingerprint = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
         for part in (self.tokens, self.lengths, self.documents):
             fingerprint.update(part.numpy().tobytes())
+        for part in self._parts():
+            special = (self.is_token(part) & ~self.is_text(part))[:, int(self.has_bos) :]
+            if special.any():
+                fingerprint.update(special.numpy().tobytes())
         return fingerprint.hexdigest()[:16]
+
+    def _parts(self) -> Iterator[slice]:
+        return (slice(lo, lo + _TOGETHER) for lo in range(0, len(self), _TOGETHER))
 
 
 def tokenize(
@@ -64,63 +89,168 @@ def tokenize(
     max_tokens: int | None = None,
     held_out: bool | None = False,
     max_windows_per_document: int | None = None,
+    prepend_bos: bool | None = None,
 ) -> TokenWindows:
     """Cut documents into windows of `context` tokens (BOS included, the tail of a document shorter).
 
-    tokenizer: a Hugging Face one, such as hangs on a TransformerLens model. Text is encoded once and never decoded.
+    tokenizer: the model, or its Hugging Face tokenizer. Text is encoded once and never decoded.
     max_tokens: stop after this many tokens of text.
     held_out: False takes the documents to train on, True only those held out to measure on, None all.
     max_windows_per_document: of a longer document only so many windows, evenly spaced: more documents for the same
     tokens, and it is documents that are independent of one another.
+    prepend_bos: whether windows begin with BOS, if there is one; None is as the model was trained (see `first_token`).
+    No window gets a second one in front of a BOS that the text holds. BOS and separators inside a document are seen by
+    the model and are no text.
     Raises ValueError when no window comes out.
     """
-    if tokenizer is None:
-        raise ValueError("tokenize: the model has no tokenizer; attach one (model.tokenizer) or pass token windows")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = context - len(bos)
+    bos = first_token(tokenizer, prepend_bos)
+    special = special_tokens(tokenizer)
+    tokenizer = _tokenizer(tokenizer)
+    body = context - (bos is not None)
     if body < 1:
-        raise ValueError(f"tokenize: expected a context of at least {len(bos) + 1}; got {context}")
+        raise ValueError(f"tokenize: expected a context of at least {context - body + 1}; got {context}")
     for name, limit in (("max_tokens", max_tokens), ("max_windows_per_document", max_windows_per_document)):
         if limit is not None and limit < 1:
             raise ValueError(f"tokenize: expected {name} of at least 1; got {limit}")
-    windows: list[Tensor] = []
+    tokens: list[Tensor] = []
     lengths: list[Tensor] = []
     names: list[str] = []
-    left = float("inf") if max_tokens is None else max_tokens
+    left = max_tokens
     for document in documents:
-        if left <= 0:
+        if left == 0:
             break
         if held_out is not None and is_held_out(document.name) != held_out:
             continue
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
         ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        windows = _cut(ids, body, bos, special)
         if max_windows_per_document is not None:
-            ids = _spread(ids, body, max_windows_per_document)
-        ids = ids[: min(left, len(ids))]
-        left -= len(ids)
+            windows = _spread(windows, max_windows_per_document)
+        if left is not None:
+            windows, left = _first(windows, left, special)
         names.append(document.name)
-        starts = torch.arange(0, len(ids), body, device="cpu")
-        windows.append(F.pad(ids, (0, len(starts) * body - len(ids))).view(-1, body))
-        lengths.append((len(ids) - starts).clamp(max=body) + len(bos))
-    tokens = torch.cat(windows) if windows else torch.empty(0, body, device="cpu")
-    if len(tokens) == 0:
+        tokens += [torch.cat(windows)] if windows else []
+        lengths.append(torch.tensor([len(window) for window in windows], dtype=torch.int64, device="cpu"))
+    if not tokens:
         which = {True: " held-out", False: " training", None: ""}[held_out]
         raise ValueError(
             f"tokenize: the text holds no{which} documents. About one document in twenty is held out, by a hash of its "
             "name: use more text, or text of several documents."
         )
-    tokens = torch.cat(
-        [torch.tensor(bos, dtype=torch.int64, device="cpu").expand(len(tokens), len(bos)), tokens], dim=1
-    )
-    owners = torch.repeat_interleave(torch.tensor([len(rows) for rows in windows], device="cpu"))
-    return TokenWindows(tokens, torch.cat(lengths), owners, tuple(names), bool(bos))
+    owners = torch.repeat_interleave(torch.tensor([len(windows) for windows in lengths], device="cpu"))
+    bodies = torch.cat(lengths)
+    rows = _padded(torch.cat(tokens), bodies, context, bos)
+    return TokenWindows(rows, bodies + (context - body), owners, tuple(names), bos is not None, special)
 
 
-def _spread(ids: Tensor, body: int, windows: int) -> Tensor:
-    """Of the tokens of a document those of at most `windows` of its windows: the middle ones of as many equal parts, so
-    that heads of files, which are licences and imports, come as seldom as they are."""
-    parts = ids.split(body)
-    if len(parts) <= windows:
-        return ids
-    return torch.cat([parts[(2 * i + 1) * len(parts) // (2 * windows)] for i in range(windows)])
+def first_token(model: Any, prepend_bos: bool | None = None) -> int | None:
+    """The id that a model's windows begin with: its BOS, or [CLS] where a tokenizer puts that first. None for none.
+
+    model: a TransformerLens model, or a tokenizer; that of `lm.load` knows its model.
+    prepend_bos: None is as the model was trained, `cfg.default_prepend_bos` in TransformerLens; without a model, True.
+    """
+    tokenizer, cfg = _tokenizer(model), _cfg(model)
+    if not (prepends_bos(model) if prepend_bos is None else prepend_bos):
+        return None
+    bos, cls = (_id(tokenizer, cfg, name) for name in ("bos", "cls"))
+    put_first = tokenizer("a", verbose=False)["input_ids"][:1]  # such as [CLS], where there is no BOS
+    return put_first[0] if put_first and put_first[0] in (bos, cls) else bos
+
+
+def prepends_bos(model: Any) -> bool:
+    """Whether a TransformerLens model was trained with BOS at the beginning; True where that is not known."""
+    return bool(getattr(_cfg(model), "default_prepend_bos", True))
+
+
+def special_tokens(model: Any) -> tuple[int, ...]:
+    """Ids that mark where a text begins or ends: BOS, EOS, [SEP], [CLS], and padding. Activations at them are unlike
+    those of text. Tokens of chat roles, [MASK] and the unknown token stand for text, and are not among them.
+
+    model: a TransformerLens model, or a tokenizer.
+    """
+    tokenizer, cfg = _tokenizer(model), _cfg(model)
+    ids = {_id(tokenizer, cfg, name) for name in ("bos", "eos", "sep", "cls")}
+    padding = _id(tokenizer, cfg, "pad")
+    if padding != _id(tokenizer, cfg, "unk"):  # some pad with the unknown token
+        ids.add(padding)
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def _tokenizer(model: Any) -> Any:
+    tokenizer = getattr(model, "tokenizer", model)
+    if tokenizer is None:
+        raise ValueError("tokenize: the model has no tokenizer; attach one (model.tokenizer) or pass token windows")
+    return tokenizer
+
+
+def _cfg(model: Any) -> Any:
+    """The configuration of a model, or of that whose tokenizer this is, where it is known."""
+    return getattr(model, "cfg", None) or getattr(model, "model_cfg", None)
+
+
+def _id(tokenizer: Any, cfg: Any, name: str) -> int | None:
+    """The id of a special token. None where there is none: TransformerLens names one for every tokenizer, which may
+    then be read as the unknown token, or have an id that the model does not know."""
+    token, number = getattr(tokenizer, f"{name}_token", None), getattr(tokenizer, f"{name}_token_id", None)
+    if number is None or number >= getattr(cfg, "d_vocab", number + 1):
+        return None
+    return number if tokenizer.convert_ids_to_tokens(number) == token else None
+
+
+def _cut(ids: Tensor, body: int, bos: int | None, special: tuple[int, ...]) -> list[Tensor]:
+    """The windows of a document without their BOS. One that the text itself has there is the window's own, and what
+    holds no text is left out."""
+    is_text = _text(ids, special)
+    if is_text.all():
+        return list(ids.split(body)) if len(ids) else []
+    windows, lo = [], 0
+    while lo < len(ids):
+        if bos is not None and ids[lo] == bos:
+            lo += 1
+            continue
+        if is_text[lo : lo + body].any():
+            windows.append(ids[lo : lo + body])
+        lo += body
+    return windows
+
+
+def _spread(windows: list[Tensor], most: int) -> list[Tensor]:
+    """Of the windows of a document at most so many: the middle ones of as many equal parts, so that heads of files,
+    which are licences and imports, come as seldom as they are."""
+    n = len(windows)
+    return windows if n <= most else [windows[(2 * i + 1) * n // (2 * most)] for i in range(most)]
+
+
+def _first(windows: list[Tensor], left: int, special: tuple[int, ...]) -> tuple[list[Tensor], int]:
+    """The windows up to so many tokens of text, and how many are left after them."""
+    text = _text(torch.cat(windows), special) if windows else torch.empty(0, device="cpu")
+    n = int(text.sum())
+    if n <= left:
+        return windows, left - n
+    end, kept = int((text.cumsum(0) < left).sum()) + 1, []
+    for window in windows:
+        kept.append(window[: max(0, end)])
+        end -= len(window)
+    return [window for window in kept if len(window)], 0
+
+
+def _text(ids: Tensor, special: tuple[int, ...]) -> Tensor:
+    return ~torch.isin(ids, torch.tensor(special, dtype=torch.int64, device="cpu"))
+
+
+def _padded(tokens: Tensor, lengths: Tensor, context: int, bos: int | None) -> Tensor:
+    """Tokens one after the other as windows of these lengths, with BOS in front of each: (windows, context), or
+    narrower."""
+    first = int(bos is not None)
+    rows = torch.zeros(len(lengths), _width(lengths + first, context), dtype=torch.int64, device="cpu")
+    rows[:, :first] = bos or 0
+    rows[:, first:].masked_scatter_(torch.arange(rows.shape[1] - first, device="cpu") < lengths.unsqueeze(1), tokens)
+    return rows
+
+
+def _width(lengths: Tensor, context: int) -> int:
+    """What padding is left away for: the longest window if it takes at most half of the context. To save less would
+    not be worth that the rows of ordinary text are rounded in another way."""
+    longest = int(lengths.max())
+    return longest if 2 * longest <= context else context

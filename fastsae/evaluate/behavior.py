@@ -1,5 +1,6 @@
 """What a language model loses when its activations are replaced by their reconstructions."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.activations import TokenWindows, check_hook
+from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
 from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
@@ -76,28 +77,37 @@ def behavior(
 
     Every condition (pathways left out) is compared with its own epsilon-random control: each token moved by the norm of
     its own error, in raw activations, in a direction drawn anew `draws` times and averaged.
-    bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
-    at padding always, positions keep their activations in every run.
+    bos: also replace activations at BOS and separators, on which no SAE was trained, and count what is predicted there.
+    Otherwise, and at padding always, positions keep their activations in every run.
     pathways: also splice with pathways left out; without, the whole reconstruction only.
     secondary: of `sae`'s integration network. Then "full" has the interaction computed from its reconstruction of the
     hidden layer, beside "own hidden layer" (`sae` as it is) and "no interaction": how much of what the interaction does
     passes through the secondary SAE.
-    model: anything with TransformerLens' run_with_hooks and hook_dict; it is put into eval mode.
+    model: anything with TransformerLens' run_with_hooks and hook_dict; it is put into eval mode. One that reads in both
+    directions gets an attention mask, and has seen what it would predict: its cross-entropies are NaN.
     """
     check_hook(model, hook_name)
+    check_tokens(model, windows, "behavior")
     model.eval()  # dropout would make the clean run another one each time
     for name, value in (("batch_windows", batch_windows), ("draws", draws)):
         if value < 1:
             raise ValueError(f"behavior: expected {name} of at least 1; got {value}")
     if torch.device(model.cfg.device).type == "cpu":
         batch_windows = min(batch_windows, max(1, _CPU_TOKENS // windows.context))
+    mask = output_mask(model, windows)
+    if mask.reads_ahead:
+        warnings.warn(
+            "behavior: this model reads in both directions: it has seen the token that comes next, so there is no "
+            "cross-entropy of predicting it, and no loss recovered. KL is of its outputs at each token.",
+            stacklevel=2,
+        )
     totals = DocumentTotals(windows.names)
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
     with evaluating(sae), evaluating(secondary or sae):
         for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
-            batch = slice(lo, lo + batch_windows)
-            splice = _Splice(sae, secondary, model, hook_name, windows, batch, bos, noise)
+            batch = windows[lo : lo + batch_windows]
+            splice = _Splice(sae, secondary, model, hook_name, batch, mask, bos, noise, windows.context)
             totals.add(*splice.sums(draws, pathways))
     if totals.rows == 0:
         raise ValueError(
@@ -148,20 +158,21 @@ class _Splice:
         model: Any,
         hook_name: str,
         windows: TokenWindows,
-        batch: slice,
+        mask: PaddingMask,
         bos: bool,
         noise: torch.Generator,
+        context: int,
     ) -> None:
-        self.sae, self.secondary, self.model, self.hook_name, self.noise = sae, secondary, model, hook_name, noise
-        is_text = windows.is_text(batch)
-        self.replaced = is_text.clone()
-        if bos and windows.has_bos:
-            self.replaced[:, 0] = True
+        self.sae, self.secondary, self.model, self.hook_name = sae, secondary, model, hook_name
+        self.noise, self.context = noise, context
+        self.predicts, self.mask = not mask.reads_ahead, mask(windows.is_token())
+        is_text = windows.is_text()
+        self.replaced = windows.is_token() if bos else is_text
         counts = self.replaced[:, :-1] & is_text[:, 1:]  # position t + 1, predicted at t
-        self.documents = windows.documents[batch].unsqueeze(1).expand_as(counts)[counts]
+        self.documents = windows.documents.unsqueeze(1).expand_as(counts)[counts]
         device = model.cfg.device
         self.tokens, self.replaced, self.counts = (
-            windows.tokens[batch].to(device),
+            windows.tokens.to(device),
             self.replaced.to(device),
             counts.to(device),
         )
@@ -193,7 +204,9 @@ class _Splice:
         return {name: self.sae.normalizer.invert(y).to(raw) for name, y in kept.items()}
 
     def _random(self, x: Tensor, length: Tensor) -> Tensor:
-        direction = torch.randn(x.shape, generator=self.noise, device=x.device)
+        # As many draws as for the longest windows: others do not get another direction because these are short.
+        shape = (len(x), self.context, x.shape[-1])
+        direction = torch.randn(shape, generator=self.noise, device=x.device)[:, : x.shape[1]]
         return (length * F.normalize(direction, dim=-1)).to(x)
 
     def _log_probabilities(self, replace: Callable[[Tensor], Tensor]) -> Tensor:
@@ -203,11 +216,14 @@ class _Splice:
             flat = activation.flatten(2)
             return torch.where(self.replaced.unsqueeze(-1), replace(flat).to(flat), flat).view_as(activation)
 
-        logits = self.model.run_with_hooks(self.tokens, fwd_hooks=[(self.hook_name, splice)], return_type="logits")
+        logits = self.model.run_with_hooks(
+            self.tokens, fwd_hooks=[(self.hook_name, splice)], return_type="logits", **self.mask
+        )
         return logits[:, :-1][self.counts].float().log_softmax(dim=-1)
 
     def _ce(self, log_probabilities: Tensor) -> Tensor:
-        return F.nll_loss(log_probabilities, self.targets, reduction="none")
+        ce = F.nll_loss(log_probabilities, self.targets, reduction="none")
+        return ce if self.predicts else torch.full_like(ce, torch.nan)
 
 
 def _kl(clean: Tensor, spliced: Tensor) -> Tensor:

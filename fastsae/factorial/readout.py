@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.activations import check_hook
+from fastsae.activations import TokenWindows, check_hook, first_token, output_mask, special_tokens
 from fastsae.fp64 import fp64_device, in_fp64
 
 _LOGITS = 2**26
@@ -16,22 +16,24 @@ _LOGITS = 2**26
 class Spliced:
     """Token sequences of different lengths at one hook, whose activations are known and can be replaced.
 
-    Positions of text are replaced; BOS, on which no SAE was trained, and padding are not.
+    Positions of text are replaced; BOS and the like, on which no SAE was trained, and padding are not.
     """
 
     def __init__(self, model: Any, hook_name: str, sequences: Sequence[Sequence[int]]) -> None:
         check_hook(model, hook_name)
         self.model, self.hook_name = model.eval(), hook_name
-        bos = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]
+        first = first_token(model)
+        bos = [] if first is None else [first]
         longest = len(bos) + max(map(len, sequences))
         if longest > model.cfg.n_ctx:
             raise ValueError(f"a prompt takes {longest} tokens, the model reads {model.cfg.n_ctx}; use shorter prompts")
         rows = [bos + list(s) + [0] * (longest - len(bos) - len(s)) for s in sequences]
-        position = torch.arange(longest, device="cpu")
+        tokens = torch.tensor(rows, device="cpu")
+        ends = torch.tensor([len(bos) + len(s) for s in sequences], device="cpu")
         self.bos = len(bos)
-        self.tokens = torch.tensor(rows, device=model.cfg.device)
-        ends = torch.tensor([len(bos) + len(s) for s in sequences], device="cpu").unsqueeze(1)
-        self.is_text = ((position >= len(bos)) & (position < ends)).to(model.cfg.device)
+        owners, special = torch.zeros_like(ends), special_tokens(model)
+        self.windows = TokenWindows(tokens, ends, owners, ("prompts",), first is not None, special)
+        self.tokens, self.is_text = tokens.to(model.cfg.device), self.windows.is_text().to(model.cfg.device)
 
     @property
     def parts(self) -> list[slice]:
@@ -90,6 +92,8 @@ class WordReadout:
                 for position in range(len(before), len(whole)):
                     asked.append((sequence, position - 1, whole[position], p * len(words) + w))
         self.spliced = Spliced(model, hook_name, list(sequences))
+        if output_mask(model, self.spliced.windows).reads_ahead:
+            raise ValueError("this model reads in both directions: it predicts no word after a prompt; clamp nothing")
         self._asked = torch.tensor(asked, device=self.spliced.tokens.device)
 
     def scores(self, replaced: Sequence[Tensor] | None = None) -> Tensor:

@@ -42,14 +42,14 @@ class Texts:
     @property
     def tokens(self) -> Tensor:
         """Tokens of each text, BOS not counted."""
-        return self.windows.lengths - int(self.windows.has_bos)
+        return self.windows.is_text().sum(dim=1)
 
 
 def tokenized(stimuli: Stimuli, model: Any) -> Texts:
     """The texts as windows. Raises ValueError naming a text that is longer than the model reads."""
     texts = [text for cell in stimuli.cells.values() for text in cell.texts]
     documents = [Document(f"{number}", text) for number, text in enumerate(texts)]
-    windows = tokenize(documents, model.tokenizer, model.cfg.n_ctx, held_out=None)
+    windows = tokenize(documents, model, model.cfg.n_ctx, held_out=None)
     if len(windows) != len(texts):
         several = windows.documents.bincount(minlength=len(texts)) != 1
         number = int(several.nonzero()[0])
@@ -57,10 +57,6 @@ def tokenized(stimuli: Stimuli, model: Any) -> Texts:
             f"stimuli {stimuli.name!r}: {texts[number]!r} does not fit into the {model.cfg.n_ctx} tokens the model "
             "reads, or has none; use other texts"
         )
-    longest = int(windows.lengths.max())
-    windows = TokenWindows(
-        windows.tokens[:, :longest].clone(), windows.lengths, windows.documents, windows.names, windows.has_bos
-    )
     cells = torch.repeat_interleave(torch.tensor([len(cell.texts) for cell in stimuli.cells.values()], device="cpu"))
     return Texts(windows, cells)
 

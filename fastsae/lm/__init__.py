@@ -1,5 +1,6 @@
 """Language models to take activations from: the embedded one, or any that TransformerLens can load."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     """A TransformerLens model (TransformerBridge, fp32, eval mode) with its tokenizer as `.tokenizer`.
 
     name: "embedded" (offline), a folder as transformers saves it, or a name on the Hugging Face hub such as "gpt2".
-    Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub,
-    ValueError when a folder is damaged.
+    The tokenizer knows the model's configuration (`model_cfg`): whether its text begins with BOS, and how many ids it
+    has. Raises TypeError for what is no name, ImportError without TransformerLens, OSError when a name is neither a
+    folder nor reachable on the hub, ValueError when a folder is damaged.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"lm.load: expected a folder or a name on the Hugging Face hub; got {type(name).__name__}. Save a model "
+            "and its tokenizer with save_pretrained(FOLDER) and load that, or make a "
+            "TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=tokenizer)"
+        )
+    name = os.fspath(name)
     try:
         with quiet.imports():
             from transformer_lens.model_bridge import TransformerBridge
@@ -49,4 +58,6 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
         ) from error
     if name == EMBEDDED:
         model.cfg.model_name = "fastsae-embedded"  # not the folder it happens to be installed in
+    if model.tokenizer is not None:
+        model.tokenizer.model_cfg = model.cfg
     return model.eval()
