@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastsae import files
 from fastsae.config import to_dict
-from fastsae.integrations.convert import others
 from fastsae.fp64 import in_fp64
+from fastsae.integrations.convert import others
 from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
