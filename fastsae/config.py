@@ -178,8 +178,7 @@ class DataConfig:
     hook: str = "blocks.2.hook_resid_post"
     """TransformerLens name of the activation."""
     text: str = "stdlib"
-    """Text: "stdlib", a text file, rows with a "text" (.jsonl, .json, .csv, .parquet), a folder of these, or a Hugging
-    Face dataset as name or name:configuration."""
+    """Text: "stdlib", a file of text or of rows with a "text", a folder, or a dataset as name or name:configuration."""
     tokens: int = 1_000_000
     """Tokens of training text; fewer if the text ends. Seen again and again, shuffled anew, if training takes more."""
     context: int = 256

@@ -1,6 +1,7 @@
 """The command line, as a newcomer types it."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -191,6 +192,19 @@ def test_text_of_which_nothing_is_held_out_is_noticed_before_training(run):
         run("train", "topk", "--text", "small.txt", "--run-dir", "r", "--steps", "2", *SMALL)
     with pytest.raises(SystemExit, match="no held-out documents"):
         run("eval", "r")
+
+
+def test_which_text_was_read_is_said(run, caplog):
+    Path("texts").mkdir()
+    for part in range(2):
+        lines = (f"This is document {i} of part {part}, with some words in it to read." for i in range(1000))
+        Path(f"texts/{part}.txt").write_text("\n".join(lines))
+    Path("texts/plot.png").write_bytes(b"no text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("fastsae"), "level", logging.NOTSET)  # as in a new process
+        run("train", "topk", "--text", "texts", "--run-dir", "r", "--steps", "2", *SMALL)
+    assert caplog.text.count("read below texts: 2 .txt. Left out: 1 .png of kinds that are not read.") == 1
+    run("eval", "r", "--tokens", "300")
 
 
 def test_version(run):
