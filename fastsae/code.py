@@ -107,6 +107,10 @@ def _unflatten(tensors: Iterable[Any], d_sae: int) -> SparseCode:
     return code
 
 
+def _flatten_with_keys(code: SparseCode) -> tuple[list[tuple[_pytree.KeyEntry, Any]], int]:
+    return [(_pytree.GetAttrKey(name), getattr(code, name)) for name in ("values", "indices")], code.d_sae
+
+
 # For torch.func, torch.export and whatever else looks for the tensors in what a module returns.
 _pytree.register_pytree_node(
     SparseCode,
@@ -115,8 +119,5 @@ _pytree.register_pytree_node(
     serialized_type_name="fastsae.SparseCode",
     to_dumpable_context=lambda d_sae: d_sae,
     from_dumpable_context=lambda d_sae: d_sae,
-    flatten_with_keys_fn=lambda code: (
-        [(_pytree.GetAttrKey(name), getattr(code, name)) for name in ("values", "indices")],
-        code.d_sae,
-    ),
+    flatten_with_keys_fn=_flatten_with_keys,
 )

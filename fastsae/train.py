@@ -189,6 +189,7 @@ class Trainer:
                 self._restore_random_state(resumed)
             elif self.step == 0:
                 self._prepare(batches)
+            resumed = None  # its tensors lie in files that later checkpoints replace
             interrupted = stack.enter_context(interrupt_flag())
             log = self._ranks.together(lambda: Log(self.config, self.step, silent=not self._ranks.first))
             stack.enter_context(log)

@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from test_train import D, K, M, activations, assert_same, config, joint, weights
 from torch import Tensor
 
 import fastsae
-from fastsae import checkpoint, files, runs, train
+from fastsae import checkpoint, evaluate, files, runs, train
+from fastsae.integrations import convert
 from fastsae.optim import clip_by_scaling
 from fastsae.train import Trainer
 
@@ -116,6 +118,23 @@ def test_a_run_with_the_names_that_compiling_gave_goes_on(tmp_path):
     sae = joint()
     Trainer(sae, config(run_dir=tmp_path, resume=True)).fit(activations())
     assert_same(weights(sae), weights(whole))
+
+
+def test_training_on_holds_no_file_of_the_checkpoint(tmp_path):
+    """On a network drive a folder with a file that is still mapped cannot be deleted."""
+    Trainer(joint(), config(steps=3, run_dir=tmp_path)).fit(activations())
+    sae, mapped = joint(), []
+    sae.register_forward_hook(lambda *_: mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text()))
+    Trainer(sae, config(steps=5, run_dir=tmp_path, resume=True)).fit(activations())
+    assert mapped == [False, False]
+
+
+def test_a_compiled_sae_is_measured_and_converted_as_the_plain_one():
+    sae = joint().eval()
+    compiled, rows = torch.compile(sae, backend="eager"), [torch.randn(30, D)]
+    assert repr(evaluate.geometry(compiled, rows)) == repr(evaluate.geometry(sae, rows))
+    assert repr(evaluate.reconstruction(compiled, rows)) == repr(evaluate.reconstruction(sae, rows))
+    assert_same(weights(convert.in_raw_space(compiled)), weights(convert.in_raw_space(sae)))
 
 
 def test_a_compiled_sae_is_a_base_too():

@@ -17,7 +17,7 @@ from fastsae.evaluate.contribution import (
     weight_norm_share,
 )
 from fastsae.evaluate.directions import Concentration, Directions, concentration, directions
-from fastsae.modules import SparseAutoencoder, evaluating
+from fastsae.modules import SparseAutoencoder, evaluating, uncompiled
 from fastsae.modules.joint import STD_AT_INIT
 
 BINS = 60
@@ -114,7 +114,7 @@ def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 
         import scipy.stats  # noqa: F401
     except ImportError as error:
         raise ImportError("geometry needs scipy and diptest: `pip install fastsae[lab]`") from error
-    rng = np.random.default_rng(seed)
+    rng, sae = np.random.default_rng(seed), uncompiled(sae)
     with evaluating(sae):
         rows, fired, code = _read(sae, activations, max_rows)
         groups = firing_groups(fired)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastsae.code import SparseCode
-from fastsae.modules import Components, JointSAE, SecondarySAE, SparseAutoencoder
+from fastsae.modules import Components, JointSAE, SecondarySAE, SparseAutoencoder, uncompiled
 
 IDENTITY, LINEAR, INTERACTION, FULL = "identity", "identity + linear", "identity + interaction", "full"
 NO_INTERACTION, OWN_HIDDEN = "no interaction", "own hidden layer"
@@ -34,6 +34,7 @@ def ablations(sae: SparseAutoencoder, parts: Components) -> dict[str, Tensor]:
 def through_secondary(sae: SparseAutoencoder, secondary: SecondarySAE, code: SparseCode) -> dict[str, Tensor]:
     """Reconstructions (..., d_in) of a code: without interaction, with it as trained, and with it computed from what
     `secondary` makes of the hidden layer."""
+    sae = uncompiled(sae)
     if not isinstance(sae, JointSAE):
         raise ValueError(f"a secondary SAE reads the hidden layer of a JointSAE; got {type(sae).__name__}")
     parts = sae.summands(code)

@@ -10,7 +10,7 @@ from fastsae.activations import Document, ModelActivations, TokenWindows, tokeni
 from fastsae.evaluate.pairs import embedded, in_parts, row_pairs
 from fastsae.factorial.stimuli import Stimuli
 from fastsae.fp64 import in_fp64
-from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating
+from fastsae.modules import JointSAE, SecondarySAE, SparseAutoencoder, evaluating, uncompiled
 
 Pool = Literal["mean", "max"]
 MIN_SHARE = 0.05
@@ -74,7 +74,7 @@ def responses(
     A feature's response to a text is the mean, or the largest, of its activations over the text's tokens, BOS left out;
     a pair's that of a_i a_j, among the strongest features of a token (evaluate.pairs.PER_ROW).
     """
-    source = ModelActivations(model, hook_name, texts.windows)
+    source, sae = ModelActivations(model, hook_name, texts.windows), uncompiled(sae)
     pools = {"identity": _Pool(pool, sae.d_sae)}
     paired = isinstance(sae, JointSAE) and sae.V is not None
     if paired:

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -42,7 +43,8 @@ class SAEOutput(NamedTuple):
     """The active features of every token."""
 
 
-class Components(NamedTuple):
+@dataclass(frozen=True)
+class Components:
     """The summands of a reconstruction, each (..., d_in)."""
 
     identity: Tensor
@@ -53,8 +55,9 @@ class Components(NamedTuple):
     """W2 relu(W1 z + b1) + b2; zeros if the SAE has no pairwise pathway"""
 
 
-for _named in (SAEOutput, Components):  # by these names torch.export writes them into files
-    _pytree._register_namedtuple(_named, serialized_type_name=f"fastsae.{_named.__name__}")
+# By these names torch.export writes them into files.
+_pytree._register_namedtuple(SAEOutput, serialized_type_name="fastsae.SAEOutput")
+_pytree.register_dataclass(Components, serialized_type_name="fastsae.Components")
 
 
 def uncompiled(sae: Any) -> Any:

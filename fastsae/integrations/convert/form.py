@@ -14,7 +14,7 @@ from fastsae import files
 from fastsae.config import to_dict
 from fastsae.fp64 import in_fp64
 from fastsae.integrations.convert import others
-from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE
+from fastsae.modules import JointSAE, SparseAutoencoder, TopKSAE, uncompiled
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -87,6 +87,7 @@ def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
     With x' = (x - mean) / scale:  W_enc x' = (W_enc / scale) (x - mean),  and what lies in the output is scaled back.
     Narrow weights become fp32 where there are statistics, which would lose their differences if they were rounded.
     """
+    sae = uncompiled(sae)
     mean, scale = (in_fp64(t) for t in (sae.normalizer.mean, sae.normalizer.scale))
     dtype = torch.promote_types(sae.W_enc.dtype, torch.float32) if sae.normalizer.measured else sae.W_enc.dtype
     shift = bool((mean != 0).any())
