@@ -394,3 +394,14 @@ def test_what_was_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     held_out = sum(is_held_out(d.name) for d in documents)
     assert f"a.txt was read to its end: {len(documents)} documents, {held_out} of them held out" in caplog.text
     assert f"read below {tmp_path}: 1 .txt. Left out: 1 .png of kinds that are not read" in caplog.text
+
+
+@pytest.mark.parametrize(("lines", "documents"), [(30, 1), (100, 10), (150, 15)])
+def test_a_short_file_with_a_document_a_line(lines, documents, tmp_path):
+    """Of 100 characters each, so that lines 1 to 10 are the first document."""
+    text = "".join(f"{number:099}\n" for number in range(lines))
+    (tmp_path / "short.txt").write_text(text + "\n\n")
+    read = list(read_documents(tmp_path / "short.txt"))
+    assert "".join(document.text for document in read).strip() == text.strip()
+    assert len(read) == documents
+    assert all(document.text.endswith("\n") for document in read)

@@ -36,9 +36,9 @@ def read_documents(source: str | Path = STDLIB) -> Iterator[Document]:
 
     source:
     - "stdlib": the Python sources of the running interpreter's standard library.
-    - A text file, cut at blank lines into documents of about 4,000 characters. Where no blank line comes in 16,000, as
-      in a file with a document a line, it is cut at line ends into documents of about 1,000; no line is cut but those
-      of 100,000 and more, between words.
+    - A text file, cut at blank lines into documents of about 4,000 characters. Where no blank line comes in 16,000, or
+      in all of a text of 4,000, as in a file with a document a line, it is cut at line ends into documents of about
+      1,000; no line is cut but those of 100,000 and more, between words.
     - A file of rows, whose "text" is a document each: .jsonl, .ndjson or .json (or what its content tells to be JSON;
       rows follow one another or are one array), .csv, .tsv, .parquet, .arrow.
     - A folder: each .txt, .md, .rst and .py file below it is a document, but for a .txt file that would mostly be cut

@@ -85,10 +85,11 @@ def documents(path: Path, name: str, of_folder: bool = False) -> Iterator[Docume
 
 
 def cut(text: str) -> Iterator[str]:
-    """Documents of whole paragraphs, of about 4,000 characters; where no blank line comes in 16,000, of whole lines, of
-    about 1,000."""
+    """Documents of whole paragraphs, of about 4,000 characters; of whole lines, of about 1,000, where no blank line comes
+    in 16,000, or none at all in a text of 4,000."""
+    unbroken = len(text) >= _DOCUMENT_CHARS and not _BLANK_LINE.search(text.strip())
     for start, end in _paragraphs(text):
-        if end - start < _LONG:
+        if end - start < _LONG and not unbroken:
             yield text[start:end]
         else:
             yield from _of_lines(text, start, end)
