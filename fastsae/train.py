@@ -423,9 +423,9 @@ class Trainer:
             return found
 
         def begin() -> None:
-            if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
+            if not self.config.resume and checkpoint.begun(run_dir):
                 raise FileExistsError(
-                    f"Trainer: {run_dir} already holds a run. Continue it with resume, or choose another run_dir."
+                    f"Trainer: {run_dir} already holds a run. Continue it with resume=True, or choose another run_dir."
                 )
             files.write_json(run_dir / "run.json", self._description())
 

@@ -75,7 +75,7 @@ def behavior(
     """Splice reconstructions into `model` at the hook the SAE was trained on, over held-out token windows.
 
     Every condition (pathways left out) is compared with its own epsilon-random control: each token moved by the norm of
-    its own error, in raw activations, in a direction drawn anew `draws` times and averaged.
+    its own error, in raw activations, in a random direction, averaged over `draws` of them.
     bos: also replace activations at BOS, on which no SAE was trained, and count what is predicted there. Otherwise, and
     at padding always, positions keep their activations in every run.
     pathways: also splice with pathways left out; without, the whole reconstruction only.
