@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from fastsae import __version__, checkpoint, distributed, experiment, files, planner, report
+from fastsae import __version__, checkpoint, distributed, experiment, files, planner, progress, report
 from fastsae.activations import TokenWindows
 from fastsae.config import (
     DataConfig,
@@ -57,6 +58,7 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):
         _say(f"fastsae {__version__}")
         return
+    _log_to_stderr()
     commands = {
         "demo": demo,
         "train": train,
@@ -507,6 +509,16 @@ def _empty_demo_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _log_to_stderr() -> None:
+    """Show what is logged to people who have not set up logging: messages alone."""
+    if not progress.logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        progress.logger.addHandler(handler)
+        progress.logger.setLevel(logging.INFO)
+        progress.logger.propagate = False
 
 
 def _say(*lines: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import checkpoint, files
+from fastsae import checkpoint, files, progress
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder
@@ -141,6 +141,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(progress.shown(self.config.progress))
             stack.enter_context(own_random_state(self.sae.W_enc.device))
             stack.enter_context(self._ranks.watched(self.config.run_dir))
             torch.manual_seed(self.config.seed)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from lower layers, and from its own.
 LAYERS = [
-    {"code", "config", "extras", "files", "gradients", "quiet", "ranks"},
+    {"code", "config", "extras", "files", "gradients", "progress", "quiet", "ranks"},
     {"backends"},
     {"ops"},
     {"normalize", "modules"},
@@ -24,7 +24,7 @@ LAYERS = [
 ]
 # Data preparation stands beside the SAEs, not on them.
 MAY_ONLY_IMPORT = {
-    "activations": {"activations", "extras", "files"},
+    "activations": {"activations", "extras", "files", "progress"},
     "lm": {"lm", "activations", "extras", "quiet"},
     "report": {"report", "extras", "files"},
 }

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastsae import progress
+
 
 class Source(Protocol):
     """Blocks of activation rows: an ActivationStore, or ModelActivations computed on the fly.
@@ -102,6 +104,9 @@ class ActivationStream:
         if self._buffer_number == len(self._buffers(self._epoch)):
             self._buffer_number = 0
             self._epoch += 1
+            if self._epoch == 1 != self.epochs:
+                rows = f"all {sum(self.source.block_rows):,} rows have been given once"
+                progress.logger.info(f"activations: {rows}; they come again from here on, in another order")
 
     def _is_place(self, epoch: int, buffer: int, offset: int) -> bool:
         if epoch == self.epochs:
@@ -132,15 +137,20 @@ class ActivationStream:
             n_rows = sum(self.source.block_rows[i] for i in blocks)
             places = torch.randperm(n_rows, generator=self._generator("rows", *key), device="cpu")
             buffer, lo = None, 0
-            for i in blocks:
-                rows = self.source.block(i)
-                buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
-                buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
-                lo += len(rows)
-                del rows  # freed before the next block is made
+            with progress.bar(self._what(), n_rows, "row", leave=False) as bar:
+                for i in blocks:
+                    rows = self.source.block(i)
+                    buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
+                    buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
+                    lo += len(rows)
+                    bar.update(len(rows))
+                    del rows  # freed before the next block is made
             self._buffer, self._buffer_key = buffer, key
         assert self._buffer is not None
         return self._buffer
+
+    def _what(self) -> str:
+        return f"activations, pass {self._epoch + 1}" if self._epoch else "activations"
 
     def _generator(self, *key: object) -> torch.Generator:
         digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
