@@ -91,32 +91,33 @@ def train(
         dtype: dtype of the weights. bfloat16 takes half the memory, and rounds at random so that small steps add up.
         feature_ranks: Under torchrun, processes that share the features; groups of them train on different rows.
     """
-    trainer = _in_own_folder(trainer)
+    trainer, run_dir = _in_own_folder(trainer)
     together = feature_ranks > 1 or distributed.launched()
     ranks = distributed.start(feature_ranks) if together else None
     experiment.train(experiment.language_model(data), data, sae, trainer, ranks, getattr(torch, dtype))
     if ranks is not None and not ranks.first:
         return
-    for last in report.read_metrics(trainer.run_dir)[-1:]:
+    for last in report.read_metrics(run_dir)[-1:]:
         _say(_end(last), *_doubts(last))
-    _say(f"The SAE lies in {trainer.run_dir}/sae. Next:")
-    _say(f"  fastsae eval {trainer.run_dir}")
-    _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")
+    _say(f"The SAE lies in {run_dir}/sae. Next:")
+    _say(f"  fastsae eval {run_dir}")
+    _say(f"  python -c \"import fastsae; print(fastsae.load('{run_dir}/sae'))\"")
 
 
-def _in_own_folder(trainer: TrainerConfig) -> TrainerConfig:
-    """The same with a run_dir in which a new run can begin, said before a model is loaded: the default one gets a
+def _in_own_folder(trainer: TrainerConfig) -> tuple[TrainerConfig, Path]:
+    """The same config, and its run_dir, in which a new run can begin, said before a model is loaded: the default one gets a
     number where it is taken."""
     if trainer.run_dir is None:
         raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
     if trainer.resume or not checkpoint.begun(trainer.run_dir):
-        return trainer
+        return trainer, trainer.run_dir
     if trainer.run_dir != _DEFAULT_RUN.run_dir:
         raise FileExistsError(
             f"train: {trainer.run_dir} already holds a run. Continue it with --resume, or choose another --run-dir."
         )
     numbered = (trainer.run_dir.with_name(f"{trainer.run_dir.name}-{n}") for n in itertools.count(2))
-    return dataclasses.replace(trainer, run_dir=next(folder for folder in numbered if not checkpoint.begun(folder)))
+    free = next(folder for folder in numbered if not checkpoint.begun(folder))
+    return dataclasses.replace(trainer, run_dir=free), free
 
 
 def _end(metrics: dict[str, Any]) -> str:

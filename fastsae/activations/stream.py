@@ -23,7 +23,7 @@ class Source(Protocol):
 
 
 class ActivationStream:
-    """An endless (or `epochs` long) iterator of shuffled (batch_size, d_in) batches.
+    """An endless (or `epochs` long) iterator of (batch_size, d_in) batches, shuffled unless `shuffle` is False.
 
     Each epoch visits the blocks in a new order; blocks fill a buffer of about `buffer_rows` rows, whose rows are
     permuted. Only the buffer is held in memory. Every row comes once an epoch; batches straddle buffers and epochs, and
@@ -32,7 +32,13 @@ class ActivationStream:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, buffer_rows: int = 2**17, seed: int = 0, epochs: int | None = None
+        self,
+        source: Source,
+        batch_size: int,
+        buffer_rows: int = 2**17,
+        seed: int = 0,
+        epochs: int | None = None,
+        shuffle: bool = True,
     ) -> None:
         n_rows = sum(source.block_rows)
         if not 1 <= batch_size <= n_rows:
@@ -44,7 +50,7 @@ class ActivationStream:
         if epochs is not None and epochs < 1:
             raise ValueError(f"ActivationStream: epochs must be None or at least 1; got {epochs}")
         self.source, self.batch_size, self.buffer_rows = source, batch_size, buffer_rows
-        self.seed, self.epochs = seed, epochs
+        self.seed, self.epochs, self.shuffle = seed, epochs, shuffle
         self._epoch = self._buffer_number = self._offset = 0
         self._buffer: Tensor | None = None
         self._buffer_key: tuple[int, int] | None = None
@@ -86,6 +92,7 @@ class ActivationStream:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "buffer_rows": self.buffer_rows,
+            **({} if self.shuffle else {"shuffle": False}),  # as positions of old have it
         }
 
     def _take(self, n: int) -> Tensor:
@@ -116,9 +123,7 @@ class ActivationStream:
 
     def _buffers(self, epoch: int) -> list[list[int]]:
         """The blocks of an epoch in their order, grouped into buffers."""
-        order = torch.randperm(
-            len(self.source.block_rows), generator=self._generator("blocks", epoch), device="cpu"
-        ).tolist()
+        order = self._order(len(self.source.block_rows), "blocks", epoch).tolist()
         buffers: list[list[int]] = [[]]
         rows = 0
         for block in order:
@@ -135,7 +140,7 @@ class ActivationStream:
             self._buffer = None  # freed before the next one is made
             blocks = self._buffers(self._epoch)[self._buffer_number]
             n_rows = sum(self.source.block_rows[i] for i in blocks)
-            places = torch.randperm(n_rows, generator=self._generator("rows", *key), device="cpu")
+            places = self._order(n_rows, "rows", *key)
             buffer, lo = None, 0
             with progress.bar(self._what(), n_rows, "row", leave=False) as bar:
                 for i in blocks:
@@ -152,6 +157,9 @@ class ActivationStream:
     def _what(self) -> str:
         return f"activations, pass {self._epoch + 1}" if self._epoch else "activations"
 
-    def _generator(self, *key: object) -> torch.Generator:
+    def _order(self, n: int, *key: object) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(n, device="cpu")
         digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randperm(n, generator=generator, device="cpu")
