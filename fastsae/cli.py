@@ -105,8 +105,10 @@ def train(
 
 
 def _in_own_folder(trainer: TrainerConfig) -> tuple[TrainerConfig, Path]:
-    """The same config, and its run_dir, in which a new run can begin, said before a model is loaded: the default one gets a
-    number where it is taken."""
+    """The config with a run_dir in which a run can begin, and that run_dir: the default one gets a number if it is taken.
+
+    Raises FileExistsError for another one, before a model is loaded.
+    """
     if trainer.run_dir is None:
         raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
     if trainer.resume or not checkpoint.begun(trainer.run_dir):
