@@ -105,7 +105,7 @@ def train(
 
 
 def _in_own_folder(trainer: TrainerConfig) -> tuple[TrainerConfig, Path]:
-    """The config with a run_dir in which a run can begin, and that run_dir: the default one gets a number if it is taken.
+    """The config with a run_dir in which a run can begin, and that run_dir: the default gets a number if it is taken.
 
     Raises FileExistsError for another one, before a model is loaded.
     """
