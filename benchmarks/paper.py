@@ -73,7 +73,7 @@ def _percent(value: Found) -> str:
 
 
 def _null(value: Found) -> str:
-    return "{value:.3f} (drawn anew {null_mean:.3f})".format(**value)
+    return "{value:.3f} (random baseline {null_mean:.3f})".format(**value)
 
 
 def _effects(found: Found) -> str:
@@ -181,7 +181,7 @@ ROWS = (
         "Spearman of weight-norm share with squared norm: linear; pairwise; identity",
         "-0.866; -0.922; +0.987",
         lambda p, s: "; ".join(_null(p["joint"]["spearman"][c]) for c in ("linear", "interaction", "identity")),
-        "the same definition, beside what the same W_dec gives with W_lin and V drawn anew: nothing learned in them",
+        "the same definition, beside a random baseline: the same W_dec with random W_lin and V",
     ),
     Row(
         "mean absolute cosine of decoder rows",

@@ -1,6 +1,7 @@
 """fastsae: sparse autoencoders joined by feature integration, exact and fast."""
 
 from fastsae import backends, ops
+from fastsae.activations import batches
 from fastsae.code import SparseCode
 from fastsae.config import JointSAEConfig, SecondarySAEConfig, SequentialSAEConfig, TopKSAEConfig, TrainerConfig
 from fastsae.modules import JointSAE, SecondarySAE, SequentialSAE, TopKSAE, load
@@ -21,6 +22,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "backends",
+    "batches",
     "load",
     "ops",
 ]

@@ -98,6 +98,11 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"step_\d{8}", p.name)), reverse=True)
 
 
+def begun(run_dir: Path) -> bool:
+    """Whether a run has been begun in `run_dir`."""
+    return bool(folders(run_dir)) or (run_dir / "metrics.jsonl").exists()
+
+
 def load(run_dir: Path, ranks: Alone = ALONE) -> Checkpoint | None:
     """The newest checkpoint of a run, verified; None if there is none. With ranks, this one's part of its tensors.
 

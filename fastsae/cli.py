@@ -1,17 +1,17 @@
-"""The command line: fastsae demo | train | eval | analyze | report | study | factorial | plan | convert."""
+"""Train sparse autoencoders and measure them. `fastsae COMMAND --help` has all options; -V, --version the version."""
 
 import dataclasses
+import itertools
 import logging
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from fastsae import distributed, experiment, files, planner, report
+from fastsae import __version__, checkpoint, distributed, experiment, files, planner, progress, report
 from fastsae.activations import TokenWindows
 from fastsae.config import (
     DataConfig,
@@ -50,12 +50,13 @@ Topk = Annotated[TopKSAEConfig, tyro.conf.subcommand("topk", default=TopKSAEConf
 Joint = Annotated[JointSAEConfig, tyro.conf.subcommand("joint", default=JointSAEConfig(d_in=1, d_sae=8192, k=32))]
 Sequential = Annotated[SequentialRunConfig, tyro.conf.subcommand("sequential")]
 Secondary = Annotated[SecondaryRunConfig, tyro.conf.subcommand("secondary")]
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
 
 def main() -> None:
     """Run the command line. Errors that say what to do are printed without a traceback."""
-    if sys.argv[1:] == ["--version"]:
-        _say(f"fastsae {version('fastsae')}")
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        _say(f"fastsae {__version__}")
         return
     commands = {
         "demo": demo,
@@ -69,7 +70,7 @@ def main() -> None:
         "convert": convert,
     }
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastsae").setLevel(logging.INFO)  # which text is read
+    progress.logger.setLevel(logging.INFO)  # which text is read, and how far it has got
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="fastsae", description=__doc__, config=_FLAT)
     except KeyboardInterrupt as stop:
@@ -88,22 +89,65 @@ def train(
     """Train an SAE on activations of a language model. Under torchrun its processes train one SAE together.
 
     Args:
-        dtype: Of the weights. bfloat16 takes half the memory, and steps are rounded so that small ones add up.
-        feature_ranks: Under torchrun: processes that share the features. Groups of so many train on different rows.
+        dtype: dtype of the weights. bfloat16 takes half the memory, and rounds at random so that small steps add up.
+        feature_ranks: Under torchrun, processes that share the features; groups of them train on different rows.
     """
-    if trainer.run_dir is None:
-        raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
+    trainer, run_dir = _in_own_folder(trainer)
     together = feature_ranks > 1 or distributed.launched()
     ranks = distributed.start(feature_ranks) if together else None
     experiment.train(experiment.language_model(data), data, sae, trainer, ranks, getattr(torch, dtype))
     if ranks is not None and not ranks.first:
         return
-    _say(f"Trained {trainer.steps} steps. The SAE lies in {trainer.run_dir}/sae. Next:")
-    _say(f"  fastsae eval {trainer.run_dir}")
-    _say(f"  python -c \"import fastsae; print(fastsae.load('{trainer.run_dir}/sae'))\"")
+    for last in report.read_metrics(run_dir)[-1:]:
+        _say(_end(last), *_doubts(last))
+    _say(f"The SAE lies in {run_dir}/sae. Next:")
+    _say(f"  fastsae eval {run_dir}")
+    _say(f"  python -c \"import fastsae; print(fastsae.load('{run_dir}/sae'))\"")
 
 
-def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
+def _in_own_folder(trainer: TrainerConfig) -> tuple[TrainerConfig, Path]:
+    """The config with a run_dir in which a run can begin, and that run_dir: the default gets a number if it is taken.
+
+    Raises FileExistsError for another one, before a model is loaded.
+    """
+    if trainer.run_dir is None:
+        raise ValueError("train: --run-dir says where the SAE is written; None would lose it")
+    if trainer.resume or not checkpoint.begun(trainer.run_dir):
+        return trainer, trainer.run_dir
+    if trainer.run_dir != _DEFAULT_RUN.run_dir:
+        raise FileExistsError(
+            f"train: {trainer.run_dir} already holds a run. Continue it with --resume, or choose another --run-dir."
+        )
+    numbered = (trainer.run_dir.with_name(f"{trainer.run_dir.name}-{n}") for n in itertools.count(2))
+    free = next(folder for folder in numbered if not checkpoint.begun(folder))
+    return dataclasses.replace(trainer, run_dir=free), free
+
+
+def _end(metrics: dict[str, Any]) -> str:
+    """Where a training has ended, in one line."""
+    fvu, dead = (_number(metrics[name], spec) for name, spec in (("fvu", ".4f"), ("dead_share", ".1%")))
+    return (
+        f"Trained {metrics['step']} steps: FVU {fvu} of the last batch, L0 {metrics['l0']:.1f}, dead features {dead}."
+    )
+
+
+def _doubts(metrics: dict[str, Any]) -> list[str]:
+    """Reasons why an SAE that ended with these metrics may be of no use, and what to try."""
+    doubts = []
+    if metrics["fvu"] is None or metrics["fvu"] > 1:
+        doubts.append(
+            f"Warning: an FVU above 1 is worse than the mean activation: the training diverged. Try a lower --lr than "
+            f"{metrics['lr']:g}, --warmup-steps, or --clip-grad-norm 1."
+        )
+    if metrics["dead_share"] is not None and metrics["dead_share"] > 0.5:
+        doubts.append(
+            "Warning: most features were inactive on the last dead_after_tokens tokens. Try --auxk 256, a smaller "
+            "--d-sae, another --lr, or more --steps."
+        )
+    return doubts
+
+
+def evaluate(run: Run, tokens: int = 50_000) -> None:
     """Measure a trained SAE on held-out documents of the text it was trained on, into RUN/eval.json.
 
     Args:
@@ -121,7 +165,7 @@ def evaluate(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
     _say(report.table([_condition(name, r, b) for name in b.conditions]), "")
     if measured.bos_in is not None:
         full = measured.bos_in.full
-        _say(f"BOS replaced too, and what it predicts counted: KL {full.kl:.4f}, recovered {full.loss_recovered:.4f}")
+        _say(f"Including BOS: KL {full.kl:.4f}, recovered {full.loss_recovered:.4f}")
     own = r.error_reduction_against_own_identity_pathway
     if own is not None:
         kl = b.kl_reduction_against_own_identity_pathway["full"]
@@ -144,7 +188,7 @@ def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
     }
 
 
-def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
+def analyze(run: Run, tokens: int = 50_000) -> None:
     """Geometry of a trained SAE's weights, and the text its largest features are active on.
 
     Writes RUN/geometry.json, RUN/features.json, and RUN/pairs.json: the pairs of features that the integration works
@@ -180,13 +224,13 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
                 "mean rate": _number(group.mean_rate, ".5f"),
                 "mean |W_dec|^2": _number(norms.groups[name].mean, ".3f"),
                 "dip": "" if dip is None else f"{dip.dip:.4f}",
-                "p of one mode": "" if dip is None else f"{dip.p:.3f}",
+                "p (unimodal)": "" if dip is None else f"{dip.p:.3f}",
             }
         )
-    _say(report.table(rows), "", f"By the law of initialisation |W_dec|^2 is {norms.at_init:.3f}.")
+    _say(report.table(rows), "", f"At initialisation |W_dec|^2 is {norms.at_init:.3f}.")
     if geometry.weight_norm_share is not None:
         _say("", "Rank correlation of a pathway's share of weight norm with |W_dec|^2, beside the same with")
-        _say("W_lin and V drawn anew (what correlates there is built into the share, not learned):")
+        _say("random W_lin and V (what correlates there is built into the share, not learned):")
         found = geometry.weight_norm_share.spearman.items()
         _say(
             report.table(
@@ -194,7 +238,7 @@ def analyze(run: tyro.conf.Positional[Path], tokens: int = 50_000) -> None:
                     {
                         "pathway": name,
                         "trained": f"{s.value:.3f}",
-                        "drawn anew": f"{s.null_mean:.3f} ({s.null_min:.3f} to {s.null_max:.3f})",
+                        "random baseline": f"{s.null_mean:.3f} ({s.null_min:.3f} to {s.null_max:.3f})",
                     }
                     for name, s in found
                     if s is not None
@@ -219,7 +263,7 @@ def _pair(pair: Pair) -> dict[str, str]:
     }
 
 
-def html_report(run: tyro.conf.Positional[Path]) -> None:
+def html_report(run: Run) -> None:
     """One HTML page of a run, to open from disk: curves, pathways, KL, geometry, features with their text.
 
     What was not measured yet is measured first, as `fastsae eval` and `fastsae analyze` do.
@@ -261,9 +305,9 @@ def study(study: StudyConfig = _DEFAULT_STUDY, data: DataConfig = _DEFAULT_STUDY
 
 
 def factorial(
-    run: tyro.conf.Positional[Path],
-    stimuli: tyro.conf.Positional[str],
-    options: FactorialConfig = _DEFAULT_FACTORIAL,
+    run: Run,
+    stimuli: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STIMULI")],
+    design: FactorialConfig = _DEFAULT_FACTORIAL,
 ) -> None:
     """Which features respond to two factors together, and what clamping them does, beside controls.
 
@@ -283,10 +327,10 @@ def factorial(
 
     def keep(found: Factorial) -> None:
         known[:] = [found]
-        record.write(run, name, found, **to_dict(options))
+        record.write(run, name, found, **to_dict(design))
 
     try:
-        found = run_factorial(there, model, loaded, options, _say, keep)
+        found = run_factorial(there, model, loaded, design, _say, keep)
     finally:  # stopped, or on a full disk, there is still what is known
         for one in known:
             _tell(one)
@@ -384,8 +428,12 @@ def _fitting(
     return {"": memory.name, **by_size, "fastsae train": memory.flags}
 
 
-def convert(source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path], to: forms.Format) -> None:
-    """Write an SAE in the form of another package. Which package wrote SOURCE is found out.
+def convert(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")],
+    to: forms.Format,
+) -> None:
+    """Write an SAE in the form of another package. The format of SOURCE is detected.
 
     Args:
         source: A folder with an SAE of fastsae (or a run_dir), SAELens, dictionary_learning or sparsify, or a file of

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastsae import distributed, evaluate, provenance
+from fastsae import distributed, evaluate, progress, provenance
 from fastsae.activations import (
     ActivationStore,
     ActivationStream,
@@ -189,7 +189,7 @@ def held_out_activations(model: Any, run: Trained, windows: TokenWindows) -> Mod
 
 def held_out_reconstruction(model: Any, run: Trained, windows: TokenWindows) -> Reconstruction:
     source = held_out_activations(model, run, windows)
-    rows = (source.rows(i) for i in range(len(source.block_rows)))
+    rows = (source.rows(i) for i in progress.over("reconstruction", range(len(source.block_rows)), "block"))
     return evaluate.reconstruction(run.sae, rows, windows.names)
 
 
@@ -210,7 +210,7 @@ def held_out_geometry(model: Any, run: Trained, windows: TokenWindows) -> Geomet
     """Rows in an order in which documents are mixed: what costs much is measured on the first ones only."""
     source = held_out_activations(model, run, windows)
     order = torch.randperm(len(source.block_rows), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
-    return evaluate.geometry(run.sae, (source.block(i) for i in order))
+    return evaluate.geometry(run.sae, (source.block(i) for i in progress.over("geometry", order, "block")))
 
 
 def trained(run: Path) -> Trained:

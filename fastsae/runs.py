@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import files
+from fastsae import files, progress
 from fastsae.config import TrainerConfig
 
 _END: Any = object()
@@ -287,12 +287,13 @@ class Log:
     def __init__(self, config: TrainerConfig, step: int, silent: bool = False) -> None:
         self.last: dict[str, float] = {}
         if silent:  # another rank writes
-            config = dataclasses.replace(config, run_dir=None, resume=False, log_to=(), progress=False)
+            config = dataclasses.replace(config, run_dir=None, resume=False, log_to=())
         self._path = config.run_dir / "metrics.jsonl" if config.run_dir else None
         self._sinks = [_SINKS[name](config) for name in config.log_to]
         if self._path is not None:
             self._drop_lines_after(step)
-        self._bar = _progress_bar(config.steps, step) if config.progress else None
+        with progress.shown(not silent):
+            self._bar = progress.bar("train", config.steps, "step", step, delay=0)
 
     def _drop_lines_after(self, step: int) -> None:
         """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
@@ -332,12 +333,10 @@ class Log:
         }
         if "fvu_ordinary" in metrics:
             shown["FVU of ordinary rows"] = f"{metrics['fvu_ordinary']:.3f}"
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def __enter__(self) -> "Log":
         return self
@@ -345,16 +344,9 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for _, close in self._sinks:
             close()
-
-
-def _progress_bar(steps: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=done, desc="train", unit="step")
 
 
 Sink = tuple[Callable[[dict[str, float]], None], Callable[[], object]]  # how to write metrics, and how to close

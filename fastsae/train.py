@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import checkpoint, files
+from fastsae import checkpoint, files, progress
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.fp64 import in_fp64
 from fastsae.gradients import GradientBuffers
@@ -177,6 +177,7 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(progress.shown(self.config.progress))
             stack.enter_context(own_random_state(self.sae.W_enc.device))
             stack.enter_context(self._ranks.watched(self.config.run_dir))
             torch.manual_seed(self.config.seed)
@@ -499,9 +500,9 @@ class Trainer:
             return found
 
         def begin() -> None:
-            if not self.config.resume and (checkpoint.folders(run_dir) or (run_dir / "metrics.jsonl").exists()):
+            if not self.config.resume and checkpoint.begun(run_dir):
                 raise FileExistsError(
-                    f"Trainer: {run_dir} already holds a run. Continue it with resume, or choose another run_dir."
+                    f"Trainer: {run_dir} already holds a run. Continue it with resume=True, or choose another run_dir."
                 )
             files.write_json(run_dir / "run.json", self._description())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import activations, cli, experiment
+from fastsae import activations, cli, experiment, report
 from fastsae.config import JointSAEConfig
 from fastsae.evaluate import record
 from fastsae.planner import plan
@@ -33,6 +33,8 @@ def run(monkeypatch, capsys, tmp_path):
 def test_train_eval_and_load(run):
     out = run("train", "joint", "--d-embedding", "8", "--steps", "6", "--run-dir", "r", *SMALL)
     assert "fastsae eval r" in out
+    last = report.read_metrics(Path("r"))[-1]
+    assert f"Trained 6 steps: FVU {last['fvu']:.4f} of the last batch, L0 8.0, dead features" in out
     sae = fastsae.load("r/sae")
     assert (sae.architecture, sae.d_in, sae.d_sae, sae.k) == ("joint", 256, 128, 8)
     out = run("eval", "r", "--tokens", "500")
@@ -49,8 +51,41 @@ def test_resume_and_another_run(run):
         run(*train, "--steps", "4")
     run(*train, "--steps", "4", "--resume")
     with pytest.raises(SystemExit, match=r"is a run on other activations: hook was .*blocks\.2.* is .*blocks\.1"):
-        run(*train, "--steps", "4", "--hook", "blocks.1.hook_resid_post")
+        run(*train, "--steps", "4", "--resume", "--hook", "blocks.1.hook_resid_post")
     assert json.loads(Path("r/data.json").read_text())["hook"] == "blocks.2.hook_resid_post"
+
+
+def test_a_taken_folder_is_noticed_before_a_model_is_loaded(run, monkeypatch):
+    for taken in ("r", "runs/train", "runs/train-2"):
+        Path(taken).mkdir(parents=True)
+        Path(taken, "metrics.jsonl").touch()
+    monkeypatch.setattr(experiment, "language_model", lambda data: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match=r"train: r already holds a run\. Continue it with --resume, or"):
+        run("train", "topk", "--run-dir", "r", *SMALL)
+    begun = []
+    monkeypatch.setattr(experiment, "language_model", lambda data: None)
+
+    def train(*arguments: object) -> None:
+        begun.append(arguments[3].run_dir)
+        begun[-1].mkdir(exist_ok=True)
+        (begun[-1] / "metrics.jsonl").touch()
+
+    monkeypatch.setattr(experiment, "train", train)
+    for resume, expected in (("--no-resume", "runs/train-3"), ("--resume", "runs/train")):
+        run("train", "topk", resume, *SMALL)
+        assert begun.pop() == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("fvu", "dead", "said"),
+    [(0.2, 0.1, []), (6e16, 0.1, ["training diverged"]), (None, 0.6, ["training diverged", "features were inactive"])],
+)
+def test_a_training_that_failed_is_called_so(fvu, dead, said):
+    doubts = cli._doubts({"fvu": fvu, "dead_share": dead, "lr": 1e-3})
+    assert len(doubts) == len(said)
+    for doubt, words in zip(doubts, said, strict=True):
+        assert doubt.startswith("Warning: ")
+        assert words in doubt
 
 
 @pytest.mark.parametrize(
@@ -143,7 +178,7 @@ def test_eval_shows_what_was_measured(run, monkeypatch, capsys):
 def test_analyze(run):
     run("train", "joint", "--d-embedding", "8", "--steps", "3", "--run-dir", "r", *SMALL)
     out = run("analyze", "r", "--tokens", "2000")
-    for word in ("dead", "rare", "common", "p of one mode", "drawn anew", "integration", "r/features.json"):
+    for word in ("dead", "rare", "common", "p (unimodal)", "random baseline", "integration", "r/features.json"):
         assert word in out
     geometry, features = (record.read(Path("r"), name) for name in ("geometry", "features"))
     assert geometry["rows"] == 2000
@@ -208,7 +243,7 @@ def test_which_text_was_read_is_said(run, caplog):
 
 
 def test_version(run):
-    assert run("--version").strip() == f"fastsae {fastsae.__version__}"
+    assert run("--version").strip() == run("-V").strip() == f"fastsae {fastsae.__version__}"
 
 
 def test_demo(run):

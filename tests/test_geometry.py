@@ -317,5 +317,5 @@ def test_no_rows_and_no_packages(monkeypatch):
     with pytest.raises(ValueError, match="at least 1 row"):
         geometry(small_sae(), [])
     monkeypatch.setitem(sys.modules, "diptest", None)
-    with pytest.raises(ImportError, match=r"pip install fastsae\[lab\]"):
+    with pytest.raises(ImportError, match=r"pip install \"\.\[lab\]\""):
         geometry(small_sae(), [torch.randn(4, 16)])

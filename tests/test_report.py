@@ -266,7 +266,7 @@ def test_the_readme_table(made):
         "Peers that clip gradients or keep decoder rows at norm 1 are compared with our Trainer doing the same.\n"
         in readme
     )
-    assert "want of a GPU or of native bf16: fastsae TopKSAE, CUDA backend.\n" in readme
+    assert "(no GPU, or no native bf16, available): fastsae TopKSAE, CUDA backend.\n" in readme
     assert "3.0e-07 (d W_enc, fastsae TopKSAE, Trainer)" in readme
     assert "`make bench`, 14 minutes. [All tables and plots](docs/benchmarks.md#some-cpu)" in readme
 
@@ -308,7 +308,7 @@ def test_who_is_faster_is_said():
 
 def test_nothing_is_claimed_where_ours_was_not_measured():
     said = faster("ours", [("a", None), ("b", 1.2)])
-    assert said == "No other provider is faster than ours. Not compared, for want of it: a."
+    assert said == "No other provider is faster than ours. Not compared, not available here: a."
 
 
 def with_finals(finals: dict[str, float]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def readme_section(name: str, results: Results) -> str:
     lines = [step_table(results, shape, missing), "", RECIPES]
     lines += [faster_steps(results, shape), floor_line(results, shape), ""]
     if wanting:
-        lines.append(f"Not here for want of a GPU or of native bf16: {'; '.join(r['provider'] for r in wanting)}.")
+        lines.append(
+            f"Not measured here (no GPU, or no native bf16, available): {'; '.join(r['provider'] for r in wanting)}."
+        )
     hardware, versions = results["hardware"], results["versions"]
     lines.append(
         "Largest relative error of a reconstruction or a gradient among all that was timed, against the specification "

@@ -66,7 +66,7 @@ def steps_at(results: Results, shape: Shape) -> list[Row]:
 
 
 def missing_steps(results: Results, shape: Shape) -> tuple[list[Row], list[Row]]:
-    """Rows missing for reasons of their own, and those of ours for want of a GPU or of bf16."""
+    """Rows missing for reasons of their own, and those of ours because no GPU or no bf16 is available."""
     rows = [r for r in results["rows"] if r["benchmark"] == "step" and "missing" in r and r["shape"] == shape.name]
     wanting = [r for r in rows if is_ours(r["provider"]) and ("GPU" in r["missing"] or "bf16" in r["missing"])]
     return [r for r in rows if r not in wanting], wanting

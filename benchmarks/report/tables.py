@@ -112,7 +112,7 @@ def faster(whom: str, ratios: Iterable[tuple[str, float | None]]) -> str:
     ahead = [f"{name} ({ratio:.2f} of its time)" for name, ratio in ratios if ratio is not None and ratio < 1]
     alone = [name for name, ratio in ratios if ratio is None]
     said = f"Faster than {whom}: {'; '.join(ahead)}." if ahead else f"No other provider is faster than {whom}."
-    return said + (f" Not compared, for want of it: {'; '.join(alone)}." if alone else "")
+    return said + (f" Not compared, not available here: {'; '.join(alone)}." if alone else "")
 
 
 def quality(results: Results) -> list[str]:

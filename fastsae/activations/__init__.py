@@ -1,5 +1,6 @@
 """From text to activations: documents, token windows, a model's activations, a store, a shuffled stream."""
 
+from fastsae.activations.arrays import ArrayActivations, batches, open_activations
 from fastsae.activations.harvest import ModelActivations, harvest
 from fastsae.activations.reading import PaddingMask, check_hook, check_tokens, output_mask
 from fastsae.activations.store import ActivationStore
@@ -10,15 +11,18 @@ from fastsae.activations.tokens import TokenWindows, first_token, prepends_bos, 
 __all__ = [
     "ActivationStore",
     "ActivationStream",
+    "ArrayActivations",
     "Document",
     "ModelActivations",
     "PaddingMask",
     "TokenWindows",
+    "batches",
     "check_hook",
     "check_tokens",
     "first_token",
     "harvest",
     "is_held_out",
+    "open_activations",
     "output_mask",
     "prepends_bos",
     "read_documents",

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae import progress
 from fastsae.activations.reading import PaddingMask, check_hook, check_tokens
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows, prepends_bos
@@ -145,7 +145,7 @@ def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = t
         trained_on = ", ".join(str(one)[6:] for one in _STORED)
         raise TypeError(f"harvest: expected a float dtype; got {dtype}. Activations are trained on in {trained_on}")
     folder = Path(folder)
-    with locked(folder, "harvest"), tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
+    with locked(folder, "harvest"), progress.bar("harvest", source.n_rows, "row") as bar:
         writer = StoreWriter(folder, source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
         for i, n_rows in enumerate(source.block_rows):
             if not writer.has(i):

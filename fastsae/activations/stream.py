@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastsae import progress
+
 
 class Source(Protocol):
     """Blocks of activation rows: an ActivationStore, or ModelActivations computed on the fly.
@@ -21,7 +23,7 @@ class Source(Protocol):
 
 
 class ActivationStream:
-    """An endless (or `epochs` long) iterator of shuffled (batch_size, d_in) batches.
+    """An endless (or `epochs` long) iterator of (batch_size, d_in) batches, shuffled unless `shuffle` is False.
 
     Each epoch visits the blocks in a new order; blocks fill a buffer of about `buffer_rows` rows, whose rows are
     permuted. Only the buffer is held in memory. Every row comes once an epoch; batches straddle buffers and epochs, and
@@ -30,7 +32,13 @@ class ActivationStream:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, buffer_rows: int = 2**17, seed: int = 0, epochs: int | None = None
+        self,
+        source: Source,
+        batch_size: int,
+        buffer_rows: int = 2**17,
+        seed: int = 0,
+        epochs: int | None = None,
+        shuffle: bool = True,
     ) -> None:
         n_rows = sum(source.block_rows)
         if not 1 <= batch_size <= n_rows:
@@ -42,7 +50,7 @@ class ActivationStream:
         if epochs is not None and epochs < 1:
             raise ValueError(f"ActivationStream: epochs must be None or at least 1; got {epochs}")
         self.source, self.batch_size, self.buffer_rows = source, batch_size, buffer_rows
-        self.seed, self.epochs = seed, epochs
+        self.seed, self.epochs, self.shuffle = seed, epochs, shuffle
         self._epoch = self._buffer_number = self._offset = 0
         self._buffer: Tensor | None = None
         self._buffer_key: tuple[int, int] | None = None
@@ -84,6 +92,7 @@ class ActivationStream:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "buffer_rows": self.buffer_rows,
+            **({} if self.shuffle else {"shuffle": False}),  # as positions of old have it
         }
 
     def _take(self, n: int) -> Tensor:
@@ -102,6 +111,9 @@ class ActivationStream:
         if self._buffer_number == len(self._buffers(self._epoch)):
             self._buffer_number = 0
             self._epoch += 1
+            if self._epoch == 1 != self.epochs:
+                rows = f"all {sum(self.source.block_rows):,} rows have been given once"
+                progress.logger.info(f"activations: {rows}; they come again from here on, in another order")
 
     def _is_place(self, epoch: int, buffer: int, offset: int) -> bool:
         if epoch == self.epochs:
@@ -111,9 +123,7 @@ class ActivationStream:
 
     def _buffers(self, epoch: int) -> list[list[int]]:
         """The blocks of an epoch in their order, grouped into buffers."""
-        order = torch.randperm(
-            len(self.source.block_rows), generator=self._generator("blocks", epoch), device="cpu"
-        ).tolist()
+        order = self._order(len(self.source.block_rows), "blocks", epoch).tolist()
         buffers: list[list[int]] = [[]]
         rows = 0
         for block in order:
@@ -130,18 +140,26 @@ class ActivationStream:
             self._buffer = None  # freed before the next one is made
             blocks = self._buffers(self._epoch)[self._buffer_number]
             n_rows = sum(self.source.block_rows[i] for i in blocks)
-            places = torch.randperm(n_rows, generator=self._generator("rows", *key), device="cpu")
+            places = self._order(n_rows, "rows", *key)
             buffer, lo = None, 0
-            for i in blocks:
-                rows = self.source.block(i)
-                buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
-                buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
-                lo += len(rows)
-                del rows  # freed before the next block is made
+            with progress.bar(self._what(), n_rows, "row", leave=False) as bar:
+                for i in blocks:
+                    rows = self.source.block(i)
+                    buffer = rows.new_empty(n_rows, self.source.d_in) if buffer is None else buffer
+                    buffer[places[lo : lo + len(rows)].to(rows.device)] = rows
+                    lo += len(rows)
+                    bar.update(len(rows))
+                    del rows  # freed before the next block is made
             self._buffer, self._buffer_key = buffer, key
         assert self._buffer is not None
         return self._buffer
 
-    def _generator(self, *key: object) -> torch.Generator:
+    def _what(self) -> str:
+        return f"activations, pass {self._epoch + 1}" if self._epoch else "activations"
+
+    def _order(self, n: int, *key: object) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(n, device="cpu")
         digest = hashlib.sha256("/".join(map(str, (self.seed, *key))).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randperm(n, generator=generator, device="cpu")

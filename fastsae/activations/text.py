@@ -1,7 +1,6 @@
 """Text by document: where activations come from, and which documents are held out."""
 
 import hashlib
-import logging
 import os
 import sysconfig
 import warnings
@@ -10,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from fastsae import progress
 from fastsae.activations import textfile
 from fastsae.activations.textfile import Document
+from fastsae.extras import LAB
 
 STDLIB = "stdlib"
 _TEXT = (".txt", ".md", ".rst", ".py")
@@ -189,7 +190,7 @@ def _counted(paths: Iterable[Path]) -> str:
 
 @cache  # once, though text is read for training and again for what is held out
 def _say(line: str) -> None:
-    logging.getLogger("fastsae").info(line)
+    progress.logger.info(line)
 
 
 def _dataset_documents(spec: str) -> Iterator[Document]:
@@ -200,8 +201,7 @@ def _dataset_documents(spec: str) -> Iterator[Document]:
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
     except ImportError as error:
         raise ImportError(
-            f"read_documents: {spec!r} is no file or folder, and reading it as a dataset needs "
-            "`pip install fastsae[lab]`"
+            f"read_documents: {spec!r} is no file or folder, and reading it as a dataset needs datasets: {LAB}"
         ) from error
     except Exception as error:
         raise FileNotFoundError(

@@ -15,6 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fastsae.extras import LAB
+
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _DOCUMENT_CHARS = 4000
 # Without a blank line in so much text, lines are documents of their own. Many in one would leave few to hold out; one
@@ -85,8 +87,8 @@ def documents(path: Path, name: str, of_folder: bool = False) -> Iterator[Docume
 
 
 def cut(text: str) -> Iterator[str]:
-    """Documents of whole paragraphs, of about 4,000 characters; of whole lines, of about 1,000, where no blank line comes
-    in 16,000, or none at all in a text of 4,000."""
+    """Documents of whole paragraphs, of about 4,000 characters; of whole lines, of about 1,000, where no blank line
+    comes in 16,000, or none at all in a text of 4,000."""
     unbroken = len(text) >= _DOCUMENT_CHARS and not _BLANK_LINE.search(text.strip())
     for start, end in _paragraphs(text):
         if end - start < _LONG and not unbroken:
@@ -319,7 +321,7 @@ def _table_rows(path: Path) -> _Rows:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"read_documents: reading {path} needs `pip install fastsae[lab]`") from error
+        raise ImportError(f"read_documents: reading {path} needs datasets: {LAB}") from error
     try:
         file = glob.escape(str(path.resolve()))
         rows = datasets.load_dataset(kind(path)[1:], data_files=file, split="train", streaming=True)

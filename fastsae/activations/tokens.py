@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import progress
 from fastsae.activations.text import Document, is_held_out
 
 # Windows looked at together: a mask of all of them would take a byte for every token.
@@ -116,22 +117,24 @@ def tokenize(
     lengths: list[Tensor] = []
     names: list[str] = []
     left = max_tokens
-    for document in documents:
-        if left == 0:
-            break
-        if held_out is not None and is_held_out(document.name) != held_out:
-            continue
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
-        ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
-        windows = _cut(ids, body, bos, special)
-        if max_windows_per_document is not None:
-            windows = _spread(windows, max_windows_per_document)
-        if left is not None:
-            windows, left = _first(windows, left, special)
-        names.append(document.name)
-        tokens += [torch.cat(windows)] if windows else []
-        lengths.append(torch.tensor([len(window) for window in windows], dtype=torch.int64, device="cpu"))
+    with progress.bar("tokens", max_tokens, "token", leave=False) as bar:
+        for document in documents:
+            if left == 0:
+                break
+            if held_out is not None and is_held_out(document.name) != held_out:
+                continue
+            ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+            # A tensor at once: as Python integers a hundred million tokens would take gigabytes.
+            ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
+            windows = _cut(ids, body, bos, special)
+            if max_windows_per_document is not None:
+                windows = _spread(windows, max_windows_per_document)
+            if left is not None:
+                windows, left = _first(windows, left, special)
+            names.append(document.name)
+            tokens += [torch.cat(windows)] if windows else []
+            lengths.append(torch.tensor([len(window) for window in windows], dtype=torch.int64, device="cpu"))
+            bar.update(int(lengths[-1].sum()))
     if not tokens:
         which = {True: " held-out", False: " training", None: ""}[held_out]
         raise ValueError(

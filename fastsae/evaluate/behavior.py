@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae import progress
 from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
@@ -76,7 +76,7 @@ def behavior(
     """Splice reconstructions into `model` at the hook the SAE was trained on, over held-out token windows.
 
     Every condition (pathways left out) is compared with its own epsilon-random control: each token moved by the norm of
-    its own error, in raw activations, in a direction drawn anew `draws` times and averaged.
+    its own error, in raw activations, in a random direction, averaged over `draws` of them.
     bos: also replace activations at BOS and separators, on which no SAE was trained, and count what is predicted there.
     Otherwise, and at padding always, positions keep their activations in every run.
     pathways: also splice with pathways left out; without, the whole reconstruction only.
@@ -105,7 +105,7 @@ def behavior(
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
     with evaluating(sae), evaluating(secondary or sae):
-        for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
+        for lo in progress.over("KL", range(0, len(windows), batch_windows), "batch"):
             batch = windows[lo : lo + batch_windows]
             splice = _Splice(sae, secondary, model, hook_name, batch, mask, bos, noise, windows.context)
             totals.add(*splice.sums(draws, pathways))

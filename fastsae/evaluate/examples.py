@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastsae import progress
 from fastsae.activations import ModelActivations
 
 
@@ -31,7 +32,7 @@ def strongest(
     """
     windows = source.windows
     found: list[list[tuple[float, Example]]] = [[] for _ in range(n)]
-    for i in range(len(source.block_rows)):
+    for i in progress.over("examples", range(len(source.block_rows)), "block"):
         first = i * source.batch_windows
         is_text = windows.is_text(slice(first, first + source.batch_windows))
         rows = activations(i).cpu()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import progress
 from fastsae.activations import ModelActivations, TokenWindows
 from fastsae.evaluate.examples import Example, strongest
 from fastsae.fp64 import fp64_device, in_fp64
@@ -74,7 +75,7 @@ def _statistics(sae: SparseAutoencoder, source: ModelActivations | HiddenActivat
     squares = torch.zeros(sae.d_sae, dtype=torch.float64, device=fp64_device(device))
     firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     highest = torch.zeros(sae.d_sae, dtype=sae.W_enc.dtype, device=device)
-    for i in range(len(source.block_rows)):
+    for i in progress.over("features", range(len(source.block_rows)), "block"):
         code = sae.encode_raw(source.block(i))
         values, indices = code.values.flatten(), code.indices.flatten()
         squares.index_add_(0, indices.to(squares.device), in_fp64(values).square())

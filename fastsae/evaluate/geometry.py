@@ -17,6 +17,7 @@ from fastsae.evaluate.contribution import (
     weight_norm_share,
 )
 from fastsae.evaluate.directions import Concentration, Directions, concentration, directions
+from fastsae.extras import LAB
 from fastsae.modules import SparseAutoencoder, evaluating, uncompiled
 from fastsae.modules.joint import STD_AT_INIT
 
@@ -58,9 +59,9 @@ class SquaredNorms:
     """Squared norms of the rows of one weight."""
 
     at_init: float
-    """Expected value by the law of initialisation: of an SAE as it is made, before a base's weights or unit norm."""
+    """Expected value at initialisation: of an SAE as it is made, before a base's weights or unit norm."""
     at_init_histogram: list[int]
-    """Rows drawn by the law of initialisation, in the same bins: what untrained features would look like."""
+    """Rows of an SAE at initialisation, in the same bins: what untrained features would look like."""
     edges: list[float]
     """Edges of the bins, the same for every group and for the rows at initialisation."""
     groups: dict[str, GroupNorms]
@@ -113,7 +114,7 @@ def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 
         import diptest  # noqa: F401
         import scipy.stats  # noqa: F401
     except ImportError as error:
-        raise ImportError("geometry needs scipy and diptest: `pip install fastsae[lab]`") from error
+        raise ImportError(f"geometry needs scipy and diptest: {LAB}") from error
     rng, sae = np.random.default_rng(seed), uncompiled(sae)
     with evaluating(sae):
         rows, fired, code = _read(sae, activations, max_rows)
@@ -179,7 +180,7 @@ def at_init(sae: SparseAutoencoder, name: str) -> float:
 
 
 def _drawn_at_init(sae: SparseAutoencoder, name: str, rng: np.random.Generator) -> np.ndarray:
-    """Squared norms of d_sae rows by the law of initialisation."""
+    """Squared norms of d_sae rows at initialisation."""
     expected = at_init(sae, name)
     if name in STD_AT_INIT:  # squares of normals
         df = getattr(sae, name).shape[1]

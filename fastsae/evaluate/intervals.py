@@ -7,6 +7,7 @@ from math import isnan, nan
 import torch
 from torch import Tensor
 
+from fastsae.extras import LAB
 from fastsae.fp64 import in_fp64
 
 LEVEL = 0.95
@@ -76,7 +77,7 @@ def student_t(df: float, level: float = LEVEL) -> float:
     try:
         from scipy.stats import t
     except ImportError as error:
-        raise ImportError("intervals need scipy: `pip install fastsae[lab]`") from error
+        raise ImportError(f"intervals need scipy: {LAB}") from error
 
     return float(t.ppf((1 + level) / 2, df))
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.extras import LAB
+
 LEVEL = 0.05
 """Of significance, and of false discoveries among all."""
 _BLOCK, _AT_ONCE = 500, 1024
@@ -177,7 +179,7 @@ def detectable(cells: Tensor, tests: int, power: float = 0.8) -> float:
     return float(optimize.brentq(missing, 0.0, most)) if missing(most) > 0 else inf  # type: ignore[arg-type]
 
 
-_MISSING = "factorial experiments need statsmodels: `pip install fastsae[lab]`"
+_MISSING = f"factorial experiments need statsmodels: {LAB}"
 
 
 def frame(columns: dict[str, Any]) -> Any:

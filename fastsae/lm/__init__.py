@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsae import quiet
+from fastsae.extras import LAB
 
 EMBEDDED = "embedded"
 
@@ -36,7 +37,7 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
             from transformer_lens.model_bridge import TransformerBridge
             from transformers.utils import logging
     except ImportError as error:
-        raise ImportError("loading a language model needs TransformerLens: `pip install fastsae[lab]`") from error
+        raise ImportError(f"loading a language model needs TransformerLens: {LAB}") from error
 
     logging.disable_progress_bar()
     source = str(weights_folder()) if name == EMBEDDED else name

@@ -77,7 +77,7 @@ def norm_histogram(title: str, norms: Mapping[str, Any]) -> str:
 
 
 def beside_null(title: str, found: Mapping[str, Mapping[str, float]], label: str) -> str:
-    """Values as dots, and the range that weights drawn anew give as bands behind them."""
+    """Values as dots, and the range of the random baseline as bands behind them."""
 
     def draw(axes: Any) -> None:
         for place, value in enumerate(found.values()):
@@ -89,7 +89,7 @@ def beside_null(title: str, found: Mapping[str, Mapping[str, float]], label: str
         axes.set_yticks(range(len(found)), list(found))
         axes.set(xlabel=label, xlim=(-1.05, 1.05), ylim=(max(1, len(found)) - 0.5, -0.5))
         axes.plot([], [], "o", color=COLORS[0], label="trained")
-        axes.plot([], [], color=COLORS[1], linewidth=9, label="drawn anew")
+        axes.plot([], [], color=COLORS[1], linewidth=9, label="random baseline")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.25), ncols=2, fontsize=8)
 
     return figure(title, draw, (4.2, 1.1 + 0.34 * len(found)))

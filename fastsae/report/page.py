@@ -84,7 +84,10 @@ def _training(run: Path) -> str:
     drawn = [
         (figures.curve(lines, "fvu", "fraction of variance unexplained", log=True), "Of the batch just trained on."),
         (figures.curve(lines, "loss", "loss", log=True), "Mean squared error, normalised activations; dropout on."),
-        (figures.curve(lines, "dead_share", "dead share"), "Features silent for as long as the run counts back."),
+        (
+            figures.curve(lines, "dead_share", "dead share"),
+            "Share of features inactive for the last dead_after_tokens tokens.",
+        ),
         (figures.curve(lines, "l0", "L0"), "Active features a token; fewer than k where pre-activations are negative."),
         (
             figures.curve(lines, "rows_per_second", "rows/s"),
@@ -97,7 +100,7 @@ def _training(run: Path) -> str:
 def _measured(found: Json) -> str:
     r, bos = found["reconstruction"], {"BOS kept": found["bos_out"]}
     if found["bos_in"] is not None:
-        bos["BOS replaced too, and what it predicts counted"] = found["bos_in"]
+        bos["Including BOS"] = found["bos_in"]
     b = found["bos_out"]
     held_out = f"{r['rows']:,} rows of {r['documents']} held-out documents; 95 % intervals over documents."
     table = elements.rows(
@@ -189,7 +192,7 @@ def _geometry(found: Json) -> str:
             (
                 figures.beside_null("Weight-norm shares against squared norm", known, "rank correlation with |W_dec|²"),
                 "A share of weight norm holds |W_dec| in its denominator, so it correlates with it by construction: "
-                "the band is what the same W_dec gives with W_lin and V drawn anew.",
+                "the band is the random baseline: the same W_dec with random W_lin and V.",
             )
         )
     contribution = found["contribution"]
@@ -204,7 +207,7 @@ def _geometry(found: Json) -> str:
         )
     dips = elements.rows(
         [
-            {"features": name, "dip": f"{dip['dip']:.4f}", "p of one mode": f"{dip['p']:.3f}"}
+            {"features": name, "dip": f"{dip['dip']:.4f}", "p (unimodal)": f"{dip['p']:.3f}"}
             for name, dip in found["dip_W_dec"].items()
             if dip is not None
         ]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fastsae.extras import LAB
+
 # Colours that stand for the page's variables; each is replaced wherever matplotlib writes it.
 INK, GRID = "#010101", "#020202"
 COLORS = ("#030303", "#040404", "#050505", "#060606", "#070707")
@@ -20,7 +22,7 @@ def figure(title: str, draw: Callable[[Any], None], size: tuple[float, float] = 
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a report has plots and needs matplotlib: `pip install fastsae[lab]`") from error
+        raise ImportError(f"a report has plots and needs matplotlib: {LAB}") from error
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",

@@ -3,13 +3,12 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsae import experiment, files
+from fastsae import __version__, experiment, files
 from fastsae.activations import ModelActivations, harvest
 from fastsae.config import DataConfig, StudyConfig, to_dict
 from fastsae.evaluate import DocumentSums, behavior
@@ -102,7 +101,7 @@ def results(
             "processor": _processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "fastsae": version("fastsae"),
+            "fastsae": __version__,
             "python": platform.python_version(),
         },
     }

@@ -23,7 +23,7 @@ def block(page: str, language: str) -> str:
 
 def run(page: str, instead: dict[str, str], **given: object) -> dict[str, object]:
     """Run a page's Python with some of it replaced, each of which must be there; returns its variables."""
-    code = block(page, "python")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL))
     for written, replacement in instead.items():
         assert written in code, f"{page} does not say {written!r} any more"
         code = code.replace(written, replacement)
@@ -76,6 +76,15 @@ def test_sparsify():
     run("sparsify.md", instead, Dataset=Dataset, TEXT=TEXT)
     (hookpoint,) = Path("out/unnamed").glob("*/cfg.json")
     assert SparseCoder.load_from_disk(hookpoint.parent).num_latents == 512
+
+
+def test_questions(capsys):
+    fastsae.JointSAE(256, 8192, 32).save_pretrained("runs/demo/joint/sae")
+    fastsae.TopKSAE(256, 8192, 32).save_pretrained("runs/demo/topk/sae")
+    run("questions.md", {"20_000": "2_000", "max_new_tokens=10": "max_new_tokens=2"})
+    said = capsys.readouterr().out
+    for words in ("token", "raised", "of 8,192 features are in both"):
+        assert words in said
 
 
 def test_converting(monkeypatch):

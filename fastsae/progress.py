@@ -1,0 +1,86 @@
+"""Progress of what takes long: a bar in a terminal or notebook, elsewhere a line in the log now and then."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+logger = logging.getLogger("fastsae")
+T = TypeVar("T")
+_shown: ContextVar[bool] = ContextVar("shown", default=True)
+# Nothing is shown of what takes less; in a log, a line every so often.
+_DELAY, _BETWEEN_LINES = 2.0, 30.0
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+
+
+class _Lines:
+    """A file for tqdm whose lines go to the log."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            logger.info(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class _Silent(nullcontext[Any]):
+    """A bar that shows nothing, where tqdm may be missing too."""
+
+    def __enter__(self) -> "_Silent":
+        return self
+
+    def update(self, n: float = 1) -> None: ...
+    def set_postfix(self, *_: Any, **__: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+@contextmanager
+def shown(yes: bool) -> Iterator[None]:
+    """Show progress inside, or, once one caller has said no, none."""
+    token = _shown.set(yes and _shown.get())
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool = True, delay: float = _DELAY) -> Any:
+    """A context manager with tqdm's update(n), set_postfix(numbers) and close().
+
+    what: a noun that tells this bar from others. done: units done before. leave: whether it stays when it is full.
+    delay: seconds before it appears.
+    """
+    if not _shown.get():
+        return _Silent()
+    options: dict[str, Any] = {
+        "desc": what,
+        "total": total,
+        "unit": unit,
+        "initial": done,
+        "unit_scale": unit in ("row", "token"),
+    }
+    options |= {"delay": delay}
+    if _is_notebook():
+        from tqdm.auto import tqdm
+
+        return tqdm(**options, leave=leave)
+    from tqdm import tqdm
+
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(**options, leave=leave)
+    return tqdm(**options, file=_Lines(), bar_format=_LINE, mininterval=_BETWEEN_LINES, maxinterval=2 * _BETWEEN_LINES)
+
+
+def over(what: str, items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items, under a bar that is gone after the last one."""
+    with bar(what, len(items), unit, leave=False) as shown_so_far:
+        for item in items:
+            yield item
+            shown_so_far.update(1)
+
+
+def _is_notebook() -> bool:
+    return "ipykernel" in sys.modules
