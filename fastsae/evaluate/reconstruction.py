@@ -129,7 +129,7 @@ def _result(
         fvu_raw=sums.ratio("raw error", "variance raw"),
         cosine=sums.ratio("cosine", "rows"),
         l0=sums.ratio("l0", "rows"),
-        dead_share=float((firing == 0).double().mean()),
+        dead_share=int((firing == 0).sum()) / sae.d_sae,
         conditions=fvu,
         pathways=shares,
         error_reduction_against_own_identity_pathway=sums.reduction(f"error {FULL}", f"error {IDENTITY}")
