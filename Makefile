@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test kernels check bench gpu clean
+.PHONY: demo test test-machines kernels check bench gpu clean
 
 demo: .venv/lab       ## train a TopK SAE and a joint SAE on a real model's activations, and compare them
 	$(BIN)/fastsae demo
@@ -12,6 +12,9 @@ test: .venv/dev       ## everything that can be proved without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels -n 2
 	$(BIN)/python -m csrc_triton.offline modern odd small narrow few wider
+
+test-machines: .venv/dev ## the tests as other processors compute them, on one thread and on two
+	$(BIN)/python tests/machines.py
 
 # What a GPU took stands beside what was predicted for an H200.
 MEASURED := $(wildcard benchmarks/results/nvidia-h200.json benchmarks/results/nvidia-*.json)

@@ -357,14 +357,16 @@ class Trainer:
         loss = ranks.mean(output.loss)
         alive_within = min(self.config.dead_after_tokens, self.rows_seen)
         ranks.least(self._rows_since_fired)
-        dead = in_fp64(self._rows_since_fired[:-1] >= alive_within).mean()
+        # Counts are added up, and divided once: a mean of whole numbers that are all alike is that number.
+        dead = ranks.count_features(int((self._rows_since_fired[:-1] >= alive_within).sum()))
+        active = ranks.count_rows(int((output.code.values > 0).sum()))
         metrics: dict[str, float] = {
             "step": self.step,
             "rows": self.rows_seen,
             "loss": loss.item(),
             "fvu": (loss / variance).item(),
-            "l0": ranks.mean(in_fp64((output.code.values > 0).sum(dim=-1)).mean()).item(),
-            "dead_share": ranks.mean_over_features(dead).item(),
+            "l0": active / ranks.batch_rows(len(x)),
+            "dead_share": dead / self.sae.d_sae,
             "lr": self.learning_rate(self.step - 1),
             "rows_per_second": rate,
         }

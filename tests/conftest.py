@@ -3,6 +3,9 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: tests never touch the network
+# One thread, here and in processes that tests start, unless it is asked for more (tests/machines.py): threads only wait
+# for one another over tensors this small, on a busy machine for seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what was compiled from an older version would be taken
 
 import torch
@@ -29,7 +32,5 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads only wait for one another over tensors this small, on a busy machine for seconds."""
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
+def threads() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

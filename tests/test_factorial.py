@@ -51,6 +51,13 @@ def test_F_and_contrast_are_those_of_statsmodels():
     assert float(anova.fit(3 + 0 * y, CELLS).F.abs().max()) == 0  # constant features show nothing
 
 
+@pytest.mark.parametrize("size", [3, 7, 10, 49])
+def test_the_mean_of_whole_numbers_that_are_alike_is_that_number(size):
+    whole = torch.arange(1.0, 200, dtype=torch.float64).expand(4 * size, -1)
+    means = anova.fit(whole, torch.arange(4).repeat_interleave(size)).means
+    assert means.tolist() == whole[:4].tolist()
+
+
 def test_main_effects_of_statsmodels_go_by_their_names():
     y = values(1) + 5 * SECOND.unsqueeze(1)
     found = anova.table(y[:, 0], CELLS, ("a", "b"))

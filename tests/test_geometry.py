@@ -160,21 +160,21 @@ def test_firing_groups_by_definition():
     g = geometry(sae, raw.split(33))
     assert sae.training, "the mode was not restored"
     sae.eval()
-    rate = (sae.encode(sae.normalizer(raw)).to_dense() > 0).double().mean(0)
-    assert g.firing_rate == pytest.approx(rate.tolist())
+    fired = (sae.encode(sae.normalizer(raw)).to_dense() > 0).sum(0)
+    assert g.firing_rate == [n / 200 for n in fired.tolist()]
     assert list(g.groups) == GROUPS
-    dead = int((rate == 0).sum())
+    dead = int((fired == 0).sum())
     assert dead >= 2
     assert g.groups["dead"].features == dead
     assert g.groups["dead"].highest_rate == 0
-    alive = rate.sort().values[dead:]
+    alive = fired.sort().values[dead:]
     for name, expected in zip(("rare", "middle", "common"), alive.tensor_split(3), strict=True):
         group = g.groups[name]
         assert group.features == len(expected)
         assert group.share == pytest.approx(len(expected) / 64)
-        assert (group.lowest_rate, group.mean_rate, group.highest_rate) == pytest.approx(
-            (expected[0].item(), expected.mean().item(), expected[-1].item())
-        )
+        lowest, mean, highest = expected[0].item(), expected.sum().item() / len(expected), expected[-1].item()
+        assert (group.lowest_rate, group.highest_rate) == (lowest / 200, highest / 200)
+        assert group.mean_rate == pytest.approx(mean / 200, rel=1e-15)
     members = firing_groups(torch.tensor([5, 0, 2, 9, 0, 2, 7]))
     assert {name: group.tolist() for name, group in members.items()} == {
         "all": [0, 1, 2, 3, 4, 5, 6],

@@ -379,7 +379,6 @@ def assert_same(found: dict[str, list[Outcome]], expected: dict[str, list[Outcom
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict[str, list[Outcome]], Counts, Measure]:
     """A study of some arms that nothing interrupted."""
-    torch.set_num_threads(1)
     folder, measure = tmp_path_factory.mktemp("whole"), Measure(rows()[256:])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)

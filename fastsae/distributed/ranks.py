@@ -192,12 +192,12 @@ class Ranks(Alone):
         dist.all_reduce(shared, group=self.data_group)
         return shared
 
-    def mean_over_features(self, own: Tensor) -> Tensor:
-        if self.layout.features == 1:
+    def count_rows(self, own: int) -> int:
+        if self.layout.data == 1:
             return own
-        shared = own / self.layout.features
-        dist.all_reduce(shared, group=self.feature_group)
-        return shared
+        total = torch.tensor(own, device=self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return int(total)
 
     def count_features(self, own: int) -> int:
         return sum(self.counts(own))

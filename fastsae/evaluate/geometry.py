@@ -126,7 +126,7 @@ def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 
         return Geometry(
             rows=rows,
             firing_rate=(fired.double() / rows).tolist(),
-            groups={name: _firing_group(fired[group] / rows, sae.d_sae) for name, group in groups.items()},
+            groups={name: _firing_group(fired[group], rows, sae.d_sae) for name, group in groups.items()},
             squared_norms={name: _squared_norms(n, sae, name, groups, rng) for name, n in norms.items()},
             dip_W_dec={name: dip(norms["W_dec"][group]) for name, group in (groups | alive).items()},
             weight_norm_share=weight_norm_share(sae, rng),
@@ -166,10 +166,12 @@ def firing_groups(fired: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _firing_group(rate: Tensor, d_sae: int) -> FiringGroup:
-    if len(rate) == 0:
+def _firing_group(fired: Tensor, rows: int, d_sae: int) -> FiringGroup:
+    n = len(fired)
+    if n == 0:
         return FiringGroup(0, 0.0, None, None, None)
-    return FiringGroup(len(rate), len(rate) / d_sae, float(rate.min()), float(rate.mean()), float(rate.max()))
+    mean = int(fired.sum()) / (n * rows)  # of counts, not of rates, each of which is rounded
+    return FiringGroup(n, n / d_sae, int(fired.min()) / rows, mean, int(fired.max()) / rows)
 
 
 def at_init(sae: SparseAutoencoder, name: str) -> float:

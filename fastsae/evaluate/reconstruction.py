@@ -130,7 +130,7 @@ def _result(
         fvu_raw=sums.ratio("raw error", "variance raw"),
         cosine=sums.ratio("cosine", "rows"),
         l0=sums.ratio("l0", "rows"),
-        dead_share=float(in_fp64(firing == 0).mean()),
+        dead_share=int((firing == 0).sum()) / sae.d_sae,
         conditions=fvu,
         pathways=shares,
         error_reduction_against_own_identity_pathway=sums.reduction(f"error {FULL}", f"error {IDENTITY}")

@@ -52,8 +52,8 @@ class Fit(NamedTuple):
 
 def fit(values: Tensor, cells: Tensor) -> Fit:
     """values (texts, features) fp64; cells (texts,): which of the four each text is in."""
-    average, spread, df = _design(cells)
-    means = average @ values
+    members, sizes, spread, df = _design(cells)
+    means = (members @ values) / sizes  # divided once: whole numbers are summed exactly, in whatever order
     within = values - means[cells]
     sigma = (within.square().sum(dim=0) / df).sqrt()
     contrast = torch.tensor(INTERACTION, dtype=torch.float64, device="cpu") @ means
@@ -66,14 +66,16 @@ def _noise(values: Tensor) -> Tensor:
     return 1e-12 * values.abs().amax(dim=0)
 
 
-def _design(cells: Tensor) -> tuple[Tensor, float, int]:
-    """The matrix that takes cell means (4, texts); the contrast's variance in units of sigma^2; degrees of freedom."""
+def _design(cells: Tensor) -> tuple[Tensor, Tensor, float, int]:
+    """The matrix that sums cells (4, texts), of zeros and ones; their sizes (4, 1); the contrast's variance in units of
+    sigma^2; degrees of freedom."""
     sizes = cells.bincount(minlength=4)
     if len(sizes) != 4 or int(sizes.min()) < 2:
         raise ValueError(f"anova: expected at least 2 texts in each of 4 cells; got {sizes.tolist()}")
-    average = torch.zeros(4, len(cells), dtype=torch.float64, device="cpu")
-    average[cells, torch.arange(len(cells), device="cpu")] = 1.0 / sizes[cells].double()
-    return average, float((1 / sizes.double()).sum()), len(cells) - 4
+    members = torch.zeros(4, len(cells), dtype=torch.float64, device="cpu")
+    members[cells, torch.arange(len(cells), device="cpu")] = 1.0
+    sizes = sizes.double().unsqueeze(1)
+    return members, sizes, float((1 / sizes).sum()), len(cells) - 4
 
 
 class Permuted(NamedTuple):
@@ -93,12 +95,12 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
     many have been drawn that all that are left could be discoveries: q comes down to about 0.0125, and no further.
     Residuals change places between cells, so their spread should not differ much where the cells' sizes do.
     """
-    average, spread, _ = _design(cells)
+    members, sizes, spread, _ = _design(cells)
+    average = members / sizes
     first, second = (torch.tensor(c, dtype=torch.float64, device="cpu")[cells].sign() for c in MAIN)
     additive = torch.stack([torch.ones_like(first), first, second], dim=1)
     residuals = values - additive @ torch.linalg.lstsq(additive, values).solution
     residuals = torch.where(residuals.abs() <= _noise(values), 0.0, residuals)
-    sizes = cells.bincount(minlength=4).double()
     contrast = torch.tensor(INTERACTION, dtype=torch.float64, device="cpu")
     squares = residuals.square().sum(dim=0)
 
@@ -109,7 +111,7 @@ def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.G
         found = []
         for part in features.split(_AT_ONCE):
             means = (moved @ residuals[:, part]).view(len(order), 4, -1)
-            within = (squares[part] - (sizes.view(1, 4, 1) * means.square()).sum(dim=1)).clamp_min(0)
+            within = (squares[part] - (sizes * means.square()).sum(dim=1)).clamp_min(0)
             explained = torch.einsum("c,bcf->bf", contrast, means).square() / spread
             explained = torch.where(explained > 1e-12 * squares[part], explained, 0.0)  # no rounding over no spread
             found.append((explained / (explained + within)).nan_to_num(0))
@@ -169,7 +171,7 @@ def detectable(cells: Tensor, tests: int, power: float = 0.8) -> float:
     except ImportError as error:
         raise ImportError(_MISSING) from error
 
-    _, spread, df = _design(cells)
+    _, _, spread, df = _design(cells)
     critical = stats.t.ppf(1 - LEVEL / max(1, tests) / 2, df)
 
     def missing(d: float) -> float:

@@ -174,7 +174,7 @@ def test_everything_an_sae_does(four, name, backend):
 
 
 def test_rows_that_cannot_be_split_evenly(four):
-    assert_equal_to_rounding(four(trained, "joint", 1, {}, 23), 1, trained("joint", 0, {}, 23))
+    assert_equal_to_rounding(four(trained, "joint", 1, {}, 27), 1, trained("joint", 0, {}, 27))
 
 
 def test_bad_batches_are_skipped_by_all(four):
