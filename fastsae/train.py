@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastsae import checkpoint, files, progress
 from fastsae.config import TrainerConfig, to_dict
-from fastsae.fp64 import in_fp64
 from fastsae.gradients import GradientBuffers
 from fastsae.modules import SAEOutput, SparseAutoencoder, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
