@@ -169,10 +169,10 @@ def _on_base(config: SequentialRunConfig | SecondaryRunConfig, data: DataConfig,
             f"{ours.hook} of model {ours.model!r} on {ours.text!r}; --model, --hook and --text must be those of the "
             "base, or documents it was trained on would be held out"
         )
-    if seen.prepend_bos is not None and seen.prepend_bos != ours.prepend_bos:
+    if None not in (seen.prepend_bos, ours.prepend_bos) and seen.prepend_bos != ours.prepend_bos:
         raise ValueError(
             f"{config.base} was trained with prepend_bos = {seen.prepend_bos}, this run has {ours.prepend_bos}; "
-            f"--data.prepend-bos {seen.prepend_bos} is as the base reads"
+            f"--prepend-bos {seen.prepend_bos} is as the base reads"
         )
     options = to_dict(config)
     del options["base"]

@@ -12,7 +12,7 @@ from fastsae.modules import read_description
 
 _TEXT_CHECKSUM = "text_crc32"
 _BASE, _BASE_CHECKSUM = "base", "base_crc32"
-_BEFORE = {"prepend_bos": True}
+BEFORE = {"prepend_bos": True}
 """Of runs from before there was such an option."""
 
 
@@ -25,7 +25,7 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
     with files.locked(run_dir, "train"):
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
-            there = _BEFORE | files.read_object(path)
+            there = BEFORE | files.read_object(path)
             if base is not None and there.get(_BASE_CHECKSUM) == ours[_BASE_CHECKSUM]:
                 there[_BASE] = ours[_BASE]  # the same SAE, wherever it lies now
             differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
@@ -51,7 +51,7 @@ def recorded(run_dir: Path) -> DataConfig:
     path = run_dir / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
-    there = _BEFORE | files.read_object(path)
+    there = BEFORE | files.read_object(path)
     checksum = there.pop(_TEXT_CHECKSUM, None)
     for name in (_BASE, _BASE_CHECKSUM):
         there.pop(name, None)

@@ -6,9 +6,10 @@ import planted
 import pytest
 import torch
 from test_factorial import secondary
-from tiny_lm import hooked, tokenizer
+from tiny_lm import hooked, saved, tokenizer
 
 import fastsae
+from fastsae import lm
 from fastsae.code import SparseCode
 from fastsae.config import DataConfig, FactorialConfig
 from fastsae.evaluate import Interval, drivers
@@ -16,7 +17,7 @@ from fastsae.experiment import Trained
 from fastsae.factorial import Carrier, Clamp, Target, effects, generate, run_factorial
 from fastsae.factorial.effects import Control, Effect, Mixed
 from fastsae.factorial.generate import side_by_side
-from fastsae.factorial.readout import WordReadout
+from fastsae.factorial.readout import Spliced, WordReadout
 from fastsae.factorial.responses import tokenized
 
 D, M, E = 12, 40, 6
@@ -524,3 +525,14 @@ def test_a_topk_sae_has_its_own_features_clamped():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         FactorialConfig(**options)
+
+
+def test_prompts_begin_as_the_model_was_trained(tmp_path):
+    for kind, begun in {"qwen": [5, 6], "gpt2": [0, 5, 6]}.items():
+        model = lm.load(str(saved(tmp_path / kind, kind)))
+        spliced = Spliced(model, "blocks.1.hook_resid_post", [[5, 6], [5]])
+        assert spliced.tokens[0].tolist() == begun
+        assert spliced.is_text.sum() == 3
+    bert = lm.load(str(saved(tmp_path / "bert", "bert")))
+    with pytest.raises(ValueError, match="reads in both directions: it predicts no word after a prompt"):
+        WordReadout(bert, "blocks.1.hook_resid_post", ["the cat"], ["sat"])

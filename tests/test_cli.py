@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_lm
 import torch
 
 import fastsae
-from fastsae import activations, cli, experiment, report
+from fastsae import activations, cli, experiment, provenance, report
 from fastsae.config import JointSAEConfig
 from fastsae.evaluate import record
 from fastsae.planner import plan
@@ -86,6 +87,47 @@ def test_a_training_that_failed_is_called_so(fvu, dead, said):
     for doubt, words in zip(doubts, said, strict=True):
         assert doubt.startswith("Warning: ")
         assert words in doubt
+
+
+def test_a_model_without_bos_is_trained_and_measured_without(run, tmp_path):
+    model = tiny_lm.saved(tmp_path / "lm", "qwen")
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(" ".join(tiny_lm.WORDS[1 + (i * j) % 15] for j in range(1, 40)))
+    small = ["--tokens", "1000", "--context", "16", "--batch-size", "32", "--d-sae", "32", "--k", "4", "--no-progress"]
+    small += ["--model", str(model), "--text", str(text), "--hook", "blocks.1.hook_resid_post", "--steps", "3"]
+    train = ["train", "topk", "--run-dir", "r", *small]
+    run(*train)
+    data = Path("r/data.json")
+    recorded = json.loads(data.read_text())
+    assert recorded["prepend_bos"] is False
+
+    def begins_with_bos() -> bool:
+        there = provenance.recorded(Path("r"))
+        return experiment.held_out_windows(experiment.language_model(there), there, 100).has_bos
+
+    assert not begins_with_bos()
+    run("eval", "r", "--tokens", "50")
+    assert json.loads(Path("r/eval.json").read_text())["bos_in"] is None
+    with pytest.raises(SystemExit, match=r"prepend_bos was False, is True"):
+        run(*train, "--prepend-bos", "True", "--resume")
+    del recorded["prepend_bos"]  # a run from before there was the option: its windows began with BOS
+    data.write_text(json.dumps(recorded))
+    assert begins_with_bos()
+    with pytest.raises(SystemExit, match=r"prepend_bos was True, is False"):
+        run(*train, "--resume")
+    with pytest.raises(SystemExit, match=r"r was trained with prepend_bos = True, this run has False; --prepend-bos"):
+        run("train", "sequential", "--base", "r", "--run-dir", "s", "--d-embedding", "4", *small[:6], *small[10:])
+
+
+def test_a_run_of_before_the_option_of_bos_goes_on(run):
+    train = ["train", "topk", "--run-dir", "r", "--checkpoint-every", "2", *SMALL]
+    run(*train, "--steps", "2")
+    data = json.loads(Path("r/data.json").read_text())
+    assert data.pop("prepend_bos") is True
+    Path("r/data.json").write_text(json.dumps(data))
+    run(*train, "--steps", "4", "--resume")
 
 
 @pytest.mark.parametrize(

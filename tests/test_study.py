@@ -630,6 +630,18 @@ def test_a_damaged_note_is_named(tmp_path):
             started(tmp_path)
 
 
+def test_a_study_of_before_the_option_of_bos_goes_on(tmp_path):
+    with_bos = dataclasses.replace(DATA, prepend_bos=True)
+    run.claim(config(tmp_path), with_bos)
+    note = tmp_path / "config.json"
+    known = json.loads(note.read_text())
+    del known["data"]["prepend_bos"]
+    note.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"prepend_bos was True, is False"):
+        run.claim(config(tmp_path), dataclasses.replace(DATA, prepend_bos=False))
+    run.claim(config(tmp_path), with_bos)
+
+
 def test_results_count_the_base_of_an_arm(tmp_path):
     trained = arms(config(tmp_path), 6)
     made, _, _ = simulated(SEEDS, 0.3, torch.Generator().manual_seed(0))

@@ -53,6 +53,7 @@ def saved(folder: Path, kind: str) -> Path:
     """A transformers model of two layers with its tokenizer, as `lm.load` reads it."""
     import transformers
 
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(7)
     end, same = {"eos_token": END}, {"bos_token": END, "eos_token": END, "unk_token": END}
     tokens = {"gpt2": same, "gpt2 without special tokens": {}, "qwen": end, "neox": same}

@@ -41,8 +41,8 @@ def check_tokens(model: Any, windows: TokenWindows, where: str) -> None:
         window = int((windows.tokens == unknown).any(dim=1).nonzero()[0])
         raise ValueError(
             f"{where}: token id {unknown} in {windows.names[int(windows.documents[window])]!r} is outside the model's "
-            f"vocabulary of {known} ids. The tokenizer is another model's, or has tokens that were not added to the model "
-            "(model.resize_token_embeddings)"
+            f"vocabulary of {known} ids. The tokenizer is another model's, or has tokens that were not added to the "
+            "model (model.resize_token_embeddings)"
         )
 
 

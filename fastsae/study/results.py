@@ -22,6 +22,7 @@ from fastsae.study.run import Outcome, claim, run_arms
 def run_study(config: StudyConfig, data: DataConfig, say: Callable[[str], object] = print) -> dict[str, Any]:
     """Run or finish the study in config.folder; returns what it writes into study.json there."""
     model = experiment.language_model(data)
+    data = experiment.as_read(model, data)
     # What can be wrong with the options is found before hours of work.
     windows = experiment.held_out_windows(model, data, config.held_out_tokens, config.windows_per_document)
     if windows.n_predictions == 0:

@@ -61,6 +61,7 @@ def claim(study: StudyConfig, data: DataConfig) -> None:
         there = files.read_json(path)
         if not isinstance(there, dict) or not all(isinstance(there.get(part), dict) for part in ours):
             raise ValueError(f"{path} is damaged, or not of a study; choose another --folder")
+        there["data"] = provenance.BEFORE | there["data"]
         differing = [
             f"{name} was {there[part].get(name)!r}, is {value!r}"
             for part in ours
