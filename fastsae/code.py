@@ -107,7 +107,7 @@ def _unflatten(tensors: Iterable[Any], d_sae: int) -> SparseCode:
     return code
 
 
-def _flatten_with_keys(code: SparseCode) -> tuple[list[tuple[_pytree.KeyEntry, Any]], int]:
+def _flatten_with_keys(code: SparseCode) -> tuple[list[tuple[Any, Tensor]], int]:
     return [(_pytree.GetAttrKey(name), getattr(code, name)) for name in ("values", "indices")], code.d_sae
 
 
