@@ -151,7 +151,7 @@ def _holds_hooks(register: Any) -> bool:
     """Whether hooks were registered. A node shows them to no one but who registers another."""
     handle = register(_nothing)
     hooks = handle.hooks_dict_ref()
-    handle.remove()
+    del hooks[handle.id]
     return bool(hooks)
 
 

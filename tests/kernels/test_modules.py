@@ -328,6 +328,25 @@ def test_its_state_is_loaded_as_it_was(device: str):
         assert second.state[W][name].dtype == torch.float32
 
 
+def test_a_copy_made_between_backward_and_step_knows_which_steps_were_made(device: str):
+    values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
+    W = torch.randn(9, 6, device=device).requires_grad_()
+    optimizer = AdamInBackward([W], lr=0.1, unit_norm=[W])
+    for _ in range(2):
+        with optimizer.in_backward():
+            ops.sparse_decode(values, indices, W, "cuda").square().sum().backward()
+        other, another = copy.deepcopy((W, optimizer))
+        for o in (optimizer, another):
+            o.step()
+    for w, o in ((W, optimizer), (other, another)):
+        with o.in_backward():
+            ops.sparse_decode(values, indices, w, "cuda").square().sum().backward()
+        assert w.grad is None
+        o.step()
+    assert torch.equal(W, other)
+    assert another.state[other]["step"] == optimizer.state[W]["step"] == 3
+
+
 def test_transposed_weights_get_ordinary_gradients(device: str):
     """Kernels write rows one after another."""
     values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
