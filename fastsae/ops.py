@@ -1,13 +1,15 @@
 """The operations as torch.library ops with autograd and fakes, and the functions users call.
 
 Each public function checks its arguments, picks a backend, and calls the op (or, for "reference", the specification,
-which autograd differentiates by itself). Each op's backward is an op of its own; while a claimant is active
-(`GradientBuffers`, `AdamInBackward`) weight gradients go where it says, and autograd gets None for them. Gradients of
-gradients exist on the reference backend only, and are refused elsewhere; under torch.func and in forward mode "auto" is
-the reference.
+which autograd differentiates by itself). Each op's backward is an op of its own; in graphs built while a claimant is
+active (`GradientBuffers`, `AdamInBackward`) weight gradients go where it says, and autograd gets None for them.
+Gradients of gradients exist on the reference backend only, and are refused elsewhere; under torch.func and in forward
+mode "auto" is the reference. Gradients of many outputs at once are made one by one.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,22 @@ from fastsae.backends import choose, implementation, reference
 
 __all__ = ["interaction_mlp", "joint_decode", "pairwise_interaction", "reconstruct", "sparse_decode", "topk_encode"]
 
-_library = torch.library.Library("fastsae", "DEF")
+
+def _free_namespace() -> str:
+    """Where operations are registered: "fastsae", or "fastsae_2" and so on where that is taken.
+
+    It is when the module is reloaded or the package imported anew: torch takes a name once, and graphs and compiled
+    code of before go on with the operations they know.
+    """
+    names = itertools.chain(["fastsae"], (f"fastsae_{n}" for n in itertools.count(2)))
+    return next(name for name in names if not hasattr(getattr(torch.ops, name), "topk_encode"))
+
+
+_namespace = _free_namespace()
+_library = torch.library.Library(_namespace, "FRAGMENT")
+_operations = getattr(torch.ops, _namespace)
+# Operations live as long as their library, and a reload takes its name away.
+_libraries = [*globals().get("_libraries", []), _library]
 
 
 # ---- public functions -----------------------------------------------------------------------------------------------
@@ -76,7 +93,7 @@ def topk_encode(
     if name == "reference":
         return reference.topk_encode(x, W_enc, b_enc, k, features, b_dec, scale)
     compute = _autocast_dtype(backend, x.device, x.dtype)
-    return torch.ops.fastsae.topk_encode(x, W_enc, b_enc, b_dec, k, features, scale, compute, name)
+    return _operations.topk_encode(x, W_enc, b_enc, b_dec, k, features, scale, compute, name)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str = "auto") -> Tensor:
@@ -90,7 +107,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, backend: str =
     name = _choose_for_code("sparse_decode", backend, values, indices, W_dec=W_dec)
     if name == "reference":
         return reference.sparse_decode(values, indices, W_dec)
-    return torch.ops.fastsae.joint_decode(values, indices, W_dec, None, None, None, None, values.shape[1], name)[0]
+    return _operations.joint_decode(values, indices, W_dec, None, None, None, None, values.shape[1], name)[0]
 
 
 def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: str = "auto") -> Tensor:
@@ -101,7 +118,7 @@ def pairwise_interaction(values: Tensor, indices: Tensor, V: Tensor, backend: st
     name = _choose_for_code("pairwise_interaction", backend, values, indices, V=V)
     if name == "reference":
         return reference.pairwise_interaction(values, indices, V)
-    _, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, None, None, V, None, None, values.shape[1], name)
+    _, s, q, _ = _operations.joint_decode(values, indices, None, None, V, None, None, values.shape[1], name)
     return pooled(s, q).to(V.dtype)
 
 
@@ -125,7 +142,7 @@ def joint_decode(
     _check_n(where, n, values)
     if name == "reference":
         return reference.joint_decode(values, indices, W_dec, W_lin, V, n)
-    out, s, q, _ = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
+    out, s, q, _ = _operations.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)
     return out, pooled(s, q).to(W_dec.dtype)
 
 
@@ -177,7 +194,7 @@ def reconstruct(
     if target is not None:
         _check_shape(where, "target", target, (rows, d_in), "(B, d_in) of values and W_dec")
     if name != "reference" and mlp is None:
-        out, _, _, loss = torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, bias, target, n, name)
+        out, _, _, loss = _operations.joint_decode(values, indices, W_dec, W_lin, V, bias, target, n, name)
         return out, loss
     sums = decode_sums(values, indices, W_dec, W_lin, V, n, name)
     return finish(*sums, bias=bias, mlp=mlp, dropout=dropout, target=target, compute=values.dtype, backend=name)
@@ -221,7 +238,7 @@ def decode_sums(
     name = choose(backend, values.device, values.dtype)
     if name == "reference":
         return reference.decode_sums(values, indices, W_dec, W_lin, V, n)
-    return torch.ops.fastsae.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)[:3]
+    return _operations.joint_decode(values, indices, W_dec, W_lin, V, None, None, n, name)[:3]
 
 
 def finish(
@@ -249,7 +266,7 @@ def finish(
         if dropout and drawn is None:
             # Drawn on the device: the mask follows torch's generator there, and nobody waits for it.
             drawn = torch.randint(2**31 - 1, (1,), device=base.device)
-        return torch.ops.fastsae.integrate(base, s, q, *mlp, bias, target, drawn, dropout, compute, name)
+        return _operations.integrate(base, s, q, *mlp, bias, target, drawn, dropout, compute, name)
     out = base if bias is None else base + bias
     if mlp is not None:
         W1, b1, W2 = mlp
@@ -276,7 +293,7 @@ _library.define(
 )
 _library.define(
     "topk_encode_backward(Tensor d_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, Tensor? b_dec, "
-    "bool need_x, bool need_W, bool need_b_dec, str backend) -> (Tensor?, Tensor?, Tensor, Tensor?)"
+    "bool need_x, bool need_W, bool need_b_dec, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -339,16 +356,32 @@ def _topk_encode_save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(values, indices, x, W_enc, b_dec)
 
 
-def _topk_encode_grad(ctx: Any, saved: Any, d_values: Tensor, _: Tensor) -> Any:
+def _topk_encode_grad(ctx: Any, saved: Any, d_values: Tensor, d_indices: Any) -> Any:
     values, indices, x, W_enc, b_dec = saved
-    need_x, need_W, _, need_b_dec = ctx.needs_input_grad[:4]
+    need_x, need_W, _, need_b_dec = _needs(ctx)[:4]
     arguments = (d_values, values, indices, x, W_enc, b_dec, need_x, need_W, need_b_dec, ctx.backend)
-    out = _claim(W_enc, ctx.backend) if need_W else None
-    if out is None:
-        grads = torch.ops.fastsae.topk_encode_backward(*arguments)
-    else:
-        grads = _topk_encode_backward(*arguments, out)
+    out = _claim(ctx, 1) if need_W else None
+    grads = topk_encode_backward(*arguments) if out is None else _topk_encode_backward(*arguments, out)
     return *grads, None, None, None, None, None
+
+
+def topk_encode_backward(
+    d_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    need_x: bool,
+    need_W: bool,
+    need_b_dec: bool,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W_enc, b_enc and b_dec on a fast backend; entries of value 0 or less receive none."""
+    grads = _operations.topk_encode_backward(
+        d_values, values, indices, x, W_enc, b_dec, need_x, need_W, need_b_dec, backend
+    )
+    return _without_fillers(grads, (need_x, need_W, True, need_b_dec))
 
 
 def _topk_encode_backward_fake(
@@ -379,7 +412,7 @@ _library.define(
 _library.define(
     "joint_decode_backward(Tensor? d_out, Tensor? d_s, Tensor? d_q, Tensor values, Tensor indices, Tensor? W_dec, "
     "Tensor? W_lin, Tensor? V, int n, bool need_W_dec, bool need_W_lin, bool need_V, str backend)"
-    " -> (Tensor, Tensor?, Tensor?, Tensor?)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -412,23 +445,24 @@ def _joint_decode_grad(
     ctx: Any, saved: Any, d_out: Tensor | None, d_s: Tensor | None, d_q: Tensor | None, d_loss: Any
 ) -> Any:
     values, indices, W_dec, W_lin, V, target, out = saved
-    d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[6])
+    needs = _needs(ctx)
+    d_out, d_target = _with_loss(d_out, d_loss, out, target, needs[6])
     if d_out is None and d_s is None and d_q is None:
         return (None,) * 9
-    d_bias = None if d_out is None or not ctx.needs_input_grad[5] else d_out.sum(dim=0)
-    need_W_dec, need_W_lin, need_V = ctx.needs_input_grad[2:5]
+    d_bias = None if d_out is None or not needs[5] else d_out.sum(dim=0)
+    need_W_dec, need_W_lin, need_V = needs[2:5]
     # What the loss does not reach gets no gradient, rather than one of zeros that moves Adam.
     reached, paired = d_out is not None, d_s is not None or d_q is not None
     need = (need_W_dec and reached, need_W_lin and reached, need_V and paired)
     if d_out is not None:
         d_out = d_out.to(values.dtype)  # under autocast the rows that are gathered are narrower than the weights
     arguments = (d_out, d_s, d_q, values, indices, W_dec, W_lin, V, ctx.n, *need)
-    weights = zip((W_dec, W_lin, V), need, strict=True)
-    out_of = tuple(_claim(w, ctx.backend) if w is not None and needed else None for w, needed in weights)
+    out_of = tuple(_claim(ctx, i) if needed else None for i, needed in zip((2, 3, 4), need, strict=True))
     if any(claim is not None for claim in out_of):
         d_values, *d_weights = implementation(ctx.backend).joint_decode_backward(*arguments, out_of)
     else:
-        d_values, *d_weights = torch.ops.fastsae.joint_decode_backward(*arguments, ctx.backend)
+        grads = _operations.joint_decode_backward(*arguments, ctx.backend)
+        d_values, *d_weights = _without_fillers(grads, (True, *need))
     return d_values, None, *d_weights, d_bias, d_target, None, None
 
 
@@ -464,7 +498,7 @@ _library.define(
 _library.define(
     "integrate_backward(Tensor d_out, Tensor s, Tensor q, Tensor W1, Tensor b1, Tensor W2, Tensor? seed, "
     "float dropout, ScalarType compute, bool need_weights, str backend)"
-    " -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -493,13 +527,15 @@ def _integrate_save(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _integrate_grad(ctx: Any, saved: Any, d_out: Tensor | None, d_loss: Tensor | None) -> Any:
     s, q, W1, b1, W2, seed, target, out = saved
-    d_out, d_target = _with_loss(d_out, d_loss, out, target, ctx.needs_input_grad[7])
+    needs = _needs(ctx)
+    d_out, d_target = _with_loss(d_out, d_loss, out, target, needs[7])
     if d_out is None:
         return (None,) * 12
-    need_weights = any(ctx.needs_input_grad[3:7])
-    d_s, d_q, *d_weights = torch.ops.fastsae.integrate_backward(
+    need_weights = any(needs[3:7])
+    grads = _operations.integrate_backward(
         d_out, s, q, W1, b1, W2, seed, ctx.dropout, ctx.compute, need_weights, ctx.backend
     )
+    d_s, d_q, *d_weights = _without_fillers(grads, (True, True) + 4 * (need_weights,))
     return d_out, d_s, d_q, *d_weights, d_target, None, None, None, None
 
 
@@ -533,8 +569,15 @@ def _with_loss(
     # In fp32: fp16 holds neither 2 / numel nor a loss's scale of 65536. One-dimensional, since a number without
     # dimensions would be rounded to what it multiplies.
     scale = (2 * d_loss / out.numel()).view(1)
-    of_loss = torch.sub(out, target, out=torch.empty_like(out)).mul_(scale)
+    of_loss = torch.sub(out, target, out=torch.empty_like(out))
+    of_loss = (of_loss * scale).to(out.dtype) if _is_batched(d_loss) else of_loss.mul_(scale)
     return of_loss if d_out is None else d_out + of_loss, -of_loss if need_target else None
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether t stands for many tensors, by which nothing can be multiplied in place."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
 class _Refused(torch.autograd.Function):
@@ -595,11 +638,57 @@ def _dispatch(op: str) -> Any:
     return lambda *arguments: getattr(implementation(arguments[-1]), op)(*arguments[:-1])
 
 
+def _with_fillers(function: Any) -> Any:
+    """A backward that returns tensors alone, as torch needs them to run it for many gradients at once."""
+
+    def backward(*arguments: Any) -> Any:
+        grads = function(*arguments)
+        filler = next(g for g in grads if g is not None)
+        return tuple(filler.new_empty(0) if g is None else g for g in grads)
+
+    return backward
+
+
+def _without_fillers(grads: Any, needs: Any) -> tuple[Tensor | None, ...]:
+    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
+
+
+def _one_by_one(op: str) -> Any:
+    """The rule for many gradients at once in torch.func.vmap. is_grads_batched and jacobian(vectorize=True) have such a
+    loop of their own."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        given = list(zip(arguments, in_dims, strict=True))
+        each = [
+            getattr(_operations, op)(*(a if dim is None else a.select(dim, i) for a, dim in given))
+            for i in range(info.batch_size)
+        ]
+        found = tuple(torch.stack(grads) for grads in zip(*each, strict=True))
+        return found, (0,) * len(found)
+
+    return rule
+
+
+def _noting(save: Any) -> Any:
+    """What a forward saves for its backward, with the step it is part of and which of its inputs are tensors."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.step = gradients.active()
+        ctx.tensors = [i for i, t in enumerate(inputs) if isinstance(t, Tensor)]
+        save(ctx, inputs, output)
+
+    return setup_context
+
+
 def _register(name: str, implementations: Any, fakes: Any, save: Any, grad: Any) -> None:
-    for op, function, fake in zip((name, f"{name}_backward"), implementations, fakes, strict=True):
+    backward = f"{name}_backward"
+    functions = implementations[0], _with_fillers(implementations[1])
+    fakes = fakes[0], _with_fillers(fakes[1])
+    for op, function, fake in zip((name, backward), functions, fakes, strict=True):
         _library.impl(op, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastsae::{op}", fake, lib=_library)
-    torch.library.register_autograd(f"fastsae::{name}", _once(grad), setup_context=save, lib=_library)
+        torch.library.register_fake(f"{_namespace}::{op}", fake, lib=_library)
+    torch.library.register_autograd(f"{_namespace}::{name}", _once(grad), setup_context=_noting(save), lib=_library)
+    torch.library.register_vmap(f"{_namespace}::{backward}", _one_by_one(backward), lib=_library)
 
 
 _register(
@@ -625,11 +714,20 @@ _register(
 )
 
 
-def _claim(weight: Tensor, backend: str) -> Any:
-    claimant = gradients.active()
-    if claimant is None or torch.compiler.is_compiling():  # a weight that is being traced has no memory to look up
+def _needs(ctx: Any) -> Sequence[bool]:
+    """Which inputs a gradient is made for: not those that torch.autograd.grad was not asked for."""
+    needs = list(ctx.needs_input_grad)
+    if not torch.compiler.is_compiling():
+        for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):
+            needs[i] = gradients.fate(node) is not gradients.Fate.DROPPED
+    return needs
+
+
+def _claim(ctx: Any, i: int) -> Any:
+    """What becomes of the gradient of input i, a weight; None: autograd is given it."""
+    if ctx.step is None or torch.compiler.is_compiling():  # a weight that is being traced is not the parameter
         return None
-    return claimant.claim(weight, backend)
+    return ctx.step.claim(ctx.next_functions[ctx.tensors.index(i)][0], ctx.backend)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

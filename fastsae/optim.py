@@ -92,11 +92,15 @@ class AdamInBackward(torch.optim.Adam):
     bf16 and fp16 parameters get a state "master" in fp32, which is what is trained; moments are then fp32 too.
     unit_norm: weights (d_sae, d_in) whose rows stay at norm 1, the part of the gradient along them removed.
 
-    Inside in_backward() every backward makes steps, torch.autograd.grad too: one backward a step, in which a weight is
-    used once. A second use raises, from autograd ("modified by an inplace operation") or from step(); by then the first
-    step is made, so go on from a checkpoint. Not for clipping, accumulation or GradScaler, which need the gradients; so
-    not under fp16 autocast either, where gradients vanish without one.
+    Graphs built inside in_backward(), in its thread, make steps in their backward, inside as well: one backward a step,
+    in which a weight is used once. A second use raises, from autograd ("modified by an inplace operation") or from
+    step(); by then the first step is made, so go on from a checkpoint. Weights with hooks, and what torch.autograd.grad
+    asks for, get ordinary gradients. Not for clipping, accumulation or GradScaler, which need the gradients; so not
+    under fp16 autocast either, where gradients vanish without one.
     """
+
+    # GradScaler leaves it to step(), which refuses. torch sets it in __init__ alone, so a copy would have lost it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -110,9 +114,12 @@ class AdamInBackward(torch.optim.Adam):
         if not all(isinstance(p, Tensor) for p in params) or isinstance(lr, Tensor):
             raise TypeError("AdamInBackward: expected tensors and a float lr; groups of parameters are not supported")
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
-        self._unit_norm = {id(p) for p in unit_norm}
-        self._weights = gradients.Weights([])
-        self._offered: list[tuple[Tensor, Any]] = []
+        self._unit_norm = list(unit_norm)
+        # Weights whose step a backward was given, and a list that is not empty once it has taken it on.
+        self._offered: list[tuple[Tensor, list[bool]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_unit_norm": self._unit_norm, "_offered": self._offered}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the one group that the constructor makes. Raises TypeError for another."""
@@ -122,24 +129,22 @@ class AdamInBackward(torch.optim.Adam):
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
-        """Sets every .grad to None; the backward inside makes steps."""
+        """Sets every .grad to None; forward and backward inside make steps."""
         self.zero_grad()
         self._offered = []
-        self._weights = gradients.Weights(self._parameters)
-        gradients.activate(self)
+        step = gradients.begin(self, self._parameters)
         try:
             yield
         finally:
-            gradients.deactivate()
+            gradients.end(step)
 
     @property
     def _parameters(self) -> list[Tensor]:
         return self.param_groups[0]["params"]
 
-    def claim(self, weight: Tensor, backend: str) -> Any:
+    def claim(self, parameter: Tensor, backend: str) -> Any:
         """The step for this weight, which the backend makes row by row; None where it cannot."""
-        parameter = self._weights.find(weight)
-        if parameter is None or backend != "cuda" or not parameter.is_contiguous():
+        if backend != "cuda" or not parameter.is_contiguous():
             return None
         from csrc_triton.adam import AdamStep  # brings triton
 
@@ -158,10 +163,10 @@ class AdamInBackward(torch.optim.Adam):
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            unit_norm=id(parameter) in self._unit_norm,
+            unit_norm=self._has_unit_norm(parameter),
             made=[],
         )
-        self._offered.append((parameter, step))
+        self._offered.append((parameter, step.made))
         # Kernels write past autograd: who saved the weight, and reads it after the step, must be told.
         torch.autograd.graph.increment_version(parameter)
         return step
@@ -172,7 +177,7 @@ class AdamInBackward(torch.optim.Adam):
         if closure is not None or getattr(self, "grad_scale", None) is not None:
             what = "a closure" if closure is not None else "GradScaler"
             raise RuntimeError(f"AdamInBackward.step: {what} needs gradients, and some were used up in the backward")
-        made = [p for p, step in self._offered if step.made]
+        made = [p for p, taken in self._offered if taken]
         self._offered = []
         for p in made:
             if p.grad is not None:
@@ -194,7 +199,7 @@ class AdamInBackward(torch.optim.Adam):
         state = self._state_of(p)
         weight, grad = state.get("master", p), p.grad
         grad = grad.to(weight.dtype)  # type: ignore[union-attr]
-        unit_norm = id(p) in self._unit_norm
+        unit_norm = self._has_unit_norm(p)
         if unit_norm:
             remove_parallel_(grad, weight)
         adam_step_(weight, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
@@ -202,6 +207,9 @@ class AdamInBackward(torch.optim.Adam):
             normalize_rows_(weight)
         if weight is not p:
             p.copy_(weight)
+
+    def _has_unit_norm(self, p: Tensor) -> bool:
+        return any(p is q for q in self._unit_norm)
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]

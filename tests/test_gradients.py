@@ -1,16 +1,24 @@
 """Gradient buffers under odd use, and a look inside the operations for tensors of the size batch x dictionary."""
 
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
 import pytest
 import torch
 from helpers import assert_matches
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fastsae
 from fastsae import gradients, ops
 from fastsae.backends import cpu
-from fastsae.backends.cpu import blocks, decode, memory, screen
+from fastsae.backends.cpu import blocks, decode, encode, memory, screen
 from fastsae.gradients import GradientBuffers
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -94,6 +102,163 @@ def test_gradient_buffers_are_one_at_a_time():
     buffers = GradientBuffers([])
     with buffers, pytest.raises(RuntimeError, match="already active"), GradientBuffers([]):
         pass
+
+
+LARGE = ("W_enc", "W_dec", "W_lin", "V")
+Hook = Callable[[Tensor, list[Tensor]], object]  # registers one, which notes what it is given
+
+
+def _on_the_tensor(W: Tensor, seen: list[Tensor]) -> object:
+    return W.register_hook(lambda grad: (seen.append(grad.clone()), -2 * grad)[1])
+
+
+def _after_it_is_added(W: Tensor, seen: list[Tensor]) -> object:
+    return W.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+
+
+def _after_its_node(W: Tensor, seen: list[Tensor]) -> object:
+    node = get_gradient_edge(W).node
+    node.register_hook(lambda _, grads: seen.append(grads[0].clone()))
+    return node  # on which the hook lives
+
+
+def _before_its_node(W: Tensor, seen: list[Tensor]) -> object:
+    node = get_gradient_edge(W).node
+    node.register_prehook(lambda grads: (seen.append(grads[0].clone()), (-2 * grads[0],))[1])
+    return node
+
+
+@pytest.mark.parametrize("hook", [_on_the_tensor, _after_it_is_added, _after_its_node, _before_its_node])
+@pytest.mark.parametrize("name", LARGE)
+def test_a_hook_on_a_weight_is_given_the_gradient_and_may_change_it(name: str, hook: Hook):
+    torch.manual_seed(0)
+    sae, x = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval(), torch.randn(5, 8)
+    seen: list[Tensor] = []
+    kept = hook(getattr(sae, name), seen)
+    sae.backend = "reference"
+    expected = gradients_of(sae, x)
+    sae.backend = "cpu"
+    with GradientBuffers(sae.parameters()):
+        (sae(x).loss / 2).backward()
+        (sae(x).loss / 2).backward()
+    assert_same({n: p.grad for n, p in sae.named_parameters()}, expected)
+    halves = [s / 2 for s in seen[:1]] * 2 if hook is not _after_it_is_added else [seen[0] / 2, seen[0]]
+    assert_same(dict(enumerate(seen[1:])), dict(enumerate(halves)))
+    assert seen[0].any()
+    del kept
+
+
+def test_a_mask_on_a_weight_holds_it_in_the_trainer():
+    for auxk in (0, 4):
+        sae = fastsae.JointSAE(8, 50, 4, d_embedding=3)
+        before = {name: getattr(sae, name).detach().clone() for name in LARGE}
+        for name in LARGE:
+            mask = (torch.arange(50) % 2).view(-1, 1)
+            getattr(sae, name).register_hook(lambda grad, mask=mask: grad * mask)
+        config = fastsae.TrainerConfig(steps=3, lr=0.1, auxk=auxk, dead_after_tokens=1, progress=False)
+        fastsae.Trainer(sae, config).fit(torch.randn(3, 16, 8).unbind())
+        for name, W in before.items():
+            moved = (getattr(sae, name) != W).any(dim=1)
+            assert moved[1::2].any(), name
+            assert not moved[::2].any(), name
+
+
+def _in_another_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor() as another:
+        return another.submit(call).result()
+
+
+@pytest.mark.parametrize("where", [lambda call: call(), _in_another_thread], ids=["same thread", "other thread"])
+def test_what_torch_autograd_grad_is_asked_for_is_returned_and_changes_nothing(where: Callable[..., Any]):
+    sae, x, y = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval(), torch.randn(5, 8), torch.randn(6, 8)
+    expected, of_y = gradients_of(sae, x), gradients_of(sae, y)
+    names, weights = zip(*sae.named_parameters(), strict=True)
+    with GradientBuffers(weights):
+        output = sae(x)
+        got = where(lambda: torch.autograd.grad(sae(y).loss, weights))
+        assert all(w.grad is None for w in weights)
+        output.loss.backward()
+        once_more = where(lambda: torch.autograd.grad(sae(y).loss, weights[:2]))
+    assert_same(dict(zip(names, got, strict=True)), of_y)
+    assert_same(dict(zip(names[:2], once_more, strict=True)), {name: of_y[name] for name in names[:2]})
+    assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+
+
+def test_a_claim_is_for_graphs_built_in_its_step_and_its_thread():
+    W, other = weight(30, 5), weight(30, 5)
+
+    def graph() -> Tensor:
+        return ops.sparse_decode(CODE[0], CODE[1], W, "cpu").sum()
+
+    expected = torch.autograd.grad(graph(), W)[0]
+    buffers = GradientBuffers([W])
+    with buffers:
+        inside, place = graph(), None
+        inside.backward(retain_graph=True)
+        assert W.grad is buffers._buffers[W]
+        place = W.grad.data_ptr()
+    before = graph()
+    for foreign in (before, _in_another_thread(graph), inside):  # `inside` is of a step that is over
+        with buffers:
+            foreign.backward()
+        torch.testing.assert_close(W.grad, expected)
+        assert W.grad.data_ptr() != place
+    with buffers:
+        inside = graph()
+        _in_another_thread(inside.backward)  # autograd has threads of its own on a GPU
+    assert W.grad is not None
+    assert W.grad.data_ptr() == place
+    torch.testing.assert_close(W.grad, expected)
+    with buffers:
+        inputs = graph() + ops.sparse_decode(CODE[0], CODE[1], other, "cpu").sum()
+        inputs.backward(inputs=[other])
+    assert W.grad is None
+    torch.testing.assert_close(other.grad, expected)
+
+
+def test_two_trainers_step_in_two_threads():
+    x, both_in_a_step = torch.randn(4, 16, 8), Barrier(2, timeout=60)
+    saes = [fastsae.TopKSAE(8, 50, 4) for _ in range(2)]
+    alone = copy.deepcopy(saes)
+
+    def train(sae: fastsae.TopKSAE) -> dict[str, Tensor]:
+        config = fastsae.TrainerConfig(steps=4, lr=0.1, progress=False)
+        fastsae.Trainer(sae, config).fit(x.unbind())
+        return dict(sae.named_parameters())
+
+    expected = [train(sae) for sae in alone]
+    for sae in saes:
+        sae.register_forward_hook(lambda *_: (both_in_a_step.wait(), None)[1])
+    with ThreadPoolExecutor() as threads:
+        for got, want in zip(threads.map(train, saes), expected, strict=True):
+            assert_same(got, want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_writes_into_the_buffers(reentrant: bool):
+    sae, x = fastsae.TopKSAE(8, 50, 4), torch.randn(5, 8, requires_grad=True)
+    expected = gradients_of(sae, x)
+    buffers, places = GradientBuffers(sae.parameters()), set()
+    for _ in range(2):
+        with buffers:
+            checkpoint(lambda x: sae(x).loss, x, use_reentrant=reentrant).backward()
+        assert_same({name: p.grad for name, p in sae.named_parameters()}, expected)
+        places.add((sae.W_enc.grad.data_ptr(), sae.W_dec.grad.data_ptr()))
+        assert sae.W_dec.grad is buffers._buffers[sae.W_dec]
+    assert len(places) == 1
+
+
+def test_gradients_that_nobody_asked_for_are_not_made(monkeypatch: pytest.MonkeyPatch):
+    sae, x = fastsae.JointSAE(8, 50, 4, d_embedding=3).eval(), torch.randn(5, 8, requires_grad=True)
+    sae(x).loss.backward()
+    expected, made = x.grad, []
+    for module in (decode, encode):
+        make = module.weight_gradient
+        monkeypatch.setattr(module, "weight_gradient", lambda *a, make=make: (made.append(a), make(*a))[1])
+    torch.testing.assert_close(torch.autograd.grad(sae(x).loss, x)[0], expected)
+    assert not made
+    torch.autograd.grad(sae(x).loss, sae.W_dec)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("size", range(4096, 4096 + 640, 64))

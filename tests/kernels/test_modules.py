@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,13 +226,61 @@ def test_a_weight_is_used_once(device: str):
     W = torch.randn(9, 6, device=device).requires_grad_()
     values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
     optimizer = AdamInBackward([W])
-    twice = ops.sparse_decode(values, indices, W, "cuda") + ops.sparse_decode(values, indices.flip(0), W, "cuda")
-    with optimizer.in_backward(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        twice.sum().backward()
+    with optimizer.in_backward():
+        twice = ops.sparse_decode(values, indices, W, "cuda") + ops.sparse_decode(values, indices.flip(0), W, "cuda")
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            twice.sum().backward()
     with optimizer.in_backward():  # and the optimizer can be used again
         (ops.sparse_decode(values, indices, W, "cuda").sum() + W.sum()).backward()
     with pytest.raises(RuntimeError, match=r"a weight \(9, 6\) was used outside of fastsae's operations too"):
         optimizer.step()
+
+
+def test_what_is_no_backward_of_the_step_makes_none(device: str):
+    """A hook that changes the gradient, torch.autograd.grad, and graphs of before the step or of another thread."""
+    values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
+
+    def loss(W: Tensor, backend: str = "cuda") -> Tensor:
+        return ops.sparse_decode(values, indices, W, backend).square().sum()
+
+    W = torch.randn(9, 6, device=device)
+    ours, theirs = W.clone().requires_grad_(), W.clone().requires_grad_()
+    fused, plain = AdamInBackward([ours], lr=1e-2), torch.optim.Adam([theirs], lr=1e-2, fused=True)
+    (expected,) = torch.autograd.grad(loss(theirs, "reference"), theirs)
+    before = loss(ours)
+    with fused.in_backward():
+        with ThreadPoolExecutor() as another:
+            elsewhere = another.submit(loss, ours).result()
+        for graph in (before, elsewhere, loss(ours)):
+            torch.testing.assert_close(torch.autograd.grad(graph, ours, retain_graph=True)[0], expected)
+        assert torch.equal(ours, W)
+        before.backward()
+        assert torch.equal(ours, W)
+        torch.testing.assert_close(ours.grad, expected)
+    handles = [w.register_hook(lambda grad: grad * 2) for w in (ours, theirs)]
+    for _ in range(2):
+        with fused.in_backward():
+            loss(ours).backward()
+        fused.step()
+        plain.zero_grad()
+        loss(theirs, "reference").backward()
+        plain.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        for handle in handles:
+            handle.remove()
+
+
+def test_many_gradients_at_once(device: str):
+    """torch runs a backward for them one by one."""
+    for sae in (topk(device=device), joint(device=device).eval()):
+        x, jacobian = torch.randn(3, D_IN, device=device), torch.autograd.functional.jacobian
+
+        def reconstruction(x: Tensor, sae: fastsae.TopKSAE = sae) -> Tensor:
+            return sae(x).reconstruction
+
+        vectorized, plain = (jacobian(reconstruction, x, vectorize=way) for way in (True, False))
+        torch.testing.assert_close(vectorized, plain)
+        assert plain.any()
 
 
 def test_what_needs_gradients_is_refused(device: str):
@@ -277,6 +326,25 @@ def test_its_state_is_loaded_as_it_was(device: str):
         assert value.dtype == torch.float32
         assert torch.equal(second.state[W][name], value)
         assert second.state[W][name].dtype == torch.float32
+
+
+def test_a_copy_made_between_backward_and_step_knows_which_steps_were_made(device: str):
+    values, indices = torch.rand(5, 3, device=device), torch.randint(9, (5, 3), device=device)
+    W = torch.randn(9, 6, device=device).requires_grad_()
+    optimizer = AdamInBackward([W], lr=0.1, unit_norm=[W])
+    for _ in range(2):
+        with optimizer.in_backward():
+            ops.sparse_decode(values, indices, W, "cuda").square().sum().backward()
+        other, another = copy.deepcopy((W, optimizer))
+        for o in (optimizer, another):
+            o.step()
+    for w, o in ((W, optimizer), (other, another)):
+        with o.in_backward():
+            ops.sparse_decode(values, indices, w, "cuda").square().sum().backward()
+        assert w.grad is None
+        o.step()
+    assert torch.equal(W, other)
+    assert another.state[other]["step"] == optimizer.state[W]["step"] == 3
 
 
 def test_transposed_weights_get_ordinary_gradients(device: str):

@@ -142,7 +142,7 @@ class _WithGradient(torch.autograd.Function):
         _, _, need_x, need_W, _, need_b_dec = ctx.needs_input_grad
         active = torch.ones_like(grads[0])  # negative ones too have a gradient
         backend = choose("auto", x.device, x.dtype)
-        d_x, d_W, d_b_enc, d_b_dec = torch.ops.fastsae.topk_encode_backward(
+        d_x, d_W, d_b_enc, d_b_dec = ops.topk_encode_backward(
             grads[0], active, indices, x, W_enc, b_dec, need_x, need_W, need_b_dec, backend
         )
         return None, None, d_x, d_W, d_b_enc, d_b_dec
