@@ -26,7 +26,6 @@ from fastsae.ranks import ALONE, Alone
 
 KEPT = 2
 _RANDOM_STATES = ("rng_cpu", "rng_cuda")
-_COMPILED = "_orig_mod."
 # Tensors that are neither weights nor moments.
 _OF_TRAINING = ("rows_since_fired", *_RANDOM_STATES)
 
@@ -135,16 +134,18 @@ def read(folder: Path, ranks: Alone = ALONE, *, weights_only: bool = False) -> C
     if ranks.count == 1 and "weights.safetensors" in sums:
         weights = files.read_tensors(folder / "weights.safetensors")
         tensors = {} if weights_only else files.read_tensors(folder / "optimizer.safetensors")
-        # Runs of compiled SAEs were written with the names that torch.compile gives.
-        tensors = {name.replace(_COMPILED, ""): t for name, t in tensors.items()}
-        with files.expected_in(folder / "state.json", f"delete {folder}"):
-            state["sae"]["trained"] = [name.replace(_COMPILED, "") for name in state["sae"]["trained"]]
+        tensors = {plain_name(name): t for name, t in tensors.items()}
         return Checkpoint(folder, weights, tensors, state)
     from fastsae.distributed import parts
 
     found = parts.read(folder, ranks, lambda name: not (weights_only and _is_of_training(name)))
     weights = {name: t for name, t in found.items() if not _is_of_training(name)}
     return Checkpoint(folder, weights, {name: t for name, t in found.items() if name not in weights}, state)
+
+
+def plain_name(name: str) -> str:
+    """A weight's name; runs of compiled SAEs used to be written with the names that torch.compile gives."""
+    return name.replace("_orig_mod.", "")
 
 
 def _is_of_training(name: str) -> bool:

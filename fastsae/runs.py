@@ -10,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -64,8 +64,7 @@ class _Seen:
         the same memory again."""
         if not isinstance(batch, Tensor) or batch.dim() != 2 or len(batch) == 0:
             return None
-        rows, columns = (max(1, math.ceil(n / most)) for n, most in zip(batch.shape, (16, 64), strict=True))
-        entries = batch.detach()[(len(batch) - 1) % rows :: rows, ::columns]  # the last row is among them
+        entries = batch.detach()[tuple(_spread(batch.shape))]
         return cls(tuple(batch.shape), entries.clone())
 
     def to_json(self) -> dict[str, Any]:
@@ -74,15 +73,18 @@ class _Seen:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "_Seen":
         try:
-            return cls(tuple(found["shape"]), torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64))
-        except (KeyError, TypeError, ValueError) as error:
+            rows, columns = found["shape"]
+            looked_at = [len(range(n)[part]) for n, part in zip((rows, columns), _spread((rows, columns)), strict=True)]
+            entries = torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64)
+            return cls((rows, columns), entries.view(looked_at))
+        except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"Trainer: the position in the activations is damaged: last: {error}") from error
 
     def differences(self, again: "_Seen | None", number: int) -> str | None:
         """What is different about batch `number` that was drawn again; warns where it is rounding."""
         if again is None or self.shape != again.shape:
             return f"batch {number} was {self.shape}, drawn again it is {again.shape if again else 'none'}"
-        then, now = self.entries.view(again.entries.shape), again.entries.double().cpu()
+        then, now = self.entries.double().cpu(), again.entries.double().cpu()
         off = ~((then == now) | (then.isnan() & now.isnan()))
         if not off.any():
             return None
@@ -97,6 +99,12 @@ class _Seen:
             stacklevel=2,
         )
         return None
+
+
+def _spread(shape: Sequence[int]) -> list[slice]:
+    """The rows and columns of a batch that are looked at, all over it, the last row among them."""
+    rows, columns = (max(1, math.ceil(n / most)) for n, most in zip(shape, (16, 64), strict=True))
+    return [slice((shape[0] - 1) % rows, None, rows), slice(None, None, columns)]
 
 
 class Batches:

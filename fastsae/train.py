@@ -202,7 +202,10 @@ class Trainer:
         return TrainResult(self.step, metrics, self.config.run_dir)
 
     def _batches(self, activations: Iterable[Tensor], resumed: checkpoint.Checkpoint | None) -> Batches:
-        batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
+        try:
+            batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
+        except ValueError as error:
+            raise (ValueError(f"{error}. The checkpoint is {resumed.folder}") if resumed else error) from error
         if self.config.run_dir is not None:
             batches.check_position()
         return batches
@@ -522,6 +525,7 @@ class Trainer:
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         state, ours = found.state, self._description()
         with files.expected_in(found.folder / "state.json", f"delete {found.folder}"):
+            state["sae"]["trained"] = [checkpoint.plain_name(name) for name in state["sae"]["trained"]]
             skipped = {name: state.get(name, 0) for name in _SKIPPED}  # older checkpoints count batches alone
             counts = [state["step"], state["rows_seen"], state["data"]["drawn"], *skipped.values()]
             if not all(type(n) is int and n >= 0 for n in counts):

@@ -41,7 +41,7 @@ class ArrayActivations:
             _check(f"ArrayActivations: array {number}", array, arrays[0])
         self._arrays = [array.reshape(-1, array.shape[-1]) for array in arrays]
         self.d_in: int = self._arrays[0].shape[1]
-        groups = _by_document(arrays) if groups is None else torch.as_tensor(groups).reshape(-1)
+        groups = _by_document(arrays) if groups is None else torch.as_tensor(groups, device="cpu").reshape(-1)
         rows = sum(map(len, self._arrays))
         self._groups = _neighbours(rows) if groups is None else groups.to("cpu", torch.int64)
         if len(self._groups) != rows:
@@ -136,7 +136,7 @@ def _open(file: Path) -> tuple[_ARRAY, Tensor | None]:
     """The array in a file, and its groups if it names them."""
     try:
         if file.suffix == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False), None
+            return np.lib.format.open_memmap(file, mode="r"), None
         if file.suffix == ".safetensors":
             found: Any = files.read_tensors(file)
         elif file.suffix == ".pt":

@@ -123,7 +123,7 @@ def test_the_command_line_under_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "torchao" not in done.stderr  # which warns of its own libraries, if it is installed
-    assert done.stdout.count("Trained 3 steps. The SAE lies in run/sae.") == 1
+    assert done.stdout.count("Trained 3 steps: FVU ") == done.stdout.count("The SAE lies in run/sae.") == 1
     assert fastsae.load(tmp_path / "run" / "sae").V.shape == (128, 8)
     (newest,) = checkpoint.folders(tmp_path / "run")
     assert len(list(newest.glob("shard-*.safetensors"))) == 2

@@ -1,6 +1,5 @@
 """What happens to one rank alone ends all of them with an error, at once: none is left waiting for it."""
 
-import dataclasses
 import json
 import resource
 import signal
@@ -195,7 +194,7 @@ def diverging(run_dir: Path, batches: int) -> None:
 
     def spoiled(x: Tensor) -> Any:
         output, norm = step(x)
-        return dataclasses.replace(output, loss=output.loss * (float("inf") if rank() else 1.0)), norm
+        return output._replace(loss=output.loss * (float("inf") if rank() else 1.0)), norm
 
     def stream() -> Iterator[Tensor]:
         yield from activations(batches)
