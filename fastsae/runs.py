@@ -155,6 +155,8 @@ class Batches:
         if last is None:  # none was drawn, or the checkpoint is older than this check
             return None
         seen, of_new = _Seen.from_json(last), self._random_state
+        if not isinstance(last.get("stream"), dict):
+            raise ValueError(f"Trainer: the position in the activations is damaged: last: {last.get('stream')!r}")
         before = _Place(position["drawn"] - 1, 0, last.get("stream"), _random_state(last.get("random")), None, None)
         self._load_state(before.stream)
         with self._drawing():

@@ -49,7 +49,7 @@ def strongest(pre: Tensor, features: list[int], k: int) -> tuple[Tensor, Tensor]
 def infinity(dtype: torch.dtype) -> float:
     """Infinity, or NaN where torch's product of matrices makes that of it, as oneDNN's of bf16 does on some processors
     without bf16 instructions: in large products, so that blocks of features would give other values."""
-    x, W = torch.tensor([[2, torch.inf]] * 5, dtype=dtype), torch.tensor([[1, 1], [1, 0]] * 300, dtype=dtype)
+    x, W = torch.tensor([[2, 2, torch.inf]] * 5, dtype=dtype), torch.tensor([[1, 1, 1], [1, 1, 0]] * 300, dtype=dtype)
     return float((x @ W.T)[0, 0])
 
 
