@@ -56,9 +56,8 @@ class PaddingMask:
 
     def __init__(self, model: Any, windows: TokenWindows, read: Read) -> None:
         self._device, self._name = model.cfg.device, None
-        rounding = torch.finfo(getattr(model.cfg, "dtype", torch.float32)).eps ** 0.5
         change = _change(read, windows, {}) if windows.context > 1 else 0.0
-        self.reads_ahead = change > rounding
+        self.reads_ahead = change > 1
         """Whether a token sees those after it."""
         if change == 0 or int(windows.lengths.min()) == windows.context:
             return
@@ -66,7 +65,7 @@ class PaddingMask:
         self._name = next((name for name in ("attention_mask", "one_zero_attention_mask") if name in arguments), None)
         if self._name is not None:
             change = _change(read, windows, self(torch.tensor([[True, False]], device="cpu")))
-        if change > rounding:
+        if change > 1:
             raise ValueError(
                 "this model reads in both directions, and takes no attention mask that keeps it from seeing padding: "
                 "use documents that fill their windows, or a context so short that no window is padded"
@@ -89,7 +88,10 @@ def output_mask(model: Any, windows: TokenWindows) -> PaddingMask:
 
 
 def _change(read: Read, windows: TokenWindows, mask: dict[str, Tensor]) -> float:
-    """How far the first of two tokens moves, relative to its size, when the second is another one."""
+    """How far the first of two tokens moves when the second is another one; up to 1 it may be rounding."""
     first = int(windows.tokens[0, 0])
-    a, b = (read(torch.tensor([[first, second]], device="cpu"), **mask)[0, 0].double() for second in (0, 1))
-    return 0.0 if torch.equal(a, b) else float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+    a, b = (read(torch.tensor([[first, second]], device="cpu"), **mask)[0, 0] for second in (0, 1))
+    if torch.equal(a, b):
+        return 0.0
+    moved, size = (a.double() - b.double()).abs().max(), a.double().abs().max().clamp_min(1e-30)
+    return float(moved / size) / torch.finfo(a.dtype).eps ** 0.5
