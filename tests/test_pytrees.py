@@ -1,5 +1,6 @@
 """What PyTorch looks for tensors in: torch.export, torch.func, hooks and tree_map see into what an SAE returns."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -94,6 +95,15 @@ def test_every_result_is_taken_apart_and_put_together():
     ]
     shapes = _pytree.tree_map(lambda t: tuple(t.shape), output)  # leaves need not be tensors
     assert (shapes.code.values, shapes.code.d_sae, shapes.loss) == ((7, K), M, ())
+
+
+def test_what_is_returned_is_taken_for_a_dataclass_too():
+    output = fastsae.TopKSAE(D, M, K)(torch.randn(7, D))
+    changed = dataclasses.replace(output, loss=output.loss * 2)
+    assert type(changed) is SAEOutput
+    assert (changed.loss / output.loss).item() == 2
+    assert changed.code is output.code
+    assert [f.name for f in dataclasses.fields(output)] == ["reconstruction", "loss", "code"]
 
 
 def test_paths_name_the_fields():

@@ -1,5 +1,6 @@
 """What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
 
+import dataclasses
 import json
 import math
 import os
@@ -55,6 +56,10 @@ class Components:
     """W2 relu(W1 z + b1) + b2; zeros if the SAE has no pairwise pathway"""
 
 
+# It was a dataclass once: dataclasses.replace and its like go on taking it for one.
+SAEOutput.__dataclass_fields__ = dataclasses.make_dataclass(  # type: ignore[attr-defined]
+    SAEOutput.__name__, SAEOutput.__annotations__.items()
+).__dataclass_fields__
 # By these names torch.export writes them into files.
 _pytree._register_namedtuple(SAEOutput, serialized_type_name="fastsae.SAEOutput")
 _pytree.register_dataclass(Components, serialized_type_name="fastsae.Components")
