@@ -44,7 +44,7 @@ def _of_these_weights(folder: Path, new: Path, old: Path) -> Path:
     return new if weights.is_file() and description.get("weights_crc32") == files.crc32(weights) else old
 
 
-_CONVERT = "`fastsae convert SOURCE TARGET fastsae` makes an SAE of it that fastsae.load reads"
+_CONVERT = "`fastsae convert SOURCE TARGET --to fastsae` makes an SAE of it that fastsae.load reads"
 
 
 def _instead(folder: Path) -> str:
