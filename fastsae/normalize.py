@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.code import check_tensors
+from fastsae.fp64 import in_fp64
 
 # Rows so many times as far out as nine rows in ten are no measure of the others. The norms of attention sinks are some
 # 20 to 1000 times those of other tokens.
@@ -18,7 +19,7 @@ _SILENT, _ROUNDING = 1e-4, 1e-6
 
 
 def far_rows(norms: Tensor) -> Tensor:
-    """Which of these norms (B,) are more than ten times as large as nine in ten of them."""
+    """Flags of the norms (B,) that are more than ten times as large as nine in ten of them."""
     if len(norms) == 0:
         return norms > 0
     ordinary = norms.sort().values[9 * (len(norms) - 1) // 10]
@@ -61,7 +62,7 @@ class Normalizer(nn.Module):
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
             expected = f"at least 2 rows of width {len(self.mean)}"
             raise ValueError(f"Normalizer.measure: expected {expected}; got shape {tuple(sample.shape)}")
-        sample = sample.cpu().double()  # some devices have no fp64
+        sample = in_fp64(sample)
         if not sample.isfinite().all():
             row, column = (~sample.isfinite()).nonzero()[0].tolist()
             raise ValueError(
@@ -122,17 +123,17 @@ def _without_far_rows(sample: Tensor) -> tuple[Tensor, int]:
     norms = torch.cat([(rows - middle).norm(dim=1) for rows in sample.split(1024)])
     far = far_rows(norms)
     n = int(far.sum())
-    if n:
+    if n and len(sample) - n >= 2:  # of two rows neither tells which one is ordinary
         warn_of_far_rows("Normalizer.measure", norms, far, " (left out of the statistics)")
-        sample = sample[~far]
-    return sample, n
+        return sample[~far], n
+    return sample, 0
 
 
 def warn_of_far_rows(where: str, norms: Tensor, far: Tensor, note: str = "") -> None:
     """Say how many rows lie far out, how far, and what can be done about them."""
-    times = (norms.max() / norms[~far].quantile(0.5)).item()
+    times = (norms.max() / norms[~far].median()).item()
     warnings.warn(
-        f"{where}: {int(far.sum())} of {len(far)} rows ({far.double().mean().item():.2%}) are up to {times:,.0f} times "
+        f"{where}: {int(far.sum())} of {len(far)} rows ({int(far.sum()) / len(far):.2%}) are up to {times:,.0f} times "
         f"as large as the median row, as attention sinks are{note}. They weigh most in loss and FVU: the log has "
         "fvu_ordinary for the other rows, and TrainerConfig(outliers='skip') trains without them",
         stacklevel=3,

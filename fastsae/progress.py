@@ -61,8 +61,8 @@ def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool =
         "unit": unit,
         "initial": done,
         "unit_scale": unit in ("row", "token"),
+        "delay": delay,
     }
-    options |= {"delay": delay}
     if _is_notebook():
         from tqdm.auto import tqdm
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsae import files, progress
 from fastsae.config import TrainerConfig
+from fastsae.fp64 import in_fp64
 
 _END: Any = object()
 _NOTHING = "Trainer: activations gave no batch at all"
@@ -68,7 +69,7 @@ class _Seen:
         return cls(tuple(batch.shape), entries.clone())
 
     def to_json(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "entries": _text(self.entries.double().cpu().contiguous())}
+        return {"shape": list(self.shape), "entries": _text(in_fp64(self.entries).cpu().contiguous())}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "_Seen":
@@ -84,7 +85,7 @@ class _Seen:
         """What is different about batch `number` that was drawn again; warns where it is rounding."""
         if again is None or self.shape != again.shape:
             return f"batch {number} was {self.shape}, drawn again it is {again.shape if again else 'none'}"
-        then, now = self.entries.double().cpu(), again.entries.double().cpu()
+        then, now = self.entries.cpu(), in_fp64(again.entries).cpu()
         off = ~((then == now) | (then.isnan() & now.isnan()))
         if not off.any():
             return None

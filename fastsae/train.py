@@ -166,7 +166,7 @@ class Trainer:
             )
         self.sae.check_weights("Trainer")
         here = dict(self.sae.named_parameters())
-        if replaced := [name for name, p in self._trained.items() if here[name] is not p]:
+        if replaced := [name for name, p in self._trained.items() if here.get(name) is not p]:
             raise ValueError(
                 f"Trainer: {', '.join(replaced)} was put in place of what this Trainer was made for, and would not be "
                 "trained; make the Trainer afterwards"
@@ -205,7 +205,9 @@ class Trainer:
         try:
             batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
         except ValueError as error:
-            raise (ValueError(f"{error}. The checkpoint is {resumed.folder}") if resumed else error) from error
+            if resumed is None:
+                raise
+            raise ValueError(f"{error}. The checkpoint is {resumed.folder}") from error
         if self.config.run_dir is not None:
             batches.check_position()
         return batches
@@ -402,7 +404,7 @@ class Trainer:
         if bad and self.config.nonfinite == "stop":
             self._stop_at(raw, batches)
         if bad or self.config.outliers == "skip":
-            return self._kept(raw, x, batches)
+            return self._kept(raw, x, batches, bad)
         self._skipped_in_a_row = 0
         return x
 
@@ -410,16 +412,18 @@ class Trainer:
         # Detached: it may come with a model's graph.
         return self.sae.normalizer(raw.detach().to(self.sae.W_enc.device))
 
-    def _kept(self, raw: Tensor, own: Tensor, batches: Batches) -> Tensor | None:
+    def _kept(self, raw: Tensor, own: Tensor, batches: Batches, bad: bool) -> Tensor | None:
         """Our share of the rows of a batch that are trained on; all ranks leave out the same rows."""
         ranks = self._ranks
         x = own if ranks.count == 1 else self._normalised(raw)
         finite = x.isfinite().all(dim=1)
         kept = finite.clone()
-        if self.config.outliers == "skip":
+        if self.config.outliers == "skip" and bad:
             kept[finite] = ~far_rows(_norms(x[finite]))
+        elif self.config.outliers == "skip":  # nothing to choose from, which the host would wait for
+            kept = ~far_rows(_norms(x))
         finite, kept = ranks.every(torch.stack([finite, kept]))
-        n_finite, n = int(finite.sum()), int(kept.sum())
+        n_finite, n = torch.stack([finite, kept]).sum(dim=1).tolist()
         too_few = n < ranks.adding  # each data rank needs one
         if too_few and self._skipped_in_a_row >= _SKIPPED_IN_A_ROW:
             self._stop_at(raw, batches)
@@ -438,7 +442,7 @@ class Trainer:
         if finite.all():
             raise FloatingPointError(
                 f"{_batch(batches.drawn)} holds NaN or infinite values on another rank, and none on this one. Give all "
-                "ranks the same activations"
+                f"ranks the same activations{', in batches of more rows' if self.config.outliers == 'skip' else ''}"
             )
         row, column = (~finite).nonzero()[0].tolist()
         many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW else ""

@@ -126,8 +126,16 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         ArrayActivations([X], torch.arange(7))
     with pytest.raises(ValueError, match="there are no held-out rows among 1 groups of 5 rows"):
         ArrayActivations([X[:5]], torch.zeros(5), held_out=True)
+    with pytest.raises(ValueError, match=r"array 1: expected \(rows, d_in\).* got shape \(0, 3\)"):
+        ArrayActivations([X, X[:0]])
     with pytest.raises(TypeError, match="array 0: expected a tensor or a NumPy array; got list"):
         ArrayActivations([[1.0]])
+
+
+def test_a_store_has_no_split_of_its_own(tmp_path):
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a store, whose rows were chosen when it was harvested"):
+        open_activations(tmp_path, held_out=True)
 
 
 def test_in_order_means_in_order(small_blocks):

@@ -81,6 +81,10 @@ UNFIT = {
         r"normalizer\.mean is replaced by normalizer\.parametrizations",
     ),
     "a buffer more": (lambda s: s.register_buffer("seen", torch.zeros(M)), r"seen is not among .*persistent=False"),
+    "an adapter in a weight's place": (
+        lambda s: (setattr(s, "W_dec", None), setattr(s, "W_dec_lora_up", torch.nn.Parameter(torch.zeros(3)))),
+        r"W_dec is replaced by W_dec_lora_up.*merge adapters",
+    ),
     "an adapter": (lambda s: setattr(s, "lora", Adapter()), r"lora\.A is not among the weights of a TopKSAE"),
     "a weight less": (lambda s: setattr(s, "b_dec", None), r"b_dec, which the config .* is missing.*pre_bias=False"),
     "another shape": (

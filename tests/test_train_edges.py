@@ -558,3 +558,11 @@ def test_no_gradient_goes_into_where_the_activations_come_from():
     layer = torch.nn.Linear(D, D)
     Trainer(joint(), config(normalize="none", steps=3)).fit(layer(x) for x in activations(5))
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["zscore", "scale"])
+def test_of_two_rows_none_is_left_out_of_the_statistics(kind: str):
+    sae = fastsae.TopKSAE(2, 3, 1)
+    assert sae.normalizer.measure(torch.tensor([[0.0, 0.0], [100.0, -1.0]]), kind) == 0
+    expected = [50 * 2**0.5, 0.5 * 2**0.5] if kind == "zscore" else [(10001 / 4) ** 0.5] * 2
+    torch.testing.assert_close(sae.normalizer.scale, torch.tensor(expected))

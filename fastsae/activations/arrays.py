@@ -15,6 +15,7 @@ from fastsae import files
 from fastsae.activations.store import ActivationStore, Rows
 from fastsae.activations.stream import ActivationStream
 from fastsae.activations.text import is_held_out
+from fastsae.fp64 import in_fp64
 
 SUFFIXES = (".npy", ".pt", ".safetensors")
 # Rows read at once. Without groups, neighbours are held out and counted together, so many at most.
@@ -43,13 +44,14 @@ class ArrayActivations:
         self.d_in: int = self._arrays[0].shape[1]
         groups = _by_document(arrays) if groups is None else torch.as_tensor(groups, device="cpu").reshape(-1)
         rows = sum(map(len, self._arrays))
-        self._groups = _neighbours(rows) if groups is None else groups.to("cpu", torch.int64)
-        if len(self._groups) != rows:
-            raise ValueError(f"ArrayActivations: expected a group for each of {rows} rows; got {len(self._groups)}")
-        numbers, self._group_of_row = self._groups.unique(return_inverse=True)
+        groups = _neighbours(rows) if groups is None else groups
+        if len(groups) != rows:
+            raise ValueError(f"ArrayActivations: expected a group for each of {rows} rows; got {len(groups)}")
+        numbers, group_of_row = groups.unique(return_inverse=True)
+        self._group_of_row = group_of_row.to(torch.int32)
         self.names: tuple[str, ...] = tuple(map(str, numbers.tolist()))
         held = torch.tensor([held_out is None or is_held_out(name) == held_out for name in self.names], device="cpu")
-        self._kept = held[self._group_of_row]
+        self._kept = held[group_of_row]
         starts = np.cumsum([0, *map(len, self._arrays)])
         cuts = [
             (number, lo, min(lo + _BLOCK, len(array)))
@@ -76,23 +78,23 @@ class ArrayActivations:
         return self.rows(i).activations
 
     def rows(self, i: int) -> Rows:
-        """The same, with the group of each row, an index into `names`, and its number among all rows."""
+        """The rows of block i with the group of each, an index into `names`, and its number among all rows."""
         number, lo, hi, start = self._blocks[i]
         array = self._arrays[number][lo:hi]
         # A copy: torch cannot hold an array that must not be written to.
         rows = array.detach() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
         kept = self._kept[start + lo : start + hi]
         positions = kept.nonzero().squeeze(1) + start + lo
-        return Rows(rows[kept.to(rows.device)], self._group_of_row[positions].to(torch.int32), positions)
+        return Rows(rows[kept.to(rows.device)], self._group_of_row[positions], positions)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the rows and their order depend on: shapes, dtype, some rows of each array, and which are left out."""
+        """A dict for JSON of all that the rows and their order depend on, and some rows of each array."""
         checksum = zlib.crc32(self._kept.numpy().tobytes())
         for array in self._arrays:
             some = np.unique(np.linspace(0, len(array) - 1, 64).astype(int)).tolist()
             rows = array[some] if isinstance(array, Tensor) else torch.from_numpy(np.array(array[some]))
-            checksum = zlib.crc32(rows.detach().double().cpu().numpy().tobytes(), checksum)
+            checksum = zlib.crc32(in_fp64(rows.detach()).cpu().numpy().tobytes(), checksum)
         return {"arrays": [len(array) for array in self._arrays], "dtype": str(self._arrays[0].dtype), "rows": checksum}
 
 
@@ -115,10 +117,12 @@ def open_activations(path: str | Path, held_out: bool | None = None) -> "ArrayAc
 
     A .pt or .safetensors file holds one tensor (rows, d_in), or names one "activations"; "documents" (rows,) beside it
     are its groups. Files are read in the order of their names, numbers counted as numbers. Nothing is unpickled.
-    Raises FileNotFoundError or ValueError naming the file.
+    Raises FileNotFoundError, TypeError or ValueError naming the file.
     """
     path = Path(path)
     if (path / "index.json").is_file():
+        if held_out is not None:
+            raise ValueError(f"{path} is a store, whose rows were chosen when it was harvested; leave held_out at None")
         return ActivationStore(path)
     found = sorted((p for p in path.iterdir() if p.suffix in SUFFIXES), key=_in_order) if path.is_dir() else [path]
     if not path.exists() or not found:
@@ -150,8 +154,8 @@ def _open(file: Path) -> tuple[_ARRAY, Tensor | None]:
     if isinstance(found, Tensor):
         return found, None
     tensors = {name: t for name, t in found.items() if isinstance(t, Tensor)} if isinstance(found, dict) else {}
-    name = "activations" if "activations" in tensors else next(iter(tensors), "") if len(tensors) == 1 else None
-    if not name:
+    name = next(iter(tensors)) if len(tensors) == 1 else "activations"
+    if name not in tensors:
         there = ", ".join(map(str, tensors)) or "none"
         raise ValueError(f"{file}: expected one tensor, or one named 'activations'; it holds {there}")
     return tensors[name], tensors.get(_GROUPS)
@@ -164,7 +168,7 @@ def _in_order(path: Path) -> list[Any]:
 def _check(where: str, array: Any, first: Any) -> None:
     if not isinstance(array, _ARRAY):
         raise TypeError(f"{where}: expected a tensor or a NumPy array; got {type(array).__name__}")
-    if array.ndim not in (2, 3) or array.shape[-1] == 0:
+    if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(
             f"{where}: expected (rows, d_in), or (documents, tokens, d_in); got shape {tuple(array.shape)}"
         )

@@ -76,7 +76,7 @@ class PaddingMask:
 
 
 def output_mask(model: Any, windows: TokenWindows) -> PaddingMask:
-    """What keeps the output of a model, rather than one of its layers, from seeing padding."""
+    """The mask that keeps the output of a model, rather than one of its layers, from seeing padding."""
 
     @torch.no_grad()
     def logits(tokens: Tensor, **mask: Tensor) -> Tensor:
@@ -93,5 +93,5 @@ def _change(read: Read, windows: TokenWindows, mask: dict[str, Tensor]) -> float
     a, b = (read(torch.tensor([[first, second]], device="cpu"), **mask)[0, 0] for second in (0, 1))
     if torch.equal(a, b):
         return 0.0
-    moved, size = (a.double() - b.double()).abs().max(), a.double().abs().max().clamp_min(1e-30)
+    moved, size = (in_fp64(a) - in_fp64(b)).abs().max(), in_fp64(a).abs().max().clamp_min(1e-30)
     return float(moved / size) / torch.finfo(a.dtype).eps ** 0.5

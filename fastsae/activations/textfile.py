@@ -292,8 +292,7 @@ def _is_json(text: str) -> bool:
 
 
 def _csv_rows(path: Path) -> _Rows:
-    csv.field_size_limit(2**31 - 1)  # that of the process is 131,072 characters, and documents are longer
-    number = 0
+    number, limit = 0, csv.field_size_limit(2**31 - 1)  # of the process: 131,072 characters, and documents are longer
     with _opened(path, newline="") as file:
         first = file.readline()
         usual = "\t" if kind(path) == ".tsv" else ","
@@ -313,6 +312,8 @@ def _csv_rows(path: Path) -> _Rows:
                 yield number, where, dict(zip(columns, row, strict=True)) if row else {"text": ""}
         except csv.Error as error:
             raise ValueError(f"read_documents: row {number + 1} of {path} is not valid CSV ({error})") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _table_rows(path: Path) -> _Rows:

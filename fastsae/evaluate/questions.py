@@ -14,8 +14,8 @@ from fastsae.evaluate.examples import Example, strongest
 from fastsae.modules import SparseAutoencoder, evaluating
 from fastsae.report import table
 
-# Features compared at a time: a block of cosines is so many rows of d_sae numbers.
-_AT_ONCE = 1024
+# Held at a time: 256 MB in fp32.
+_COSINES = 2**26
 # Two features of different SAEs whose decoder rows have this cosine are called the same one.
 _SAME = 0.7
 
@@ -69,7 +69,7 @@ class Comparison:
     @property
     def shared(self) -> float:
         """Share of features with a cosine of 0.7 or more."""
-        return float((self.cosine >= _SAME).double().mean())
+        return int((self.cosine >= _SAME).sum()) / len(self.cosine)
 
     def __str__(self) -> str:
         both = f"{self.shared:.1%} of {len(self.cosine):,} features are in both (cosine of 0.7 or more)"
@@ -170,13 +170,14 @@ def compare(a: SparseAutoencoder, b: SparseAutoencoder) -> Comparison:
     if a.d_in != b.d_in:
         raise ValueError(f"compare: expected two SAEs of one width; got d_in = {a.d_in} and {b.d_in}")
     ours, theirs = (F.normalize((sae.W_dec * sae.normalizer.scale).float(), dim=1) for sae in (a, b))
-    found = [(rows @ theirs.to(rows.device).T).max(dim=1) for rows in ours.split(_AT_ONCE)]
+    theirs = theirs.to(ours.device)
+    found = [(rows @ theirs.T).max(dim=1) for rows in ours.split(max(1, _COSINES // b.d_sae))]
     return Comparison(torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]))
 
 
 @torch.no_grad()
 def direction(sae: SparseAutoencoder, feature: int) -> Tensor:
-    """What the identity pathway writes per unit of activation of `feature`, in raw activations: (d_in,)."""
+    """The row that the identity pathway writes per unit of activation of `feature`, in raw activations: (d_in,)."""
     return sae.W_dec[feature] * sae.normalizer.scale
 
 

@@ -93,7 +93,10 @@ class WordReadout:
                     asked.append((sequence, position - 1, whole[position], p * len(words) + w))
         self.spliced = Spliced(model, hook_name, list(sequences))
         if output_mask(model, self.spliced.windows).reads_ahead:
-            raise ValueError("this model reads in both directions: it predicts no word after a prompt; clamp nothing")
+            raise ValueError(
+                "WordReadout: this model reads in both directions, so it predicts no word after a prompt; leave the prompts "
+                "out of the stimuli"
+            )
         self._asked = torch.tensor(asked, device=self.spliced.tokens.device)
 
     def scores(self, replaced: Sequence[Tensor] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether the weights of an SAE are those that can be saved, loaded and trained: each there, a tensor of its own."""
+"""Checks of the weights of an SAE: each is there, and a tensor of its own that can be trained, saved and loaded."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def check_plain(who: str, kind: str, found: Mapping[str, Tensor], new: Mapping[str, Tensor], *, whole: bool) -> None:
     """Raise ValueError, naming the weight, unless `found` are the weights that a new `kind` has.
 
-    found, new: state dicts, the second one of an SAE of the same config. whole: a rank holds some rows only.
+    found, new: state dicts, the second one of an SAE of the same config. whole: False where a rank holds some rows only.
     """
     if found.keys() != new.keys():
         raise ValueError(f"{who}: {_difference(kind, found, new)}")
@@ -41,7 +41,7 @@ def _difference(kind: str, found: Mapping[str, Tensor], new: Mapping[str, Tensor
     """Which names are too many or too few, and how that is undone."""
     others, missing = ([n for n in a if n not in b] for a, b in ((found, new), (new, found)))
     if missing and others:
-        undo = next((undo for mark, undo in _UNDO.items() if any(mark in name for name in others)), _MERGE)
+        undo = next((undo for (begin, end), undo in _UNDO.items() if _any(others, begin, end)), _MERGE)
         return (
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} replaced by {', '.join(others)}, which a "
             f"saved {kind} has no place for, so it could not be loaded. Make it a plain weight first: "
@@ -58,12 +58,16 @@ def _difference(kind: str, found: Mapping[str, Tensor], new: Mapping[str, Tensor
     )
 
 
+def _any(names: list[str], begin: str, end: str) -> bool:
+    return any(name.startswith(begin) and name.endswith(end) for name in names)
+
+
 _MERGE = "merge adapters (LoRA) into it, and take wrappers off"
 _UNDO = {
-    "parametrizations.": 'torch.nn.utils.parametrize.remove_parametrizations(sae, "{name}")',
-    "_mask": 'torch.nn.utils.prune.remove(sae, "{name}")',
-    "_u": 'torch.nn.utils.remove_spectral_norm(sae, "{name}")',
-    "_g": 'torch.nn.utils.remove_weight_norm(sae, "{name}")',
+    ("parametrizations.", ""): 'torch.nn.utils.parametrize.remove_parametrizations(sae, "{name}")',
+    ("", "_mask"): 'torch.nn.utils.prune.remove(sae, "{name}")',
+    ("", "_u"): 'torch.nn.utils.remove_spectral_norm(sae, "{name}")',
+    ("", "_g"): 'torch.nn.utils.remove_weight_norm(sae, "{name}")',
 }
 
 

@@ -7,6 +7,7 @@ from fastsae import files
 from fastsae.integrations.convert import others
 from fastsae.integrations.convert.form import Converted, by_name, expect_finite, widest
 from fastsae.modules import load
+from fastsae.modules.saved import saved_in
 
 # What other forms say of an SAE and fastsae's config does not; it is there to be written into such forms again.
 _KEPT = "converted.json"
@@ -14,11 +15,11 @@ FILES = "config.json and weights.safetensors, or a run_dir with sae/"
 
 
 def written(source: Path) -> bool:
-    return (_folder(source) / "weights.safetensors").is_file()
+    return (saved_in(source) / "weights.safetensors").is_file()
 
 
 def read(source: Path) -> Converted:
-    folder = _folder(source)
+    folder = saved_in(source)
     held = folder / "weights.safetensors"
     others.refuse(held, expected="safetensors")
     sae = load(folder)
@@ -37,10 +38,6 @@ def write(found: Converted, target: Path) -> list[str]:
         kept = {"metadata": found.metadata, "sees_normalised_tokens": found.sees_normalised_tokens}
         files.write_json(target / _KEPT, kept)
     return []
-
-
-def _folder(source: Path) -> Path:
-    return source / "sae" if (source / "sae").is_dir() else source
 
 
 def _metadata(recorded: Path) -> dict[str, Any]:
