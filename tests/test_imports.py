@@ -24,7 +24,7 @@ LAYERS = [
 ]
 # Data preparation stands beside the SAEs, not on them.
 MAY_ONLY_IMPORT = {
-    "activations": {"activations", "extras", "files", "progress"},
+    "activations": {"activations", "extras", "files", "fp64", "progress"},
     "lm": {"lm", "activations", "extras", "quiet"},
     "report": {"report", "extras", "files"},
 }

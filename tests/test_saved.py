@@ -250,7 +250,7 @@ FOLDERS = {
     "ranks": (of_several_ranks, r"a run that has not finished.*distributed\.consolidate\('.*step_00000002', folder\)"),
     "their folder": (
         lambda f: (f.mkdir(), (f / "cfg.json").touch(), save_file({"W": torch.ones(2)}, f / "a.safetensors")),
-        r"no config\.json in it.*`fastsae convert SOURCE TARGET fastsae`",
+        r"no config\.json in it.*`fastsae convert SOURCE TARGET --to fastsae`",
     ),
     "a store": (
         lambda f: (f.mkdir(), (f / "index.json").write_text("{}")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.activations.tokens import TokenWindows
+from fastsae.fp64 import in_fp64
 
 Read = Callable[..., Tensor]
 """Tokens (windows, tokens), and a mask by the name the model has for it, to (windows, tokens, width)."""

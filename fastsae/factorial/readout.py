@@ -94,8 +94,8 @@ class WordReadout:
         self.spliced = Spliced(model, hook_name, list(sequences))
         if output_mask(model, self.spliced.windows).reads_ahead:
             raise ValueError(
-                "WordReadout: this model reads in both directions, so it predicts no word after a prompt; leave the prompts "
-                "out of the stimuli"
+                "WordReadout: this model reads in both directions, so it predicts no word after a prompt; leave the "
+                "prompts out of the stimuli"
             )
         self._asked = torch.tensor(asked, device=self.spliced.tokens.device)
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def check_plain(who: str, kind: str, found: Mapping[str, Tensor], new: Mapping[str, Tensor], *, whole: bool) -> None:
     """Raise ValueError, naming the weight, unless `found` are the weights that a new `kind` has.
 
-    found, new: state dicts, the second one of an SAE of the same config. whole: False where a rank holds some rows only.
+    found, new: state dicts, the second one of an SAE of the same config. whole: False where a rank holds some rows.
     """
     if found.keys() != new.keys():
         raise ValueError(f"{who}: {_difference(kind, found, new)}")
