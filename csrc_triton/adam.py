@@ -1,6 +1,6 @@
 """What becomes of a gradient row: stored, added to what is there, or used up at once in a step of Adam."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import triton
 import triton.language as tl
@@ -57,6 +57,17 @@ class AdamStep(NamedTuple):
 Destination = Gradient | AdamStep
 
 
+# By what they hold: after a reload of this module those made before it are of other classes than these.
+
+
+def is_gradient(destination: Any) -> TypeGuard[Gradient]:
+    return hasattr(destination, "add")
+
+
+def is_step(destination: Any) -> TypeGuard[AdamStep]:
+    return hasattr(destination, "exp_avg")
+
+
 def absent(name: str) -> dict[str, object]:
     """The kernel arguments for a weight that gets no gradient."""
     pointers = ("out", "exp_avg", "exp_avg_sq", "copy", "corrections")
@@ -65,7 +76,7 @@ def absent(name: str) -> dict[str, object]:
 
 def hyperparameters(*destinations: Destination | None) -> dict[str, object]:
     """The kernel arguments all weights of one launch share."""
-    step = next((d for d in destinations if isinstance(d, AdamStep)), None)
+    step = next((d for d in destinations if is_step(d)), None)
     if step is None:
         return {"lr": 0.0, "beta1": 0.0, "rest1": 0.0, "beta2": 0.0, "rest2": 0.0, "eps": 0.0}
     return {

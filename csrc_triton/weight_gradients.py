@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.adam import AdamStep, Destination, Gradient, absent, finish_row, hyperparameters
+from csrc_triton.adam import Destination, absent, finish_row, hyperparameters, is_gradient, is_step
 from csrc_triton.feature_order import WorkItems
 from csrc_triton.launch import launch
 from csrc_triton.plan import SEGMENT, power_of_two
@@ -499,7 +499,7 @@ def _destination_arguments(name: str, weight: Decoder | None) -> dict[str, objec
 
 def _add_slots(items: WorkItems, parts: Tensor, width: int, destination: Destination) -> None:
     """Finish the gradients of split features from their parts (slots, >= width)."""
-    whole = isinstance(destination, AdamStep) and destination.unit_norm
+    whole = is_step(destination) and destination.unit_norm
     block = max(1024, power_of_two(width)) if whole else 1024  # a norm is that of a whole row
     launch(
         add_slots_kernel,
@@ -522,8 +522,9 @@ def _add_slots(items: WorkItems, parts: Tensor, width: int, destination: Destina
 
 def _bytes_written(destination: Destination) -> int:
     """By a gradient, or by a step of Adam: the weight and its moments read and written, the copy written."""
-    if isinstance(destination, Gradient):
+    if is_gradient(destination):
         return destination.out.numel() * destination.out.element_size() * (1 + int(destination.add))
+    assert is_step(destination)
     each = 2 * sum(t.element_size() for t in (destination.weight, destination.exp_avg, destination.exp_avg_sq))
     return destination.weight.numel() * (each + (0 if destination.copy is None else destination.copy.element_size()))
 

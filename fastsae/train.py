@@ -279,8 +279,8 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         norm = None
-        if isinstance(self._optimizer, AdamInBackward):
-            with self._optimizer.in_backward():
+        if config.adam_in_backward:
+            with self._optimizer.in_backward():  # type: ignore[union-attr]
                 output = self._compute(x, k)
                 output.loss.backward()
             self._optimizer.step()
@@ -308,7 +308,7 @@ class Trainer:
             norm = self._ranks.norm({name: p.grad for name, p in self._trained.items() if p.grad is not None})
             clip_by_scaling(self._optimizer, config.clip_grad_norm, norm)
         self._optimizer.step()
-        if config.unit_norm_decoder and not isinstance(self._optimizer, NarrowAdam):  # which does it in fp32
+        if config.unit_norm_decoder and type(self._optimizer) is torch.optim.Adam:  # NarrowAdam does it in fp32
             normalize_rows_(sae.W_dec)
         return norm
 

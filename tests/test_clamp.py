@@ -534,5 +534,5 @@ def test_prompts_begin_as_the_model_was_trained(tmp_path):
         assert spliced.tokens[0].tolist() == begun
         assert spliced.is_text.sum() == 3
     bert = lm.load(str(saved(tmp_path / "bert", "bert")))
-    with pytest.raises(ValueError, match="reads in both directions: it predicts no word after a prompt"):
+    with pytest.raises(ValueError, match="reads in both directions, so it predicts no word after a prompt"):
         WordReadout(bert, "blocks.1.hook_resid_post", ["the cat"], ["sat"])

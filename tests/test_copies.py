@@ -1,4 +1,4 @@
-"""Copies and pickles of what training is made of: a copy's next step is that of the original, on its own weights."""
+"""Copies and pickles of what training is made of: the copy's next step is that of the original."""
 
 import copy
 import io

@@ -1,6 +1,7 @@
 """The arrows of docs/architecture.md: who may import whom, and what `import fastsae` may cost."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,77 @@ def test_training_needs_torch_and_numpy_only():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+# What a notebook does: importlib.reload, IPython's autoreload, or the package taken out of sys.modules. Objects and
+# graphs of before go on.
+AGAIN = """
+import importlib, pkgutil, random, sys
+import torch, fastsae, csrc_triton
+
+def modules():
+    return [name for name in sys.modules if name.split(".")[0] in ("fastsae", "csrc_triton")]
+
+def made():
+    saes = [fastsae.TopKSAE(8, 50, 4), fastsae.JointSAE(8, 50, 4, d_embedding=3)]
+    options = {"steps": 3, "progress": False, "unit_norm_decoder": True}
+    ways = ({}, {"adam_in_backward": True}, {"optimizer_state": "8bit"} if torchao else {"auxk": 2})
+    trainers = [fastsae.Trainer(s, fastsae.TrainerConfig(**options, **way)) for s in saes for way in ways]
+    return saes, trainers, saes[1].eval()(x[0]).loss
+
+def used(saes, trainers, loss):
+    loss.backward()
+    for trainer in trainers:
+        before = trainer.sae.W_dec.detach().clone()
+        trainer.fit(x)
+        assert not torch.equal(trainer.sae.W_dec, before)
+    for sae in saes:
+        grads = {}
+        for backend in ("cpu", "reference"):
+            sae.zero_grad()
+            sae.backend = backend
+            sae.eval()(x[0]).loss.backward()
+            grads[backend] = [p.grad for p in sae.parameters()]
+        torch.testing.assert_close(grads["cpu"], grads["reference"])
+        sae.reset_parameters()
+    # Through the kernels too, in Triton's interpreter.
+    W, values, indices = torch.ones(9, 6, requires_grad=True), torch.ones(2, 2), torch.tensor([[0, 1], [3, 1]])
+    optimizer = fastsae.optim.AdamInBackward([W], lr=0.5)
+    with optimizer.in_backward():
+        fastsae.ops.sparse_decode(values, indices, W, "cuda").sum().backward()
+    assert W.grad is None
+    torch.testing.assert_close(W[:4, 0], torch.tensor([0.5, 0.5, 1, 0.5]))
+
+x = torch.randn(3, 16, 8)
+torchao = importlib.util.find_spec("torchao")
+for package in (csrc_triton, fastsae):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if "integrations." not in found.name:
+            importlib.import_module(found.name)
+before = made()
+everything = modules()
+ACTION
+used(*made())
+used(*before)
+print("ok")
+"""
+ACTIONS = {
+    "reloaded, then imported anew": "for name in everything + random.Random(0).sample(everything, len(everything)):\n"
+    "    importlib.reload(sys.modules[name])\n"
+    "used(*made())\n"
+    "used(*before)\n"
+    "before = made()\n"
+    "for name in everything: del sys.modules[name]\n"
+    "import fastsae, fastsae.optim",
+    "reloaded one by one": "for name in everything:\n"
+    "    if name.startswith('csrc_triton') or name.count('.') < 2:\n"
+    "        importlib.reload(sys.modules[name]); used([], [], torch.ones(1, requires_grad=True).sum())",
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_the_package_can_be_reloaded_and_imported_anew(action: str):
+    pytest.importorskip("triton")
+    script, environment = AGAIN.replace("ACTION", ACTIONS[action]), {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stderr

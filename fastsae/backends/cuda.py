@@ -10,7 +10,7 @@ from torch import Tensor
 
 from csrc_triton import interaction_mlp as mlp
 from csrc_triton import plan
-from csrc_triton.adam import AdamStep, Gradient
+from csrc_triton.adam import AdamStep, Gradient, is_gradient, is_step
 from csrc_triton.adam import Destination as Finish
 from csrc_triton.dense_code import dense_decode, dense_decode_backward, dense_weight_gradient
 from csrc_triton.dot import precision
@@ -87,7 +87,7 @@ def topk_encode_backward(
     if need_W:
         dense = _plan(d_pre, W_enc, False, k).encoder_backward == "dense"
         finish, d_W_enc = _finish(out, W_enc, dense or _cuts_rows(out, W_enc))
-        if dense and isinstance(finish, Gradient):
+        if dense and is_gradient(finish):
             dense_weight_gradient(d_pre, indices, x, finish, budget(x.device))
         else:
             weight_gradient(items, d_pre, x, finish)
@@ -177,7 +177,7 @@ def _dense_backward(
     memory = budget(values.device)
     for weight, k in ((dec, values.shape[1]), (lin, n)):
         if weight is not None:
-            gradient = weight.destination if isinstance(weight.destination, Gradient) else None
+            gradient = weight.destination if is_gradient(weight.destination) else None
             strong, which = values[:, :k], indices[:, :k]
             d_values[:, :k] += dense_decode_backward(strong, which, d_out, weight.weight, gradient, memory)
 
@@ -231,7 +231,7 @@ def _decoder(
 def _cuts_rows(out: Destination | None, weight: Tensor | None) -> bool:
     """Whether weight_gradient would take rows apart that a step needs whole."""
     wide = weight is not None and weight.shape[1] > WIDEST_BLOCK
-    return wide and isinstance(out, AdamStep) and out.unit_norm
+    return wide and is_step(out) and out.unit_norm
 
 
 def _finish(out: Destination | None, weight: Tensor, written: bool) -> tuple[Finish, Tensor | None]:
@@ -239,12 +239,12 @@ def _finish(out: Destination | None, weight: Tensor, written: bool) -> tuple[Fin
 
     written: products write it whole, so no step of Adam can be made row by row, and the gradient is returned.
     """
-    if isinstance(out, AdamStep):
+    if is_step(out):
         if not written:
             out.made.append(True)
             return out, None
     elif out is not None:
-        return Gradient(*out), None
+        return Gradient(*out), None  # type: ignore[arg-type]  # a TypeGuard says nothing of what is left
     made = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return Gradient(made, add=False), made
 

@@ -135,7 +135,7 @@ class SparseAutoencoder(nn.Module):
 
         Each class calls it at the end of its __init__, when all parameters are there.
         """
-        if self.ranks is not ALONE:
+        if self.ranks is not type(self).ranks:
             raise RuntimeError("reset_parameters: this SAE is a rank's part; draw it anew with fastsae.distributed.new")
         for name, law in self.laws().items():
             law(getattr(self, name))
