@@ -22,6 +22,7 @@ from fastsae import files
 from fastsae.config import TrainerConfig
 
 _END: Any = object()
+_DAMAGED = "Trainer: the position in the activations is damaged"
 _NOTHING = "Trainer: activations gave no batch at all"
 
 
@@ -74,14 +75,17 @@ class _Seen:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "_Seen":
         try:
-            return cls(tuple(found["shape"]), torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64))
+            rows, columns = map(int, found["shape"])
+            return cls((rows, columns), torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"Trainer: the position in the activations is damaged: last: {error}") from error
+            raise ValueError(f"{_DAMAGED}: last: {error}") from error
 
     def differences(self, again: "_Seen | None", number: int) -> str | None:
         """What is different about batch `number` that was drawn again; warns where it is rounding."""
         if again is None or self.shape != again.shape:
             return f"batch {number} was {self.shape}, drawn again it is {again.shape if again else 'none'}"
+        if self.entries.numel() != again.entries.numel():
+            raise ValueError(f"{_DAMAGED}: last: it has {self.entries.numel()} entries of {self.shape}")
         then, now = self.entries.view(again.entries.shape), again.entries.double().cpu()
         off = ~((then == now) | (then.isnan() & now.isnan()))
         if not off.any():
@@ -146,8 +150,10 @@ class Batches:
         last = position.get("last")
         if last is None:  # none was drawn, or the checkpoint is older than this check
             return None
+        if not isinstance(last.get("stream"), dict):
+            raise ValueError(f"{_DAMAGED}: last: stream: {last.get('stream')!r}")
         seen, of_new = _Seen.from_json(last), self._random_state
-        before = _Place(position["drawn"] - 1, 0, last.get("stream"), _random_state(last.get("random")), None, None)
+        before = _Place(position["drawn"] - 1, 0, last["stream"], _random_state(last.get("random")), None, None)
         self._load_state(before.stream)
         with self._drawing():
             iterator = iter(self._stream)
@@ -271,7 +277,7 @@ def _random_state(text: Any) -> Tensor:
         state = torch.frombuffer(_bytes(text), dtype=torch.uint8)
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"Trainer: the position in the activations is damaged: random: {error}") from error
+        raise ValueError(f"{_DAMAGED}: random: {error}") from error
     return state
 
 

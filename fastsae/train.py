@@ -175,7 +175,12 @@ class Trainer:
         return TrainResult(self.step, metrics, self.config.run_dir)
 
     def _batches(self, activations: Iterable[Tensor], resumed: checkpoint.Checkpoint | None) -> Batches:
-        batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
+        try:
+            batches = Batches(activations, self.config.seed, resumed.state["data"] if resumed else None)
+        except ValueError as error:
+            if resumed is None:
+                raise
+            raise ValueError(f"{error} (to go on from {resumed.folder})") from error
         if self.config.run_dir is not None:
             batches.check_position()
         return batches
