@@ -23,6 +23,7 @@ from fastsae.config import TrainerConfig
 from fastsae.fp64 import in_fp64
 
 _END: Any = object()
+_DAMAGED = "Trainer: the position in the activations is damaged"
 _NOTHING = "Trainer: activations gave no batch at all"
 
 
@@ -155,6 +156,8 @@ class Batches:
         last = position.get("last")
         if last is None:  # none was drawn, or the checkpoint is older than this check
             return None
+        if not isinstance(last.get("stream"), dict):
+            raise ValueError(f"{_DAMAGED}: last: stream: {last.get('stream')!r}")
         seen, of_new = _Seen.from_json(last), self._random_state
         if not isinstance(last.get("stream"), dict):
             raise ValueError(f"Trainer: the position in the activations is damaged: last: {last.get('stream')!r}")
@@ -282,7 +285,7 @@ def _random_state(text: Any) -> Tensor:
         state = torch.frombuffer(_bytes(text), dtype=torch.uint8)
         torch.Generator().set_state(state)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"Trainer: the position in the activations is damaged: random: {error}") from error
+        raise ValueError(f"{_DAMAGED}: random: {error}") from error
     return state
 
 

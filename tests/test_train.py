@@ -665,6 +665,15 @@ def test_nan_stops_with_its_position_and_nothing_trained_on_it(tmp_path):
     assert_same(weights(again), weights(skipped))
 
 
+def test_nan_batches_can_be_skipped_and_are_counted():
+    ours, plain = joint(), joint()
+    batches = list(activations(11))
+    result = Trainer(ours, config(nonfinite="skip")).fit([*batches[:4], batches[0] * torch.nan, *batches[4:]])
+    assert (result.steps, result.metrics["batches_skipped"], result.metrics["rows_skipped"]) == (10, 1, 32)
+    Trainer(plain, config()).fit(batches)
+    assert_same(weights(ours), weights(plain))
+
+
 def test_rows_with_nan_can_be_skipped_and_are_counted(tmp_path):
     run = config(nonfinite="skip", run_dir=tmp_path)
     result = Trainer(joint(), run).fit(spoiled(20, 5))
