@@ -80,7 +80,7 @@ class _Seen:
             entries = torch.frombuffer(_bytes(found["entries"]), dtype=torch.float64)
             return cls((rows, columns), entries.view(looked_at))
         except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"Trainer: the position in the activations is damaged: last: {error}") from error
+            raise ValueError(f"{_DAMAGED}: last: {error}") from error
 
     def differences(self, again: "_Seen | None", number: int) -> str | None:
         """What is different about batch `number` that was drawn again; warns where it is rounding."""
@@ -159,8 +159,6 @@ class Batches:
         if not isinstance(last.get("stream"), dict):
             raise ValueError(f"{_DAMAGED}: last: stream: {last.get('stream')!r}")
         seen, of_new = _Seen.from_json(last), self._random_state
-        if not isinstance(last.get("stream"), dict):
-            raise ValueError(f"Trainer: the position in the activations is damaged: last: {last.get('stream')!r}")
         before = _Place(position["drawn"] - 1, 0, last.get("stream"), _random_state(last.get("random")), None, None)
         self._load_state(before.stream)
         with self._drawing():
