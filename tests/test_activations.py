@@ -328,6 +328,8 @@ def test_short_documents_are_not_padded_to_the_context(model: Any, tokenizer: An
     documents = [Document(f"{i}", text(1 + i % 4, i)) for i in range(9)]
     short = tokenize(documents, tokenizer, CONTEXT, held_out=None)
     assert short.tokens.shape == (9, 5)
+    ordinary = tokenize(DOCUMENTS, tokenizer, CONTEXT, held_out=None)
+    assert ordinary[:1].context == CONTEXT, "a short window among long ones keeps its bits"
     mixed = tokenize([*documents, Document("long", text(11))], tokenizer, CONTEXT, held_out=None)
     assert mixed.tokens.shape == (10, CONTEXT)
     widths, run = [], model.run_with_cache

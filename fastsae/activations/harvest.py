@@ -52,7 +52,9 @@ class ModelActivations:
         forward = getattr(model, "forward", None)
         stops = layer and (forward is None or "stop_at_layer" in inspect.signature(forward).parameters)
         self._stop = {"stop_at_layer": int(layer[1]) + 1} if layer and stops else {}
-        self._batches = [slice(lo, lo + batch_windows) for lo in range(0, len(windows), batch_windows)]
+        self._batches = [
+            slice(lo, min(lo + batch_windows, len(windows))) for lo in range(0, len(windows), batch_windows)
+        ]
         self.block_rows = [int(windows.is_text(batch).sum()) for batch in self._batches]
         for length in (1, 2):  # a head axis can pass for the tokens at one length, not at two
             probe = self._forward(windows.tokens[:1, :length])
@@ -69,13 +71,11 @@ class ModelActivations:
 
     def rows(self, i: int) -> Rows:
         """The same, with the document and the position of each row."""
-        windows = self.windows[self._batches[i]]
-        is_text = windows.is_text()
-        return Rows(
-            self._read(windows, is_text),
-            windows.documents.unsqueeze(1).expand_as(is_text)[is_text].to(torch.int32),
-            is_text.nonzero()[:, 1].to(torch.int32),
-        )
+        batch = self._batches[i]
+        on_cpu = torch.device(self.model.cfg.device).type == "cpu"
+        at_once = max(1, _CPU_TOKENS // self.windows[batch].context) if on_cpu else self.batch_windows
+        parts = [slice(lo, min(lo + at_once, batch.stop)) for lo in range(batch.start, batch.stop, at_once)]
+        return Rows(*map(torch.cat, zip(*(self._rows(self.windows[part]) for part in parts), strict=True)))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -92,17 +92,15 @@ class ModelActivations:
             "batch_windows": self.batch_windows,
         }
 
-    def _read(self, windows: TokenWindows, is_text: Tensor) -> Tensor:
-        """The activations at text, some windows at a time."""
-        on_cpu = torch.device(self.model.cfg.device).type == "cpu"
-        at_once = max(1, _CPU_TOKENS // windows.context) if on_cpu else len(windows)
-        rows = []
-        for lo in range(0, len(windows), at_once):
-            part = windows[lo : lo + at_once]
-            activations = self._forward(part.tokens, **self._mask(part.is_token()))
-            text = is_text[lo : lo + at_once, : part.context]
-            rows.append(activations[text.to(activations.device)])
-        return torch.cat(rows)
+    def _rows(self, windows: TokenWindows) -> Rows:
+        """Of windows that are read at once."""
+        is_text = windows.is_text()
+        activations = self._forward(windows.tokens, **self._mask(windows.is_token()))
+        return Rows(
+            activations[is_text.to(activations.device)],
+            windows.documents.unsqueeze(1).expand_as(is_text)[is_text].to(torch.int32),
+            is_text.nonzero()[:, 1].to(torch.int32),
+        )
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, **mask: Tensor) -> Tensor:

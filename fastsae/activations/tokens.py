@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class TokenWindows:
         return len(self.tokens)
 
     def __getitem__(self, windows: slice) -> "TokenWindows":
-        """Some of the windows, narrower if all of them are short."""
+        """Some of the windows; of short documents no wider than the longest of them."""
         lengths = self.lengths[windows]
-        tokens = self.tokens[windows, : _width(lengths, self.context)].contiguous()
+        width = int(lengths.max()) if self._mostly_padding else self.context
+        tokens = self.tokens[windows, :width].contiguous()
         return TokenWindows(tokens, lengths, self.documents[windows], self.names, self.has_bos, self.special)
 
     @property
@@ -78,6 +80,10 @@ class TokenWindows:
             if special.any():
                 fingerprint.update(special.numpy().tobytes())
         return fingerprint.hexdigest()[:16]
+
+    @cached_property
+    def _mostly_padding(self) -> bool:
+        return _mostly_padding(self.lengths, self.context)
 
     def _parts(self) -> Iterator[slice]:
         return (slice(lo, lo + _TOGETHER) for lo in range(0, len(self), _TOGETHER))
@@ -243,17 +249,17 @@ def _text(ids: Tensor, special: tuple[int, ...]) -> Tensor:
 
 
 def _padded(tokens: Tensor, lengths: Tensor, context: int, bos: int | None) -> Tensor:
-    """Tokens one after the other as windows of these lengths, with BOS in front of each: (windows, context), or
-    narrower."""
+    """Tokens one after the other as windows of these lengths, with BOS in front of each: (windows, context), of short
+    documents no wider than the longest."""
     first = int(bos is not None)
-    rows = torch.zeros(len(lengths), _width(lengths + first, context), dtype=torch.int64, device="cpu")
+    width = first + int(lengths.max()) if _mostly_padding(lengths + first, context) else context
+    rows = torch.zeros(len(lengths), width, dtype=torch.int64, device="cpu")
     rows[:, :first] = bos or 0
-    rows[:, first:].masked_scatter_(torch.arange(rows.shape[1] - first, device="cpu") < lengths.unsqueeze(1), tokens)
+    rows[:, first:].masked_scatter_(torch.arange(width - first, device="cpu") < lengths.unsqueeze(1), tokens)
     return rows
 
 
-def _width(lengths: Tensor, context: int) -> int:
-    """What padding is left away for: the longest window if it takes at most half of the context. To save less would
-    not be worth that the rows of ordinary text are rounded in another way."""
-    longest = int(lengths.max())
-    return longest if 2 * longest <= context else context
+def _mostly_padding(lengths: Tensor, context: int) -> bool:
+    """Whether padding is worth leaving away. In ordinary text it is little, and rows would be rounded in another way
+    wherever a few short windows stand together."""
+    return 2 * int(lengths.sum()) <= len(lengths) * context

@@ -1,6 +1,6 @@
 """One number per text and feature: how active the feature is on the text, by family of features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -57,6 +57,8 @@ def tokenized(stimuli: Stimuli, model: Any) -> Texts:
             f"stimuli {stimuli.name!r}: {texts[number]!r} does not fit into the {model.cfg.n_ctx} tokens the model "
             "reads, or has none; use other texts"
         )
+    longest = int(windows.lengths.max())
+    windows = replace(windows, tokens=windows.tokens[:, :longest].clone())
     cells = torch.repeat_interleave(torch.tensor([len(cell.texts) for cell in stimuli.cells.values()], device="cpu"))
     return Texts(windows, cells)
 
