@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+
+from fastsae import packages
+
+try:
+    import tyro.conf
+except ImportError:
+    packages.need("tyro", "the command line")
+    raise
 
 from fastsae import distributed, experiment, files, planner, report
 from fastsae.activations import TokenWindows

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import files
+from fastsae import files, progress
 from fastsae.config import TrainerConfig
 
 _END: Any = object()
@@ -154,7 +154,9 @@ class Log:
         self._sinks = [_SINKS[name](config) for name in config.log_to]
         if self._path is not None:
             self._drop_lines_after(step)
-        self._bar = _progress_bar(config.steps, step) if config.progress else None
+        self._bar = (
+            progress.bar(total=config.steps, initial=step, desc="train", unit="step") if config.progress else None
+        )
 
     def _drop_lines_after(self, step: int) -> None:
         """Forget what was logged between the checkpoint and the end of a killed run (a torn last line included)."""
@@ -209,12 +211,6 @@ class Log:
             self._bar.close()
         for _, close in self._sinks:
             close()
-
-
-def _progress_bar(steps: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=done, desc="train", unit="step")
 
 
 Sink = tuple[Callable[[dict[str, float]], None], Callable[[], object]]  # how to write metrics, and how to close

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae import progress
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows
 from fastsae.files import locked
@@ -133,7 +133,8 @@ def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = t
     if not dtype.is_floating_point:
         raise TypeError(f"harvest: expected a float dtype; got {dtype}")
     folder = Path(folder)
-    with locked(folder, "harvest"), tqdm(total=source.n_rows, desc="harvest", unit="row", unit_scale=True) as bar:
+    shown = {"total": source.n_rows, "desc": "harvest", "unit": "row", "unit_scale": True}
+    with locked(folder, "harvest"), progress.bar(**shown) as bar:
         writer = StoreWriter(folder, source.identity | {"dtype": str(dtype)[6:]}, source.windows.names)
         for i, n_rows in enumerate(source.block_rows):
             if not writer.has(i):

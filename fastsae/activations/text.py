@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsae import packages
+
 STDLIB = "stdlib"
 _FILE_DOCUMENT_CHARS = 4000
 # How WikiText, whose rows are lines, writes the title of an article.
@@ -117,6 +119,7 @@ def _json_documents(path: Path) -> Iterator[Document]:
 
 def _dataset_documents(spec: str) -> Iterator[Document]:
     name, _, configuration = spec.partition(":")
+    packages.need("datasets", f"read_documents: {spec!r} is no file or folder, and reading it as a dataset")
     try:
         import datasets
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae import progress
 from fastsae.activations import TokenWindows, check_hook
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
@@ -95,7 +95,7 @@ def behavior(
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
     with evaluating(sae), evaluating(secondary or sae):
-        for lo in tqdm(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
+        for lo in progress.bar(range(0, len(windows), batch_windows), desc="KL", unit="batch", leave=False):
             batch = slice(lo, lo + batch_windows)
             splice = _Splice(sae, secondary, model, hook_name, windows, batch, bos, noise)
             totals.add(*splice.sums(draws, pathways))

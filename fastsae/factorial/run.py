@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastsae import progress
 from fastsae.config import FactorialConfig
 from fastsae.evaluate import drivers
 from fastsae.experiment import Trained
@@ -87,7 +87,7 @@ def run_factorial(
         keep(known())
         if experiment is not None:
             targets = _targets(sae, discovery, config) + named
-            for target in tqdm(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
+            for target in progress.bar(list(dict.fromkeys(targets)), desc="clamp", unit="target"):
                 effects.append(experiment.effect(target, discovery))
                 if prompts:
                     written[str(target)] = experiment.text(target)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastsae import quiet
+from fastsae import packages, quiet
 
 EMBEDDED = "embedded"
 
@@ -22,6 +22,7 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     Raises ImportError without TransformerLens, OSError when a name is neither a folder nor reachable on the hub,
     ValueError when a folder is damaged.
     """
+    packages.need("transformer_lens", "loading a language model")
     try:
         with quiet.imports():
             from transformer_lens.model_bridge import TransformerBridge

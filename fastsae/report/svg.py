@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fastsae import packages
+
 # Colours that stand for the page's variables; each is replaced wherever matplotlib writes it.
 INK, GRID = "#010101", "#020202"
 COLORS = ("#030303", "#040404", "#050505", "#060606", "#070707")
@@ -14,6 +16,7 @@ _VARIABLES = {INK: "--ink", GRID: "--grid", **{color: f"--c{i}" for i, color in 
 
 def figure(title: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.2, 2.8)) -> str:
     """The SVG of what `draw` puts into its axes. Small, so that it stays legible as wide as a telephone."""
+    packages.need("matplotlib", "a report with its plots")
     try:
         from cycler import cycler
         from matplotlib import rc_context
