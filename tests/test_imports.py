@@ -231,7 +231,8 @@ for package in (csrc_triton, fastsae):
             importlib.import_module(found.name)
 before = made()
 everything = [name for name in sys.modules if name.split(".")[0] in ("fastsae", "csrc_triton")]
-for name in ("csrc_triton.adam", "csrc_triton.weight_gradients", "fastsae.backends.cuda", "fastsae.ops", "fastsae.optim"):
+alone = "csrc_triton.adam", "csrc_triton.weight_gradients", "fastsae.backends.cuda", "fastsae.ops", "fastsae.optim"
+for name in alone:
     importlib.reload(sys.modules[name])
     used([], [], torch.ones(1, requires_grad=True).sum())
 for name in everything + random.Random(0).sample(everything, len(everything)):
