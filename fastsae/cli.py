@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
+
+from fastsae import packages
+
+try:
+    import tyro.conf
+except ImportError:
+    packages.need("tyro", "the command line")
+    raise
 
 from fastsae import __version__, checkpoint, distributed, experiment, files, planner, progress, report
 from fastsae.activations import TokenWindows

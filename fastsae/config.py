@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import importlib.util
+import importlib
 import math
 import numbers
 import types
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastsae import packages
+
 T = TypeVar("T")
 
 # No flag: the command line takes d_in from the hook. tyro reads the mark, and nothing else here needs tyro.
-_NO_FLAG = importlib.import_module("tyro.conf").Fixed if importlib.util.find_spec("tyro") else None
+_NO_FLAG = importlib.import_module("tyro.conf").Fixed if packages.is_there("tyro") else None
 
 Init = Literal["paper", "unit"]
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsae import packages
+
 LOCK = ".lock"
 # How file systems, those over a network above all, say that they cannot do something at all.
 _NOT_SUPPORTED = {
@@ -108,6 +110,7 @@ def read_numbers(line: str, counts: Iterable[str], measures: Iterable[str]) -> d
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file. Raises OSError, on a full disk too."""
+    packages.need("safetensors", f"writing {path}")
     from safetensors import SafetensorError  # here: training without saving needs torch and numpy only
     from safetensors.torch import save_file
 
@@ -139,6 +142,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     The tensors lie in the file's mapping: who keeps them copies them, since the file may be written anew under them.
     """
+    packages.need("safetensors", f"reading {path}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

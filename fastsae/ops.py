@@ -580,6 +580,12 @@ def _is_batched(t: Tensor) -> bool:
     return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
+_ADVICE = (
+    "fastsae: the gradients of the fast backends cannot be differentiated again. Make the SAE, or call the operation, "
+    "with backend='reference'."
+)
+
+
 class _Refused(torch.autograd.Function):
     """Gradients as they are, which cannot be differentiated again."""
 
@@ -589,10 +595,7 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "fastsae: the gradients of the fast backends cannot be differentiated again. Make the SAE, or call the "
-            "operation, with backend='reference'."
-        )
+        raise RuntimeError(_ADVICE)
 
 
 def _once(grad: Any) -> Any:
@@ -610,6 +613,8 @@ def _once(grad: Any) -> Any:
             return found
         found = found if isinstance(found, tuple) else (found,)
         sources = [t for t in (*d_outputs, *saved) if t is not None and t.requires_grad]
+        if sources and any(_is_batched(d) for d in d_outputs if d is not None):
+            raise RuntimeError(_ADVICE)  # now: of many gradients at once, torch would record nothing, or refuse to
         return _Refused.apply(len(found), *found, *sources) if sources else found
 
     return backward

@@ -2,10 +2,13 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
+
+from fastsae import packages
 
 logger = logging.getLogger("fastsae")
 T = TypeVar("T")
@@ -54,6 +57,10 @@ def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool =
     delay: seconds before it appears.
     """
     if not _shown.get():
+        return _Silent()
+    if not packages.is_there("tqdm"):
+        instead = packages.stand_in("tqdm") or "tqdm is not installed"
+        warnings.warn(f"no progress is shown: {instead}", stacklevel=3)
         return _Silent()
     options: dict[str, Any] = {
         "desc": what,

@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -270,6 +271,36 @@ def test_a_gradient_penalty_is_refused_and_no_part_of_it_left_out(make):
             torch.autograd.grad(grad.square().sum() + p.sum(), p, retain_graph=True)
     again = torch.utils.checkpoint.checkpoint(lambda y: sae(y).loss, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(again, x, create_graph=True)[0], ordinary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("make", [fastsae.TopKSAE, fastsae.JointSAE])
+def test_many_gradients_at_once_are_those_one_by_one(make: type[fastsae.TopKSAE], dtype: torch.dtype):
+    sae = make(6, 30, 4, pre_bias=True, backend="cpu", dtype=dtype).eval()
+    x = torch.randn(5, 6, dtype=dtype, requires_grad=True)
+    inputs, output = [x, *sae.parameters()], sae(x)
+    for out in (output.loss, output.reconstruction, output.code.values):
+        d_outs, wanted = torch.randn(3, *out.shape, dtype=out.dtype), inputs if out is not output.code.values else [x]
+
+        def gradients(d_out: Tensor, out: Tensor = out, wanted: list[Tensor] = wanted, **batched: bool) -> Any:
+            return torch.autograd.grad(out, wanted, d_out, retain_graph=True, **batched)
+
+        expected = [torch.stack(grads) for grads in zip(*map(gradients, d_outs), strict=True)]
+        assert all(grad.any() for grad in expected)
+        for got in (gradients(d_outs, is_grads_batched=True), torch.func.vmap(gradients)(d_outs)):
+            torch.testing.assert_close(list(got), expected)
+
+
+def test_many_gradients_at_once_are_refused_where_they_are_to_be_differentiated():
+    sae, x = fastsae.TopKSAE(6, 30, 4, backend="cpu"), torch.randn(5, 6, requires_grad=True)
+    out = sae(x).reconstruction
+
+    def gradients(d_out: Tensor, **batched: bool) -> Any:
+        return torch.autograd.grad(out, x, d_out, retain_graph=True, create_graph=True, **batched)
+
+    for way in (functools.partial(gradients, is_grads_batched=True), torch.func.vmap(gradients)):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*backend='reference'"):
+            way(torch.ones(3, 5, 6))
 
 
 def test_the_narrow_loss_is_refused_too():

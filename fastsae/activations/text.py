@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from fastsae import progress
+from fastsae import packages, progress
 from fastsae.activations import textfile
 from fastsae.activations.textfile import Document
 from fastsae.extras import LAB
@@ -195,6 +195,7 @@ def _say(line: str) -> None:
 
 def _dataset_documents(spec: str) -> Iterator[Document]:
     name, _, configuration = spec.partition(":")
+    packages.need("datasets", f"read_documents: {spec!r} is no file or folder, and reading it as a dataset")
     try:
         import datasets
 

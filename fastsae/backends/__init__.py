@@ -1,7 +1,6 @@
 """Which implementation serves a call, and why not the others."""
 
 import importlib
-import importlib.util
 import os
 from types import ModuleType
 from typing import Any
@@ -10,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastsae import packages
 from fastsae.backends import cpu, reference
 
 NAMES = ("auto", "reference", "cpu", "cuda")
 _CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON = importlib.util.find_spec("triton") is not None
+_NOT_INSTALLED = "triton is not installed (pip install triton; Linux only)"
+_NO_TRITON = None if packages.is_there("triton") else packages.stand_in("triton") or _NOT_INSTALLED
 # Triton reads it when a kernel is defined, so it is settled at import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -40,8 +41,8 @@ def _is_transformed() -> bool:
 
 
 def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _TRITON:
-        return "triton is not installed (pip install triton; Linux only)"
+    if _NO_TRITON:
+        return _NO_TRITON
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
         return f"it serves CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs its kernels there, for testing)"
     if dtype not in _CUDA_DTYPES:
@@ -71,8 +72,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def implementation(name: str) -> ModuleType:
     """The module of a fast backend (one with hand-written backwards)."""
-    # Triton takes long to import and is not there everywhere.
-    return cpu if name == "cpu" else importlib.import_module("fastsae.backends.cuda")
+    if name == "cpu":
+        return cpu
+    packages.need("triton", "backend 'cuda'")
+    return importlib.import_module("fastsae.backends.cuda")  # not above: Triton takes long, and is not there everywhere
 
 
 def explain(x: Tensor, sae: Any) -> str:

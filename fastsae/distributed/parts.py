@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastsae import files
+from fastsae import files, packages
 from fastsae.distributed.layout import BY_FEATURE
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def read(folder: Path, ranks: Any, wanted: Callable[[str], bool]) -> dict[str, T
 
 def _stored(folder: Path, reader: Any) -> dict[str, Any]:
     """What the parts in a folder say that they are of, put together."""
+    packages.need("safetensors", f"reading {folder}")
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob("*.safetensors")):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastsae import quiet
+from fastsae import packages, quiet
 from fastsae.extras import LAB
 
 EMBEDDED = "embedded"
@@ -32,6 +32,7 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
             "TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=tokenizer)"
         )
     name = os.fspath(name)
+    packages.need("transformer_lens", "loading a language model")
     try:
         with quiet.imports():
             from transformer_lens.model_bridge import TransformerBridge

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastsae import packages
+
 
 def told(what: str, data: Any) -> str:
     """Of the data a plot is drawn from, in one line."""
@@ -18,6 +20,7 @@ def told(what: str, data: Any) -> str:
 
 def save(path: Path, size: tuple[float, float], draw: Callable[[Any], object], description: str = "") -> None:
     """size: width and height in inches. draw: fills a matplotlib figure. description: goes into the metadata."""
+    packages.need("matplotlib", f"drawing {path}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fastsae import packages
 from fastsae.extras import LAB
 
 # Colours that stand for the page's variables; each is replaced wherever matplotlib writes it.
@@ -16,6 +17,7 @@ _VARIABLES = {INK: "--ink", GRID: "--grid", **{color: f"--c{i}" for i, color in 
 
 def figure(title: str, draw: Callable[[Any], None], size: tuple[float, float] = (4.2, 2.8)) -> str:
     """The SVG of what `draw` puts into its axes. Small, so that it stays legible as wide as a telephone."""
+    packages.need("matplotlib", "a report with its plots")
     try:
         from cycler import cycler
         from matplotlib import rc_context
