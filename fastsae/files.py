@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,16 @@ def named(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk. Some file systems flush files only."""
-    with named(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED or not path.is_dir():
-                raise
-        finally:
-            os.close(descriptor)
+    try:
+        with named(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,7 +125,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         scratch.mkdir()
         temporary.touch()
         save_file(contiguous, scratch / path.name)
-        shutil.copymode(temporary, scratch / path.name)
+        with suppress(PermissionError):  # some mounts have no modes
+            shutil.copymode(temporary, scratch / path.name)
         os.replace(scratch / path.name, temporary)
 
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastsae import checkpoint, files, progress
 from fastsae.config import TrainerConfig, to_dict
 from fastsae.gradients import GradientBuffers
-from fastsae.modules import SAEOutput, SparseAutoencoder, uncompiled
+from fastsae.modules import SAEOutput, SparseAutoencoder, is_a, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
 from fastsae.normalize import far_rows, warn_of_far_rows
 from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
@@ -47,7 +47,7 @@ def _batch(number: int) -> str:
 
 def _expect_sae(given: Any) -> SparseAutoencoder:
     """`given`, or a TypeError that says what to pass in its place."""
-    if isinstance(given, SparseAutoencoder):
+    if is_a(given, SparseAutoencoder):
         return given
     advice = ""
     if isinstance(given, type) and issubclass(given, SparseAutoencoder):

@@ -149,7 +149,7 @@ def test_a_source_that_is_nothing_says_what_it_could_be(tmp_path: Path, monkeypa
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=unreachable))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__file__="datasets.py", load_dataset=unreachable))
     with pytest.raises(FileNotFoundError, match=r"'no-such' is neither .*ConnectionError: no route to host"):
         list(read_documents("no-such"))
 
@@ -161,14 +161,14 @@ def test_a_dataset_gives_its_text_column(monkeypatch: pytest.MonkeyPatch):
         asked.append((name, configuration, options))
         return [{"text": "first"}, {"text": "  "}, {"text": "third"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__file__="datasets.py", load_dataset=load_dataset))
     assert list(read_documents("owner/set:small")) == [
         Document("owner/set:small/0", "first"),
         Document("owner/set:small/2", "third"),
     ]
     assert asked == [("owner/set", "small", {"split": "train", "streaming": True})]
 
-    no_text = SimpleNamespace(load_dataset=lambda *_, **__: [{"body": "x"}])
+    no_text = SimpleNamespace(__file__="datasets.py", load_dataset=lambda *_, **__: [{"body": "x"}])
     monkeypatch.setitem(sys.modules, "datasets", no_text)
     with pytest.raises(ValueError, match=r"has columns \['body'\], expected one named 'text'"):
         list(read_documents("owner/set"))
@@ -251,7 +251,9 @@ def test_lines_of_wikitext_are_joined_to_articles(monkeypatch: pytest.MonkeyPatc
         " Three . \n",
     ]
     monkeypatch.setitem(
-        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: [{"text": row} for row in rows])
+        sys.modules,
+        "datasets",
+        SimpleNamespace(__file__="datasets.py", load_dataset=lambda *_, **__: [{"text": row} for row in rows]),
     )
     assert list(read_documents("wikitext")) == [
         Document("wikitext/1", "".join(row or "" for row in rows[1:7])),

@@ -566,3 +566,12 @@ def test_of_two_rows_none_is_left_out_of_the_statistics(kind: str):
     assert sae.normalizer.measure(torch.tensor([[0.0, 0.0], [100.0, -1.0]]), kind) == 0
     expected = [50 * 2**0.5, 0.5 * 2**0.5] if kind == "zscore" else [(10001 / 4) ** 0.5] * 2
     torch.testing.assert_close(sae.normalizer.scale, torch.tensor(expected))
+
+
+def test_a_tenth_of_far_rows_does_not_decide_the_statistics():
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    x[::8, 3] += 1000
+    sae = fastsae.TopKSAE(8, 16, 2)
+    with pytest.warns(UserWarning, match=r"125 of 1000 rows \(12\.50%\)"):
+        assert sae.normalizer.measure(x, "zscore") == 125
+    assert 0.8 < float(sae.normalizer.scale[3]) < 1.2

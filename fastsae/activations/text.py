@@ -112,7 +112,7 @@ def _folder_documents(folder: Path) -> Iterator[Document]:
     if not kept:
         wanted = f"{'/'.join(sorted(_TEXT))} files below {folder}, nor rows ({'/'.join(textfile.ROWS)})"
         raise FileNotFoundError(f"read_documents: no {wanted}. {said}")
-    if (refused or packed) and all(_is_named_readme(path) for path in kept):
+    if (refused or others) and all(_is_named_readme(path) for path in kept):
         raise ValueError(f"read_documents: nothing but {kept[0].name} could be read below {folder}. {said}")
     said = f"read_documents: read below {folder}: {_counted(kept)}. {said}"
     if about or refused or packed or closed:

@@ -181,7 +181,8 @@ def special_tokens(model: Any) -> tuple[int, ...]:
     tokenizer, cfg = _tokenizer(model), _cfg(model)
     ids = {_id(tokenizer, cfg, name) for name in ("bos", "eos", "sep", "cls")}
     padding = _id(tokenizer, cfg, "pad")
-    if padding != _id(tokenizer, cfg, "unk"):  # some pad with the unknown token
+    is_unknown = padding == _id(tokenizer, cfg, "unk") and "unk" in str(tokenizer.unk_token).lower()
+    if not is_unknown:  # some pad with the unknown token, and some call what stands between texts so
         ids.add(padding)
     return tuple(sorted(token for token in ids if token is not None))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fastsae.config import TopKSAEConfig, to_dict
-from fastsae.modules.base import ARCHITECTURES, Components, SAEOutput, SparseAutoencoder, evaluating, uncompiled
+from fastsae.modules.base import ARCHITECTURES, Components, SAEOutput, SparseAutoencoder, evaluating, is_a, uncompiled
 from fastsae.modules.joint import JointSAE
 from fastsae.modules.saved import read_description, saved_in
 from fastsae.modules.secondary import HiddenActivations, SecondarySAE
@@ -46,6 +46,7 @@ __all__ = [
     "SparseAutoencoder",
     "TopKSAE",
     "evaluating",
+    "is_a",
     "load",
     "new",
     "read_description",

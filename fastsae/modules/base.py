@@ -65,6 +65,11 @@ _pytree._register_namedtuple(SAEOutput, serialized_type_name="fastsae.SAEOutput"
 _pytree.register_dataclass(Components, serialized_type_name="fastsae.Components")
 
 
+def is_a(thing: Any, kind: type) -> bool:
+    """Whether `thing` is of a class, known by name: after a reload, what was made before is of another class of it."""
+    return any(base.__name__ == kind.__name__ for base in type(thing).__mro__)
+
+
 def uncompiled(sae: Any) -> Any:
     """The SAE inside of what torch.compile(sae) returned, with names of its own; all else as it is."""
     return getattr(sae, "_orig_mod", sae)
@@ -231,7 +236,7 @@ class SparseAutoencoder(nn.Module):
         """
         folder = Path(folder)
         self.check_weights(f"{type(self).__name__}.save_pretrained")
-        if (saved_as := self._saved_as()) is not type(self):
+        if (saved_as := self._saved_as()).__name__ != type(self).__name__:
             warnings.warn(
                 f"{type(self).__name__}.save_pretrained: fastsae.load({str(folder)!r}) will make a {saved_as.__name__} "
                 f"of it. Load it by {type(self).__name__}.from_pretrained, or give the class an `architecture` of its "
@@ -312,7 +317,7 @@ class SparseAutoencoder(nn.Module):
         """Raise ValueError, naming the weight, unless a new SAE of this config has the same weights, each with memory
         of its own: others could be trained and saved, and never be loaded."""
         saved_as = self._saved_as()
-        if not isinstance(self, saved_as):
+        if not is_a(self, saved_as):
             raise ValueError(
                 f"{who}: architecture {self.architecture!r} is that of {saved_as.__name__}, which a "
                 f"{type(self).__name__} is not; give the class an `architecture` of its own"
