@@ -249,7 +249,7 @@ class TrainerConfig:
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with rows that hold NaN or infinity: stop the training, or leave them out and count them."""
     outliers: Literal["train", "skip"] = "train"
-    """What to do with rows more than ten times as large as three in four of their batch, such as attention sinks: train
+    """What to do with rows more than ten times as large as 85 % of their batch, such as attention sinks: train
     on them, or leave them out and count them. The normalisation is measured without them."""
     seed: int = 0
     """Seeds dropout, and what activations draw from torch's generator, such as the order of a DataLoader; on the

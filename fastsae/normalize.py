@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsae.code import check_tensors
 from fastsae.fp64 import in_fp64
 
-# Rows so many times as far out as three in four are no measure of the others. The norms of attention sinks are some
+# Rows so many times as far out as 85 % are no measure of the others. The norms of attention sinks are some
 # 20 to 1000 times those of other tokens.
 _FAR = 10
 # A dimension is silent where its standard deviation is below this share of the mean one, or of its own mean: some
@@ -19,10 +19,10 @@ _SILENT, _ROUNDING = 1e-4, 1e-6
 
 
 def far_rows(norms: Tensor) -> Tensor:
-    """Flags of the norms (B,) that are more than ten times as large as three in four of them."""
+    """Flags of the norms (B,) that are more than ten times as large as 85 % of them."""
     if len(norms) == 0:
         return norms > 0
-    ordinary = norms.sort().values[3 * (len(norms) - 1) // 4]
+    ordinary = norms.sort().values[17 * (len(norms) - 1) // 20]
     return (norms > _FAR * ordinary) & (ordinary > 0)
 
 
@@ -55,7 +55,7 @@ class Normalizer(nn.Module):
 
         "zscore": mean and standard deviation per dimension (one that is constant but for rounding keeps scale 1).
         "scale": one scale, the root mean square of all entries; the mean stays 0. "none": nothing.
-        Rows more than ten times as far from the median as three in four are left out, with a warning: few of them, such
+        Rows more than ten times as far from the median as 85 % are left out, with a warning: few of them, such
         as attention sinks, would decide the statistics of all.
         """
         check_tensors("Normalizer.measure", x=sample)
