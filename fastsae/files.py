@@ -49,7 +49,8 @@ def named(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk. Some file systems flush files only."""
+    """Flush a file, or the entries of a folder, to the disk. Some file systems flush files only, and some folders may
+    be written and not read."""
     try:
         with named(path):
             descriptor = os.open(path, os.O_RDONLY)
@@ -58,7 +59,7 @@ def sync(path: Path) -> None:
             finally:
                 os.close(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED or not path.is_dir():
+        if error.errno not in _NOT_SUPPORTED | {errno.EACCES} or not path.is_dir():
             raise
 
 

@@ -14,8 +14,8 @@ from fastsae.fp64 import in_fp64
 # 20 to 1000 times those of other tokens.
 _FAR = 10
 # A dimension is silent where its standard deviation is below this share of the mean one, or of its own mean: some
-# roundings of fp32. The values of bf16 lie so far apart that rounding is never small.
-_SILENT, _ROUNDING = 1e-4, 1e-6
+# roundings of fp32, or a tenth of one in narrow dtypes, whose values lie far apart: of a hundred rows one is off.
+_SILENT, _ROUNDING, _ROUNDING_NARROW = 1e-4, 1e-6, 0.1
 
 
 def far_rows(norms: Tensor) -> Tensor:
@@ -62,6 +62,7 @@ class Normalizer(nn.Module):
         if sample.dim() != 2 or sample.shape[1] != len(self.mean) or len(sample) < 2:
             expected = f"at least 2 rows of width {len(self.mean)}"
             raise ValueError(f"Normalizer.measure: expected {expected}; got shape {tuple(sample.shape)}")
+        rounding = max(_ROUNDING, _ROUNDING_NARROW * torch.finfo(sample.dtype).eps)
         sample = in_fp64(sample)
         if not sample.isfinite().all():
             row, column = (~sample.isfinite()).nonzero()[0].tolist()
@@ -75,7 +76,7 @@ class Normalizer(nn.Module):
         mean, scale = torch.zeros_like(sample[0]), torch.ones_like(sample[0])
         if kind == "zscore":
             mean, scale = sample.mean(dim=0), sample.std(dim=0)
-            silent = (scale <= _SILENT * scale.mean()) | (scale <= _ROUNDING * mean.abs())
+            silent = (scale <= _SILENT * scale.mean()) | (scale <= rounding * mean.abs())
             scale = torch.where(silent, 1.0, scale)
         elif kind == "scale":
             rms = sample.square().mean().sqrt()

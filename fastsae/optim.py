@@ -95,8 +95,8 @@ class AdamInBackward(torch.optim.Adam):
     Graphs built inside in_backward(), in its thread, make steps in their backward, inside as well: one backward a step,
     in which a weight is used once. A second use raises, from autograd ("modified by an inplace operation") or from
     step(); by then the first step is made, so go on from a checkpoint. Weights with hooks, and what torch.autograd.grad
-    asks for, get ordinary gradients. Not for clipping, accumulation or GradScaler, which need the gradients; so not
-    under fp16 autocast either, where gradients vanish without one.
+    asks for, get ordinary gradients. Not for clipping, accumulation, DistributedDataParallel or GradScaler, which need
+    the gradients; so not under fp16 autocast either, where gradients vanish without a scaler.
     """
 
     # GradScaler leaves it to step(), which refuses. torch sets it in __init__ alone, so a copy would have lost it.

@@ -227,6 +227,8 @@ def test_which_tokens_are_special():
     assert first_token(made) == 0
     made.bos_token = "<nowhere>"  # read as the unknown token
     assert first_token(made) != 2
+    made.pad_token = "hi"  # a word of the text, which no row would be of
+    assert special_tokens(made) == (1, 4, 6)
 
 
 # ---- activations of a model ---------------------------------------------------------------------------------------

@@ -405,6 +405,19 @@ def test_normalizer_does_not_enlarge_rounding():
     np.testing.assert_allclose(normalizer.scale[2:].numpy(), sample[:, 2:].double().numpy().std(0, ddof=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_normalizer_does_not_enlarge_the_rounding_of_narrow_dtypes(dtype):
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1000, 3, generator=generator).to(dtype)
+    sample[:, 0] = 3.0
+    sample[7, 0] = torch.nextafter(torch.tensor(3.0, dtype=dtype), torch.tensor(4.0, dtype=dtype))
+    sample[:, 1] += 100  # rounded coarsely, and no constant
+    normalizer = Normalizer(3)
+    normalizer.measure(sample, "zscore")
+    assert normalizer.scale[0] == 1.0
+    np.testing.assert_allclose(normalizer.scale[1:].numpy(), sample[:, 1:].double().numpy().std(0, ddof=1), rtol=1e-6)
+
+
 def test_normalizer_refuses_bad_samples():
     sample = torch.randn(50, 3)
     sample[4, 2] = torch.inf

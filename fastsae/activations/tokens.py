@@ -182,7 +182,9 @@ def special_tokens(model: Any) -> tuple[int, ...]:
     ids = {_id(tokenizer, cfg, name) for name in ("bos", "eos", "sep", "cls")}
     padding = _id(tokenizer, cfg, "pad")
     is_unknown = padding == _id(tokenizer, cfg, "unk") and "unk" in str(tokenizer.unk_token).lower()
-    if not is_unknown:  # some pad with the unknown token, and some call what stands between texts so
+    # Some pad with a token of text, which is then none of those that were added to the vocabulary.
+    is_text = padding not in getattr(tokenizer, "added_tokens_decoder", [padding])
+    if not (is_unknown or is_text):  # some pad with the unknown token, and some call what stands between texts so
         ids.add(padding)
     return tuple(sorted(token for token in ids if token is not None))
 

@@ -76,6 +76,19 @@ def test_a_lock_that_fails_otherwise_is_named_with_what_to_do(number: int, tmp_p
     assert caught.value.errno == number
 
 
+def test_a_folder_that_may_be_written_and_not_read(tmp_path, monkeypatch):
+    """Such as a drop box: root may open it here, so the answer is made up."""
+
+    def open_(path, *rest, real=os.open):
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", open_)
+    files.write_json(tmp_path / "a.json", {"b": 1})
+    assert files.read_json(tmp_path / "a.json") == {"b": 1}
+
+
 def test_a_lock_that_another_holds_is_no_missing_lock(tmp_path):
     with (
         files.locked(tmp_path, "first"),
