@@ -1,6 +1,6 @@
 """The sparse code that flows from encoder to decoder, and the same code seen feature by feature."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,12 +40,13 @@ def feature_order(indices: Tensor, d_sae: int) -> FeatureOrder:
     return FeatureOrder(entries, features, tokens, offsets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseCode:
     """k active features per token: strongest first, distinct within a token, ties to the lower index.
 
     values (..., k) float, never negative; indices (..., k) int64 in [0, d_sae). A token with fewer than k positive
-    pre-activations is filled up with entries of value 0.
+    pre-activations is filled up with entries of value 0. `code[3]`, `code[:10]` and `code[mask]` are codes of some of
+    the tokens, len(code) is the size of the first axis.
     """
 
     values: Tensor
@@ -63,6 +64,72 @@ class SparseCode:
     @property
     def k(self) -> int:
         return self.values.shape[-1]
+
+    def __len__(self) -> int:
+        self._expect_tokens("len")
+        return len(self.values)
+
+    def __getitem__(self, tokens: Any) -> "SparseCode":
+        """The code of some tokens, chosen as entries of a tensor (...) are: by number, slice, mask or several of them.
+
+        Raises IndexError where there are no such tokens.
+        """
+        self._expect_tokens("an index")
+        shape = self.values.shape[:-1]
+        chosen = torch.arange(shape.numel(), device=self.indices.device).view(shape)[tokens]
+        flat = self.flatten()
+        return SparseCode(flat.values[chosen], flat.indices[chosen], self.d_sae)
+
+    def __iter__(self) -> Iterator["SparseCode"]:
+        self._expect_tokens("a loop")
+        return (SparseCode(v, i, self.d_sae) for v, i in zip(self.values, self.indices, strict=True))
+
+    def _expect_tokens(self, what: str) -> None:
+        if self.values.dim() < 2:
+            raise IndexError(f"SparseCode: {what} needs several tokens; this is the code of one. See .values, .indices")
+
+    def to(self, *device_or_dtype: Any) -> "SparseCode":
+        """The code on another device, or with values of another dtype, as Tensor.to has them."""
+        values = self.values.to(*device_or_dtype)
+        return SparseCode(values, self.indices.to(values.device), self.d_sae)
+
+    def __repr__(self) -> str:
+        """The shape, how many features are active, and the strongest ones of the first tokens."""
+        first = self._first(2)
+        if first is None:
+            return f"SparseCode({self._shape}, {self.values.dtype})"
+        strongest = "; ".join(_listed(active[:4]) for active in first)
+        return f"SparseCode({self._shape}, {self._mean_active:.1f} active on average, of the first {strongest})"
+
+    def _repr_html_(self) -> str:
+        first = self._first(10)
+        if first is None:
+            return f"<code>{self!r}</code>"
+        cells = [(str(number), str(len(active)), _listed(active[:8])) for number, active in enumerate(first)]
+        rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        return (
+            f"<p>SparseCode: {self._shape}, {self._mean_active:.1f} active on average</p>"
+            f"<table><tr><th>token</th><th>active</th><th>feature: value, strongest first</th></tr>{rows}</table>"
+        )
+
+    @property
+    def _shape(self) -> str:
+        tokens = " x ".join(map(str, self.values.shape[:-1])) or "1"
+        return f"{tokens} tokens, k={self.k} of {self.d_sae} features"
+
+    @property
+    def _mean_active(self) -> float:
+        return float((self.values > 0).sum()) / max(self.values.shape[:-1].numel(), 1)
+
+    def _first(self, tokens: int) -> list[list[tuple[int, float]]] | None:
+        """The active features of the first tokens with their values; None where there are no numbers to show: on the
+        meta device, and while torch traces or maps."""
+        try:
+            values = self.values.detach().reshape(-1, self.k)[:tokens].tolist()
+            indices = self.indices.reshape(-1, self.k)[:tokens].tolist()
+        except (RuntimeError, NotImplementedError):
+            return None
+        return [[(f, v) for f, v in zip(*row, strict=True) if v > 0] for row in zip(indices, values, strict=True)]
 
     def to_dense(self) -> Tensor:
         """The code as a (..., d_sae) tensor. Meant for inspection: it is d_sae / k times larger."""
@@ -99,6 +166,10 @@ class SparseCode:
 
     def detach(self) -> "SparseCode":
         return SparseCode(self.values.detach(), self.indices, self.d_sae)
+
+
+def _listed(active: list[tuple[int, float]]) -> str:
+    return ", ".join(f"{feature}: {value:.3g}" for feature, value in active) or "none"
 
 
 def _unflatten(tensors: Iterable[Any], d_sae: int) -> SparseCode:

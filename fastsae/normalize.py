@@ -104,6 +104,14 @@ class Normalizer(nn.Module):
         check_tensors("Normalizer.invert", x=y)
         return y * self.scale + self.mean
 
+    def extra_repr(self) -> str:
+        if self.mean.is_meta or not self.measured:
+            return "" if self.mean.is_meta else "not measured: activations stay as they are"
+        least, most = self.scale.min().item(), self.scale.max().item()
+        if least == most and not self.mean.any():
+            return f"one scale, {least:.3g}"
+        return f"mean and scale by dimension, scales {least:.3g} to {most:.3g}"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What .to(), .cuda(), .bfloat16() do: the statistics move with the SAE, but keep their precision."""
         self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.mean.device)).dtype

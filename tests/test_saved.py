@@ -278,3 +278,71 @@ def test_what_is_said_of_a_checkpoint_is_so(tmp_path):
     step = tmp_path / "checkpoints" / "step_00000002"
     consolidated = fastsae.load(distributed.consolidate(step, tmp_path / "made"))
     assert torch.equal(fastsae.load(step).W_dec, consolidated.W_dec)
+
+
+# ---- what is loaded is read, until it is trained ----
+
+
+@pytest.fixture
+def loaded(tmp_path) -> fastsae.JointSAE:
+    return fastsae.load(fastsae.JointSAE(8, 40, 4).save_pretrained(tmp_path))
+
+
+def test_results_of_a_loaded_sae_have_no_graph(loaded):
+    x = torch.randn(5, 8)
+    output, code = loaded(x), loaded.encode_raw(x)
+    parts = loaded.components(x)
+    for t in (output.loss, output.reconstruction, code.values, loaded.reconstruct(x), loaded.decode(code)):
+        assert not t.requires_grad
+    assert not any(t.requires_grad for t in (parts.identity, parts.linear, parts.interaction, loaded.hidden(code)))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_graph_to_activations_is_built(loaded):
+    x = torch.randn(5, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(loaded.reconstruct(x).sum(), x)
+    assert dx.abs().sum() > 0
+    (dx,) = torch.autograd.grad(loaded(x).loss, x)
+    assert dx.abs().sum() > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_loaded_sae_is_trained(frozen, loaded):
+    loaded.W_dec.requires_grad_(not frozen)
+    before = {name: p.detach().clone() for name, p in loaded.named_parameters()}
+    config = fastsae.TrainerConfig(steps=2, progress=False)
+    fastsae.Trainer(loaded, config).fit([torch.randn(16, 8), torch.randn(16, 8)])
+    same = {name for name, p in loaded.named_parameters() if torch.equal(p, before[name])}
+    assert same == ({"W_dec"} if frozen else set())
+
+
+def test_in_train_mode_a_loaded_sae_is_as_any_other(loaded):
+    with torch.no_grad():
+        expected = loaded(torch.ones(2, 8)).loss
+    loss = loaded.train().eval()(torch.ones(2, 8)).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert loaded.W_enc.grad is not None
+
+
+def test_an_sae_says_what_it_is(loaded):
+    sae = fastsae.TopKSAE(8, 40, 4, dtype=torch.bfloat16)
+    assert repr(sae) == (
+        "TopKSAE(\n  d_in=8, d_sae=40, k=4, pathways: identity\n  bfloat16 on cpu, backend='auto', 688 parameters\n"
+        "  (normalizer): Normalizer(not measured: activations stay as they are)\n)"
+    )
+    loaded.W_dec.requires_grad_(False)
+    loaded.normalizer.measure(torch.randn(100, 8) * torch.arange(1, 9), "zscore")
+    said = repr(loaded)
+    assert "linear (k_integration=2), interaction (k_integration=2, d_embedding=128, dropout=0.15)" in said
+    assert "frozen: W_dec" in said
+    assert "mean and scale by dimension, scales 1" in said or "scales 0.9" in said
+    loaded.normalizer.mean.zero_()
+    loaded.normalizer.scale.fill_(2.5)
+    assert "Normalizer(one scale, 2.5)" in repr(loaded)
+    assert "on meta" in repr(fastsae.TopKSAE(8, 40, 4, device="meta"))
+
+
+def test_editors_know_what_a_call_returns():
+    hints = typing.get_type_hints(fastsae.TopKSAE)
+    assert typing.get_args(hints["__call__"])[1].__name__ == "SAEOutput"

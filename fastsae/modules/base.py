@@ -7,7 +7,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,9 @@ class SparseAutoencoder(nn.Module):
     # What fastsae.distributed replaces in an SAE whose features it spreads over ranks.
     ops: Any = ops
     ranks: Alone = ALONE
+    __call__: Callable[..., SAEOutput]
+    _only_read = False
+    """Whether it was loaded and not put into train mode since: then no graph leads to its weights."""
 
     def __init__(
         self,
@@ -166,8 +169,19 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor, k: int | None = None) -> SAEOutput:
         """Reconstruct normalised activations x (..., d_in). `k` overrides the number of active features (annealing)."""
         code = self.encode(x, k)
-        reconstruction, loss = self._reconstruct(code.flatten(), x.reshape(-1, self.d_in))
+        with self._graph_of(x):
+            reconstruction, loss = self._reconstruct(code.flatten(), x.reshape(-1, self.d_in))
         return SAEOutput(reconstruction.view(x.shape), loss, code)
+
+    def train(self: S, mode: bool = True) -> S:
+        """As in torch; besides, in train mode a loaded SAE builds graphs to its weights as any other does."""
+        if mode:
+            self._only_read = False
+        return super().train(mode)
+
+    def _graph_of(self, *given: Tensor) -> AbstractContextManager[object]:
+        """Inside, no graph is built by an SAE that is only read, unless what it is given asks for one."""
+        return torch.no_grad() if self._only_read and not any(t.requires_grad for t in given) else nullcontext()
 
     def encode(self, x: Tensor, k: int | None = None) -> SparseCode:
         """The k strongest features of each of the normalised activations x (..., d_in)."""
@@ -189,7 +203,8 @@ class SparseAutoencoder(nn.Module):
                 )
             x = x.to(self.W_enc.dtype)  # what a layer before gives under autocast
         rows = x.reshape(-1, self.d_in)
-        values, indices = self.ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
+        with self._graph_of(x):
+            values, indices = self.ops.topk_encode(rows, self.W_enc, self.b_enc, k, self.backend, b_dec=self.b_dec)
         return SparseCode(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k), self.d_sae)
 
     def encode_raw(self, raw: Tensor) -> SparseCode:
@@ -206,7 +221,8 @@ class SparseAutoencoder(nn.Module):
             )
         if code.d_sae != self.d_sae:
             raise ValueError(f"{type(self).__name__}: the code is of {code.d_sae} features, this SAE has {self.d_sae}")
-        return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)
+        with self._graph_of(code.values):
+            return self._reconstruct(code.flatten(), None)[0].view(*code.values.shape[:-1], self.d_in)
 
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """The reconstruction (B, d_in) of a flat code, and its mean squared error against target (B, d_in)."""
@@ -214,7 +230,9 @@ class SparseAutoencoder(nn.Module):
 
     def components(self, x: Tensor) -> Components:
         """The summands of the reconstruction of x (..., d_in)."""
-        return self.summands(self.encode(x))
+        code = self.encode(x)
+        with self._graph_of(code.values):
+            return self.summands(code)
 
     def summands(self, code: SparseCode) -> Components:
         """The summands of the reconstruction of a code, each (..., d_in)."""
@@ -270,6 +288,9 @@ class SparseAutoencoder(nn.Module):
     ) -> S:
         """Load what save_pretrained wrote, in the dtype it was saved in and in eval mode.
 
+        Until .train() is called, as a Trainer does, results have no graph to the weights: x.numpy() works, and nothing
+        is kept for a backward. A graph to activations that require gradients is built.
+
         Raises FileNotFoundError, or ValueError naming the file when it is damaged or of another architecture.
         """
         folder = saved_in(folder)
@@ -306,6 +327,7 @@ class SparseAutoencoder(nn.Module):
             )
         choose(backend, sae.W_enc.device, sae.W_enc.dtype)
         sae.backend = backend
+        sae._only_read = True
         return sae.eval()
 
     @classmethod
@@ -332,8 +354,17 @@ class SparseAutoencoder(nn.Module):
         check_plain(who, saved_as.__name__, self.state_dict(), new, whole=self.ranks is ALONE)
 
     def extra_repr(self) -> str:
-        c = self.config
-        return f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, backend={self.backend!r}"
+        c, parameters = self.config, sum(p.numel() for p in self.parameters())
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        return (
+            f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, {self._pathways}\n"
+            f"{str(self.W_enc.dtype)[6:]} on {self.W_enc.device}, backend={self.backend!r}, {parameters:,} parameters"
+            f"{', frozen: ' + ', '.join(frozen) if frozen else ''}"
+        )
+
+    @property
+    def _pathways(self) -> str:
+        return "pathways: identity"
 
 
 def _checksum(config: dict[str, Any]) -> int:

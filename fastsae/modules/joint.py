@@ -88,6 +88,17 @@ class JointSAE(SparseAutoencoder):
     def k_integration(self) -> int:
         return self.config.n
 
+    @property
+    def _pathways(self) -> str:
+        c = self.config
+        added = [
+            f"linear (k_integration={c.n})" if c.linear else "",
+            f"interaction (k_integration={c.n}, d_embedding={c.d_embedding}, dropout={c.dropout:g})"
+            if c.interaction
+            else "",
+        ]
+        return ", ".join([super()._pathways, *filter(None, added)])
+
     def _reconstruct(self, code: SparseCode, target: Tensor | None) -> tuple[Tensor, Tensor]:
         biases = [b for b in (self.b_dec, self.b_lin, self.b2) if b is not None]
         return self.ops.reconstruct(
@@ -125,8 +136,9 @@ class JointSAE(SparseAutoencoder):
         """What the integration network holds before its ReLU, W1 z + b1: (..., d_embedding). No dropout."""
         W1, b1, _ = self._mlp
         strongest = self.strongest(code).flatten()
-        z = self.ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)  # type: ignore[arg-type]  # there is an mlp
-        return F.linear(z, W1, b1).view(*code.values.shape[:-1], self.config.d_embedding)
+        with self._graph_of(code.values):
+            z = self.ops.pairwise_interaction(strongest.values, strongest.indices, self.V, self.backend)  # type: ignore[arg-type]  # there is an mlp
+            return F.linear(z, W1, b1).view(*code.values.shape[:-1], self.config.d_embedding)
 
     def interaction_from(self, hidden: Tensor) -> Tensor:
         """The pairwise pathway from there on, W2 relu(hidden) + b2: (..., d_in)."""
