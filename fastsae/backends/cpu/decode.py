@@ -41,7 +41,15 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """See reference.sparse_decode."""
     if values.shape[1] == 0:
         return values.new_zeros(len(values), W_dec.shape[1])
-    return F.embedding_bag(indices.contiguous(), W_dec, per_sample_weights=values.contiguous(), mode="sum")
+    try:
+        return F.embedding_bag(indices.contiguous(), W_dec, per_sample_weights=values.contiguous(), mode="sum")
+    except RuntimeError as error:  # with several threads torch does not say what is wrong
+        least, most = indices.min().item(), indices.max().item()
+        if least < 0 or most >= len(W_dec):
+            raise RuntimeError(
+                f"sparse_decode: indices of features must lie in [0, {len(W_dec)}); got {least} to {most}"
+            ) from error
+        raise
 
 
 def joint_decode_backward(
