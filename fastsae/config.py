@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastsae import packages
+from fastsae.habits import named
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
 
 
+@named
 @dataclass(frozen=True)
 class TopKSAEConfig:
     """A TopK sparse autoencoder."""
@@ -88,6 +90,7 @@ class TopKSAEConfig:
         _require(1 <= self.k <= self.d_sae, f"{where}.k", f"between 1 and d_sae = {self.d_sae}", self.k)
 
 
+@named
 @dataclass(frozen=True)
 class IntegrationConfig:
     """Feature integration: a linear pathway and a factorization machine over the strongest features."""
@@ -110,6 +113,7 @@ class IntegrationConfig:
         _require(0 <= self.dropout < 1, f"{where}.dropout", "in [0, 1)", self.dropout)
 
 
+@named
 @dataclass(frozen=True)
 class JointSAEConfig(IntegrationConfig, TopKSAEConfig):
     """A TopK SAE trained together with feature integration: a linear pathway and a factorization machine."""
@@ -130,6 +134,7 @@ class JointSAEConfig(IntegrationConfig, TopKSAEConfig):
         return max(1, self.k // 2) if self.k_integration is None else self.k_integration
 
 
+@named
 @dataclass(frozen=True)
 class SequentialSAEConfig(JointSAEConfig):
     """A frozen TopK SAE, and feature integration trained on its residual."""
@@ -140,6 +145,7 @@ class SequentialSAEConfig(JointSAEConfig):
             raise ValueError(f"{type(self).__name__}: linear and interaction are both off; there is nothing to train")
 
 
+@named
 @dataclass(frozen=True)
 class SecondarySAEConfig(TopKSAEConfig):
     """A TopK SAE on the hidden layer of an integration network; d_in is that network's d_embedding."""
@@ -148,6 +154,7 @@ class SecondarySAEConfig(TopKSAEConfig):
     """Learn b_dec: subtracted before encoding, added after decoding. The paper has none."""
 
 
+@named
 @dataclass(frozen=True)
 class SequentialRunConfig(IntegrationConfig):
     """Feature integration, trained on the residual of the frozen TopK SAE of a finished run."""
@@ -156,6 +163,7 @@ class SequentialRunConfig(IntegrationConfig):
     """The run_dir of a finished `fastsae train topk` on the same model and hook."""
 
 
+@named
 @dataclass(frozen=True)
 class SecondaryRunConfig:
     """A TopK SAE on the hidden layer of a trained integration network: the integration features of the paper."""
@@ -171,6 +179,7 @@ class SecondaryRunConfig:
         _check_types(self)
 
 
+@named
 @dataclass(frozen=True)
 class DataConfig:
     """Which activations of which model on which text."""
@@ -201,6 +210,7 @@ class DataConfig:
         _require(self.context >= 2, "DataConfig.context", "at least 2", self.context)
 
 
+@named
 @dataclass(frozen=True)
 class TrainerConfig:
     """How to train."""
@@ -299,6 +309,7 @@ class TrainerConfig:
             raise ValueError(f"{where}: resume and log_to need a run_dir; got None")
 
 
+@named
 @dataclass(frozen=True)
 class FactorialConfig:
     """A 2x2 experiment: which features respond to two factors together, and what clamping them does."""
@@ -340,6 +351,7 @@ class FactorialConfig:
             _require(len(self.amounts) >= 2, "FactorialConfig.amounts", "at least 2 to set", self.amounts)
 
 
+@named
 @dataclass(frozen=True)
 class StudyConfig:
     """A fair comparison: every arm on the same activations in the same order, with the same steps and seeds."""

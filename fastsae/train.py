@@ -4,12 +4,12 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,23 @@ def _expect_sae(given: Any) -> SparseAutoencoder:
     raise TypeError(f"Trainer: expected an SAE of fastsae; got {got}{advice}")
 
 
+def auxk_loss(sae: SparseAutoencoder, x: Tensor, reconstruction: Tensor, dead: Tensor, k: int) -> Tensor:
+    """Mean squared error () of the residual x - reconstruction as the k strongest dead features reconstruct it, without
+    a bias (AuxK: Gao et al. 2024, A.2).
+
+    x, reconstruction (B, d_in), normalised; the reconstruction detached, or it gets this gradient too. dead: features
+    that have been inactive for long, a mask (d_sae,) or their numbers (n,) int64 ascending; of fewer than k all are
+    taken, and of none the loss is 0.
+    """
+    if dead.dtype == torch.bool:
+        dead = dead.nonzero().squeeze(1)
+    k = min(k, sae.ranks.count_features(len(dead)))
+    if k == 0:
+        return x.new_zeros(())
+    values, indices = sae.ops.topk_encode(x, sae.W_enc, sae.b_enc, k, sae.backend, dead, sae.b_dec)
+    return F.mse_loss(sae.ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What fit returns."""
@@ -75,11 +92,26 @@ class TrainResult:
     """Where the run lies: metrics.jsonl, checkpoints/ and the finished SAE in sae/."""
 
 
+class _Made(NamedTuple):
+    """A step that was made."""
+
+    output: SAEOutput
+    losses: dict[str, Tensor]
+    grad_norm: Tensor | None
+    """The norm that was clipped."""
+
+
+OnStep = Callable[["Trainer", Mapping[str, Tensor]], object]
+
+
 class Trainer:
     """Trains an SAE on a stream of activations.
 
         trainer = fastsae.Trainer(sae, fastsae.TrainerConfig(steps=1000, lr=1e-3, run_dir="runs/first"))
         trainer.fit(activations)            # any iterable of (B, d_in) tensors, raw, consumed lazily
+
+    for x in batches:                   # or a loop of one's own, without files
+            losses = trainer.step(x)        # {"mse": ..., "auxk": ...}
 
     Activations are normalised by statistics measured on the first rows and stored in the SAE (`sae.reconstruct` takes
     and returns raw ones). With a run_dir, metrics.jsonl and checkpoints are written, Ctrl-C saves before it stops, and
@@ -100,7 +132,8 @@ class Trainer:
                 f"got {config.k_anneal_from}"
             )
         self._ranks = sae.ranks
-        self.step = 0
+        self.steps = 0
+        """Steps made."""
         self.rows_seen = 0
         self.batches_skipped = self.rows_skipped = self.outliers_skipped = self._skipped_in_a_row = 0
         self._told_of_outliers = False
@@ -152,27 +185,48 @@ class Trainer:
                 "TrainerConfig.auxk: W_enc is frozen, so no dead feature could be revived; leave auxk at 0"
             )
 
-    def fit(self, activations: Iterable[Tensor]) -> TrainResult:
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        """Make one step on raw activations x (B, d_in), in a loop of one's own; nothing is written or drawn.
+
+        Returns the terms of the loss by name, on the device: "mse", and with TrainerConfig.auxk also "auxk", times its
+        coefficient. Empty where too few rows of x are left to train on (nonfinite or outliers = "skip"). Normalisation
+        that the SAE does not have yet is measured on the first x; sae.normalizer.measure(sample, kind) does it before.
+        Raises ValueError after config.steps steps, where the schedule ends, FloatingPointError for NaN or infinity.
+        """
+        if self.config.run_dir is not None or self.config.log_to:
+            raise ValueError(
+                "Trainer.step writes no files: run_dir, resume and log_to are for fit. Leave them out, and save with "
+                "sae.save_pretrained(folder)"
+            )
+        if self.steps >= self.config.steps:
+            raise ValueError(
+                f"Trainer.step: all {self.config.steps} steps of TrainerConfig.steps were made; ask for more there"
+            )
+        self._check_form(x, self.steps + 1)
+        self._check_made()
+        with torch.inference_mode(False), torch.enable_grad():
+            if self.steps == 0:
+                self._prepare(lambda rows: x.detach())
+            if not self.sae.training:
+                self.sae.train()
+            rows = self._checked(x, None)
+            return {} if rows is None else self._train_step(rows).losses
+
+    def fit(self, activations: Iterable[Tensor], on_step: OnStep | None = None) -> TrainResult:
         """Train until config.steps. Raises before anything is written if run_dir holds another run.
 
+        on_step: called after each step with this Trainer and the terms of the loss by name, tensors () on the device.
         Raises FloatingPointError when activations or the loss are not finite (config.nonfinite = "skip" drops such
         rows), KeyboardInterrupt after SIGINT; both leave a checkpoint to resume from.
         """
-        if self.step >= self.config.steps:
+        if self.steps >= self.config.steps:
             warnings.warn(
                 f"Trainer.fit: all {self.config.steps} steps were made before, so nothing is trained; to train on, "
                 "take a run_dir, and resume with more steps",
                 stacklevel=2,
             )
         self.sae.check_weights("Trainer")
-        here = dict(self.sae.named_parameters())
-        if replaced := [name for name, p in self._trained.items() if here.get(name) is not p]:
-            raise ValueError(
-                f"Trainer: {', '.join(replaced)} was put in place of what this Trainer was made for, and would not be "
-                "trained; make the Trainer afterwards"
-            )
-        if self._is_narrow and type(self._optimizer) is torch.optim.Adam:
-            raise ValueError("Trainer: the SAE was cast to bfloat16 after its Trainer was made; cast it first")
+        self._check_made()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -187,19 +241,30 @@ class Trainer:
             batches = self._ranks.together(lambda: self._batches(activations, resumed))
             if resumed is not None:
                 self._restore_random_state(resumed)
-            elif self.step == 0:
-                self._prepare(batches)
+            elif self.steps == 0:
+                self._prepare(lambda rows: batches.peek(rows, self._check_form))
             resumed = None  # its tensors lie in files that later checkpoints replace
             interrupted = stack.enter_context(interrupt_flag())
-            log = self._ranks.together(lambda: Log(self.config, self.step, silent=not self._ranks.first))
+            log = self._ranks.together(lambda: Log(self.config, self.steps, silent=not self._ranks.first))
             stack.enter_context(log)
             stack.callback(self.sae.eval)
             stack.callback(self._optimizer.zero_grad)
             self.sae.train()
-            metrics = self._loop(batches, log, interrupted)
+            metrics = self._loop(batches, log, interrupted, on_step)
             if self.config.run_dir is not None:
                 self.sae.save_pretrained(self.config.run_dir / "sae")
-        return TrainResult(self.step, metrics, self.config.run_dir)
+        return TrainResult(self.steps, metrics, self.config.run_dir)
+
+    def _check_made(self) -> None:
+        """Raise ValueError where the weights are not those that the Trainer was made for."""
+        here = dict(self.sae.named_parameters())
+        if replaced := [name for name, p in self._trained.items() if here.get(name) is not p]:
+            raise ValueError(
+                f"Trainer: {', '.join(replaced)} was put in place of what this Trainer was made for, and would not be "
+                "trained; make the Trainer afterwards"
+            )
+        if self._is_narrow and type(self._optimizer) is torch.optim.Adam:
+            raise ValueError("Trainer: the SAE was cast to bfloat16 after its Trainer was made; cast it first")
 
     def _batches(self, activations: Iterable[Tensor], resumed: checkpoint.Checkpoint | None) -> Batches:
         try:
@@ -212,38 +277,46 @@ class Trainer:
             batches.check_position()
         return batches
 
-    def _loop(self, batches: Batches, log: Log, interrupted: Callable[[], bool]) -> dict[str, float]:
+    def _loop(
+        self, batches: Batches, log: Log, interrupted: Callable[[], bool], on_step: OnStep | None
+    ) -> dict[str, float]:
         config, metrics, loss = self.config, log.last, None
-        last: tuple[Tensor, SAEOutput, Tensor | None] | None = None
+        last: tuple[Tensor, _Made] | None = None
         rows_before, since = self.rows_seen, time.perf_counter()
 
         def rate() -> float:
             return (self.rows_seen - rows_before) / max(time.perf_counter() - since, 1e-9)
 
-        while self.step < config.steps:
+        while self.steps < config.steps:
             raw = self._draw(batches, loss)
             if raw is None:
-                warnings.warn(f"activations ended after {self.step} of {config.steps} steps", stacklevel=3)
-                if last is not None and metrics.get("step") != self.step:
+                warnings.warn(
+                    f"Trainer: activations ended after {self.steps} of {config.steps} steps. Give more of them, ask "
+                    "for fewer steps, or let them come again and again: fastsae.batches(x, batch_size) does",
+                    stacklevel=3,
+                )
+                if last is not None and metrics.get("step") != self.steps:
                     metrics = self._write(log, *last, rate())
                 break
             x = self._checked(raw, batches)
             due = False
             if x is not None:
-                last = x, *self._train_step(x)
-                loss = last[1].loss
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                last = x, self._train_step(x)
+                loss = last[1].output.loss
+                if on_step is not None:
+                    on_step(self, last[1].losses)
+                if self.steps % config.log_every == 0 or self.steps == config.steps:
                     metrics = self._write(log, *last, rate())
                     rows_before, since = self.rows_seen, time.perf_counter()
                 log.advance()
-                due = self.step % config.checkpoint_every == 0 or self.step == config.steps
+                due = self.steps % config.checkpoint_every == 0 or self.steps == config.steps
             stop = bool(self._ranks.worst(interrupted()))
             if stop or due:
                 self._save(batches.position(), loss)
                 rows_before, since = self.rows_seen, time.perf_counter()
             if stop:  # SIGINT may have come to one rank only
                 where = f"; saved, continue with resume (in {config.run_dir})" if config.run_dir else ""
-                raise KeyboardInterrupt(f"training stopped at step {self.step}{where}")
+                raise KeyboardInterrupt(f"training stopped at step {self.steps}{where}")
         return metrics
 
     def _draw(self, batches: Batches, loss: Tensor | None) -> Tensor | None:
@@ -274,11 +347,11 @@ class Trainer:
                 raise OSError(also.errno, f"{error}; and what was trained could not be saved: {also}") from error
         raise error
 
-    def _train_step(self, x: Tensor) -> tuple[SAEOutput, Tensor | None]:
+    def _train_step(self, x: Tensor) -> _Made:
         config, k = self.config, self._k()
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        norm = None
+            group["lr"] = self.learning_rate(self.steps)
+        norm, losses = None, {}
         if config.adam_in_backward:
             with self._optimizer.in_backward():  # type: ignore[union-attr]
                 output = self._compute(x, k)
@@ -289,13 +362,15 @@ class Trainer:
                 output = self._compute(x, k)
                 loss = output.loss
                 if config.auxk:
-                    loss = loss + config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
+                    losses["auxk"] = config.auxk_coefficient * self._auxk_loss(x, output.reconstruction.detach())
+                    loss = loss + losses["auxk"]
                 self._ranks.share(loss).backward()
             norm = self._apply_gradients()
         self._count_fired(output)
-        self.step += 1
+        self.steps += 1
         self.rows_seen += self._ranks.batch_rows(len(x))
-        return SAEOutput(output.reconstruction.detach(), output.loss.detach(), output.code.detach()), norm
+        output = SAEOutput(output.reconstruction.detach(), output.loss.detach(), output.code.detach())
+        return _Made(output, {"mse": output.loss} | {name: t.detach() for name, t in losses.items()}, norm)
 
     def _apply_gradients(self) -> Tensor | None:
         """The optimizer's step, and what the config asks for around it; returns the norm that was clipped."""
@@ -324,20 +399,14 @@ class Trainer:
 
     def _k(self) -> int:
         c, k = self.config, self.sae.k
-        if c.k_anneal_from is None or self.step >= c.k_anneal_steps:
+        if c.k_anneal_from is None or self.steps >= c.k_anneal_steps:
             return k
-        return round(c.k_anneal_from + (k - c.k_anneal_from) * self.step / c.k_anneal_steps)
+        return round(c.k_anneal_from + (k - c.k_anneal_from) * self.steps / c.k_anneal_steps)
 
     def _auxk_loss(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """How badly dead features alone reconstruct the residual: mean squared error (Gao et al. 2024, A.2)."""
-        sae = self.sae
         self._ranks.least(self._rows_since_fired)
         dead = (self._rows_since_fired[:-1] >= self.config.dead_after_tokens).nonzero().squeeze(1)
-        k = min(self.config.auxk, self._ranks.count_features(len(dead)))
-        if k == 0:
-            return x.new_zeros(())
-        values, indices = sae.ops.topk_encode(x, sae.W_enc, sae.b_enc, k, sae.backend, dead, sae.b_dec)
-        return F.mse_loss(sae.ops.sparse_decode(values, indices, sae.W_dec, sae.backend), x - reconstruction)
+        return auxk_loss(self.sae, x, reconstruction, dead, self.config.auxk)
 
     def _count_fired(self, output: SAEOutput) -> None:
         values, indices = output.code.values.detach(), output.code.indices
@@ -346,9 +415,9 @@ class Trainer:
         fired = torch.where(values > 0, self._ranks.own_features(indices, nobody), nobody)
         self._rows_since_fired.index_fill_(0, fired.reshape(-1), 0)
 
-    def _write(self, log: Log, x: Tensor, output: SAEOutput, grad_norm: Tensor | None, rate: float) -> dict[str, float]:
+    def _write(self, log: Log, x: Tensor, made: _Made, rate: float) -> dict[str, float]:
         """Log the step that was made on x."""
-        metrics = self._metrics(x, output, grad_norm, rate)
+        metrics = self._metrics(x, made.output, made.grad_norm, rate)
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(self._diverged(metrics["loss"]))
         self._ranks.together(partial(log.write, metrics))
@@ -365,13 +434,13 @@ class Trainer:
         dead = ranks.count_features(int((self._rows_since_fired[:-1] >= alive_within).sum()))
         active = ranks.count_rows(int((output.code.values > 0).sum()))
         metrics: dict[str, float] = {
-            "step": self.step,
+            "step": self.steps,
             "rows": self.rows_seen,
             "loss": loss.item(),
             "fvu": (loss / variance).item(),
             "l0": active / ranks.batch_rows(len(x)),
             "dead_share": dead / self.sae.d_sae,
-            "lr": self.learning_rate(self.step - 1),
+            "lr": self.learning_rate(self.steps - 1),
             "rows_per_second": rate,
         }
         if grad_norm is not None:
@@ -387,7 +456,7 @@ class Trainer:
         if not ranks.worst(bool(far.any())):
             return {}
         if far.any() and not self._told_of_outliers:
-            warn_of_far_rows(f"Trainer: step {self.step}", norms, far)
+            warn_of_far_rows(f"Trainer: step {self.steps}", norms, far)
             self._told_of_outliers = True
         weight = (~far).to(x.dtype).unsqueeze(1)
         mean = ranks.mean((weight * x).mean(dim=0)) / ranks.mean(weight.mean())
@@ -397,7 +466,7 @@ class Trainer:
     def _skipped(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in _SKIPPED}
 
-    def _checked(self, raw: Tensor, batches: Batches) -> Tensor | None:
+    def _checked(self, raw: Tensor, batches: Batches | None) -> Tensor | None:
         """Our rows of a batch, normalised, without those that are to be left out; None if too few are left."""
         x = self._normalised(self._ranks.own_rows(raw))
         bad = bool(self._ranks.worst(not x.isfinite().all()))
@@ -412,7 +481,7 @@ class Trainer:
         # Detached: it may come with a model's graph.
         return self.sae.normalizer(raw.detach().to(self.sae.W_enc.device))
 
-    def _kept(self, raw: Tensor, own: Tensor, batches: Batches, bad: bool) -> Tensor | None:
+    def _kept(self, raw: Tensor, own: Tensor, batches: Batches | None, bad: bool) -> Tensor | None:
         """Our share of the rows of a batch that are trained on; all ranks leave out the same rows."""
         ranks = self._ranks
         x = own if ranks.count == 1 else self._normalised(raw)
@@ -435,19 +504,21 @@ class Trainer:
             return None
         return own if n == len(x) else ranks.own_rows(x[kept])
 
-    def _stop_at(self, raw: Tensor, batches: Batches) -> NoReturn:
+    def _stop_at(self, raw: Tensor, batches: Batches | None) -> NoReturn:
         """Save what was trained, and raise FloatingPointError that says where this batch is not finite."""
         finite = self._normalised(raw).isfinite()  # the rows of all ranks
-        self._save(batches.position(before_last=True), None)
+        if batches is not None:
+            self._save(batches.position(before_last=True), None)
+        where = _batch(self.steps + 1 if batches is None else batches.drawn)
         if finite.all():
             raise FloatingPointError(
-                f"{_batch(batches.drawn)} holds NaN or infinite values on another rank, and none on this one. Give all "
+                f"{where} holds NaN or infinite values on another rank, and none on this one. Give all "
                 f"ranks the same activations{', in batches of more rows' if self.config.outliers == 'skip' else ''}"
             )
         row, column = (~finite).nonzero()[0].tolist()
         many = f" So did the {_SKIPPED_IN_A_ROW} before it." if self._skipped_in_a_row >= _SKIPPED_IN_A_ROW else ""
         raise FloatingPointError(
-            f"{_batch(batches.drawn)} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
+            f"{where} holds {int((~finite).sum())} values that are NaN or infinite, the first at row "
             f"{row}, dimension {column}.{many} Nothing was trained on it. Look at where these activations come from, "
             "or leave such rows out (nonfinite)."
         )
@@ -474,10 +545,13 @@ class Trainer:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None
         go_on = f"The last good checkpoint is {last}." if last else "There is no checkpoint."
         advice = f"Try a lower lr than {self.config.lr}."
-        return f"Trainer: the loss is {loss} at step {self.step}: training diverged. {go_on} {advice}"
+        return f"Trainer: the loss is {loss} at step {self.steps}: training diverged. {go_on} {advice}"
 
-    def _prepare(self, batches: Batches) -> None:
-        """What a new run does to the SAE before the first step: measure the normalisation, bring W_dec to norm 1."""
+    def _prepare(self, sample: Callable[[int], Tensor]) -> None:
+        """Make a new SAE ready for the first step: measure the normalisation, bring W_dec to norm 1.
+
+        sample: gives at least so many raw rows, or all there are.
+        """
         normalizer, config = self.sae.normalizer, self.config
         if normalizer.measured and config.normalize != "zscore":
             raise ValueError(
@@ -485,13 +559,12 @@ class Trainer:
                 "to go on with them, whatever their kind"
             )
         if not normalizer.measured and config.normalize != "none":
-            self._ranks.together(lambda: self._measure(batches))
+            self._ranks.together(lambda: self._measure(sample(self.config.normalize_rows)))
             self._ranks.equalise(normalizer.mean, normalizer.scale)
         if config.unit_norm_decoder:
             normalize_rows_(self.sae.W_dec)
 
-    def _measure(self, batches: Batches) -> None:
-        sample = batches.peek(self.config.normalize_rows, self._check_form)
+    def _measure(self, sample: Tensor) -> None:
         if self.config.nonfinite == "skip":
             sample = sample[sample.isfinite().all(dim=1)]
         self._told_of_outliers = self.sae.normalizer.measure(sample, self.config.normalize) > 0
@@ -559,7 +632,7 @@ class Trainer:
             self.sae.load_state_dict(found.weights)
         except RuntimeError as error:
             raise ValueError(f"Trainer: checkpoint {found.folder} is of another SAE: {error}") from error
-        self.step, self.rows_seen = state["step"], state["rows_seen"]
+        self.steps, self.rows_seen = state["step"], state["rows_seen"]
         for name, n in skipped.items():
             setattr(self, name, n)
         self._rows_since_fired[:-1] = found.tensors["rows_since_fired"]
@@ -590,4 +663,4 @@ class Trainer:
         for name, p in self._trained.items():
             tensors |= {f"{key}/{name}": t for key, t in self._optimizer.state[p].items()}
         state = {"rows_seen": self.rows_seen, **self._skipped(), "data": data, **self._description()}
-        checkpoint.save(self.config.run_dir, self.step, self.sae, tensors, state)
+        checkpoint.save(self.config.run_dir, self.steps, self.sae, tensors, state)

@@ -364,7 +364,7 @@ def test_resume_is_bitwise(dtype: torch.dtype, state, tmp_path, monkeypatch):
     Trainer(whole, config(**options, run_dir=tmp_path / "a")).fit(activations())
     cut = Trainer(joint(dtype), config(**options, run_dir=tmp_path / "b", checkpoint_every=5))
     step = cut._train_step
-    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 8 else step(x))
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.steps == 8 else step(x))
     with pytest.raises(pytest.fail.Exception):
         cut.fit(activations())
     again = joint(dtype)

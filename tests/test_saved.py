@@ -1,5 +1,6 @@
 """What can be saved and loaded again, what is refused before it is trained, and what a folder is taken for."""
 
+import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path

@@ -186,7 +186,7 @@ def test_resume_is_bitwise(base, tmp_path, monkeypatch):
     uninterrupted = Trainer(whole, config(run_dir=tmp_path / "a")).fit(activations())
     cut = Trainer(on(base), config(run_dir=tmp_path / "b", checkpoint_every=3))
     step = cut._train_step
-    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 8 else step(x))
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.steps == 8 else step(x))
     with pytest.raises(pytest.fail.Exception):
         cut.fit(activations())
     again = on(base)

@@ -1,5 +1,6 @@
 """The Trainer: what it optimises, and that nothing is lost."""
 
+import copy
 import errno
 import itertools
 import json
@@ -295,6 +296,84 @@ def test_batches_are_not_written_to(normalize):
     assert all(torch.equal(x, then) for x, then in zip(batches, before, strict=True))
 
 
+# ---- a loop of one's own ----
+
+
+def test_steps_of_a_loop_are_those_of_fit():
+    torch.manual_seed(3)
+    ours = fastsae.TopKSAE(D, M, K)
+    theirs = copy.deepcopy(ours)
+    options = {"normalize_rows": 32, "clip_grad_norm": 1.0, "warmup_steps": 3, "unit_norm_decoder": True}
+    seen = []
+    Trainer(theirs, config(**options)).fit(
+        activations(), on_step=lambda trainer, losses: seen.append((trainer, losses))
+    )
+    trainer = Trainer(ours, config(**options))
+    losses = [trainer.step(x) for x in activations(10)]
+    assert_same(weights(ours), weights(theirs))
+    assert [loss["mse"] for loss in losses] == [loss["mse"] for _, loss in seen]
+    assert [set(loss) for loss in losses] == [{"mse"}] * 10
+    assert (trainer.steps, trainer.rows_seen) == (10, 320)
+    assert len({id(trainer) for trainer, _ in seen}) == 1
+    with pytest.raises(ValueError, match=r"Trainer.step: all 10 steps of TrainerConfig.steps were made"):
+        trainer.step(next(iter(activations())))
+
+
+def test_terms_of_the_loss_add_up_by_name():
+    sae = fastsae.TopKSAE(D, M, K)
+    trainer = Trainer(sae, config(auxk=4, auxk_coefficient=0.5, dead_after_tokens=1, normalize="none"))
+    first, second = activations(2)
+    assert trainer.step(first)["auxk"] == 0  # nothing is dead yet
+    trainer._rows_since_fired.fill_(100)
+    with torch.no_grad():
+        output = sae(second)
+        expected = 0.5 * fastsae.auxk_loss(sae, second, output.reconstruction, torch.ones(M, dtype=torch.bool), 4)
+    losses = trainer.step(second)
+    assert set(losses) == {"mse", "auxk"}
+    assert not any(t.requires_grad for t in losses.values())
+    assert torch.equal(losses["mse"], output.loss)
+    assert torch.equal(losses["auxk"], expected)
+    assert expected > 0
+
+
+def test_a_loop_takes_statistics_that_were_measured_before():
+    x = torch.cat(list(activations(10)))
+    sae = joint()
+    sae.normalizer.measure(x, "scale")
+    scale = sae.normalizer.scale.clone()
+    Trainer(sae, config(normalize="zscore")).step(x[:32])
+    assert torch.equal(sae.normalizer.scale, scale)
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        Trainer(joint(), config(normalize="zscore")).step(x[:1])
+
+
+def test_a_loop_is_told_of_what_it_cannot_train_on(tmp_path):
+    x = next(iter(activations()))
+    bad = x.clone()
+    bad[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"batch 1 of the activations holds \d+ values that are NaN"):
+        Trainer(joint(), config(normalize="none")).step(bad)
+    skipping = Trainer(joint(), config(normalize="none", nonfinite="skip"))
+    assert skipping.step(bad * torch.nan) == {}
+    assert (skipping.steps, skipping.batches_skipped) == (0, 1)
+    assert set(skipping.step(bad)) == {"mse"}
+    with pytest.raises(ValueError, match=r"Trainer\.step writes no files"):
+        Trainer(joint(), config(run_dir=tmp_path)).step(x)
+    with pytest.raises(ValueError, match=r"batch 1 of the activations: expected a \(B, \d+\) tensor"):
+        Trainer(joint(), config()).step(x[0])
+
+
+def test_auxk_takes_a_mask_or_numbers():
+    sae, x = joint(), torch.randn(6, joint().d_in)
+    dead = torch.zeros(sae.d_sae, dtype=torch.bool)
+    assert fastsae.auxk_loss(sae, x, torch.zeros_like(x), dead, 3) == 0
+    dead[[1, 4, 7]] = True
+    by_mask, by_number = (fastsae.auxk_loss(sae, x, x * 0, d, 5) for d in (dead, torch.tensor([1, 4, 7])))
+    pre = torch.relu(x @ sae.W_enc[dead].T + sae.b_enc[dead])
+    torch.testing.assert_close(by_mask, (pre @ sae.W_dec[dead] - x).square().mean())
+    assert torch.equal(by_mask, by_number)
+
+
 # ---- the log ----
 
 
@@ -370,7 +449,7 @@ def test_resume_is_bitwise(data, tmp_path, monkeypatch):
 
     cut = Trainer(joint(), config(**options, run_dir=tmp_path / "b", checkpoint_every=5))
     step = cut._train_step
-    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 8 else step(x))
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.steps == 8 else step(x))
     with pytest.raises(pytest.fail.Exception):
         cut.fit(data())
     assert checkpoint.folders(tmp_path / "b")[0].name == "step_00000005"
@@ -403,7 +482,7 @@ def test_a_shuffling_loader_is_drawn_again_as_it_was(tmp_path, monkeypatch):
     Trainer(whole, config(steps=12)).fit(shuffled())
     cut = Trainer(joint(), config(steps=12, run_dir=tmp_path, checkpoint_every=4))
     step = cut._train_step
-    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 6 else step(x))
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.steps == 6 else step(x))
     with pytest.raises(pytest.fail.Exception):
         cut.fit(shuffled())
     again = joint()
@@ -429,7 +508,7 @@ def test_a_stream_that_draws_goes_on_from_where_its_generator_was(normalize, tmp
     Trainer(whole, config(normalize=normalize)).fit(Drawn())
     cut = Trainer(joint(), config(normalize=normalize, run_dir=tmp_path, checkpoint_every=4))
     step = cut._train_step
-    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.step == 6 else step(x))
+    monkeypatch.setattr(cut, "_train_step", lambda x: pytest.fail("killed") if cut.steps == 6 else step(x))
     with pytest.raises(pytest.fail.Exception):
         cut.fit(Drawn())
     Trainer(again, config(normalize=normalize, run_dir=tmp_path, resume=True)).fit(Drawn())

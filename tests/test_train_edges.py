@@ -257,7 +257,7 @@ def test_nan_stops_before_anything_moves(tmp_path):
         trainer.fit(batches)
     plain.fit(batches)
     assert_same(weights(trainer.sae), weights(plain.sae))
-    assert (trainer.step, trainer.rows_seen) == (plain.step, plain.rows_seen) == (3, 96)
+    assert (trainer.steps, trainer.rows_seen) == (plain.steps, plain.rows_seen) == (3, 96)
     assert torch.equal(trainer._rows_since_fired, plain._rows_since_fired)
     for ours, theirs in zip(trainer._optimizer.state.values(), plain._optimizer.state.values(), strict=True):
         assert_same(ours, theirs)
@@ -380,7 +380,7 @@ def test_outliers_are_told_of_once_and_their_share_of_the_fvu_is_shown():
     sae = fastsae.TopKSAE(D, M, K)
     x = next(with_sinks())  # its first row is one
     trainer, other = Trainer(sae, config(normalize="none")), Trainer(sae, config(normalize="none"))
-    trainer.step = other.step = 1
+    trainer.steps = other.steps = 1
     with torch.no_grad():
         output = sae(x)
     with pytest.warns(UserWarning, match=r"1 of 32 rows \(3.12%\) are up to [\d,]+ times .*outliers='skip'"):
@@ -523,7 +523,7 @@ def test_metrics_by_definition():
     trainer._rows_since_fired[:] = 0
     trainer._rows_since_fired[:7] = 100
     trainer._rows_since_fired[7:20] = 99
-    trainer.step, trainer.rows_seen = 1, 5000
+    trainer.steps, trainer.rows_seen = 1, 5000
     metrics = trainer._metrics(x, output, None, 1.0)
     residual = (x - output.reconstruction).square().sum()
     assert metrics["fvu"] == pytest.approx((residual / (x - x.mean(0)).square().sum()).item(), rel=1e-4)

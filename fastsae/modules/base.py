@@ -22,6 +22,7 @@ from fastsae import files, ops
 from fastsae.backends import choose
 from fastsae.code import SparseCode, check_tensors
 from fastsae.config import TopKSAEConfig, from_dict, to_dict
+from fastsae.habits import named
 from fastsae.modules.plain import check_plain
 from fastsae.modules.saved import CONFIG, FORMAT, NEW_CONFIG, WEIGHTS, read_description, saved_in
 from fastsae.normalize import Normalizer
@@ -108,6 +109,10 @@ class SparseAutoencoder(nn.Module):
     __call__: Callable[..., SAEOutput]
     _only_read = False
     """Whether it was loaded and not put into train mode since: then no graph leads to its weights."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        named(cls)
 
     def __init__(
         self,
