@@ -411,6 +411,15 @@ def plan(
         fitting = [_fitting(config, own_rows, memory, feature_ranks, gpu_memory_gb) for memory in choices]
         _say(report.table(fitting), "")
     _say(f"{p.flops_per_step / 1e9:,.1f} GFLOP a step, {p.steps:,} steps of {batch_size:,} for {tokens:,} activations")
+    if layout.ranks == 1:
+        rate = planner.product_rate()
+        step = planner.cpu_seconds(config, batch_size, rate)
+        _say(
+            "",
+            f"Estimated for this machine's CPU, whose fp32 products were just measured at {rate / 1e9:,.0f} GFLOP/s, "
+            f"the language model not counted: {step:.2g} seconds a step, {planner.duration(step * p.steps)} for all "
+            "steps.",
+        )
     _say("", *cost.report(config, batch_size, layout, p.steps))
 
 
@@ -439,6 +448,7 @@ def convert(
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")],
     to: forms.Format,
+    overwrite: bool = False,
 ) -> None:
     """Write an SAE in the form of another package. The format of SOURCE is detected.
 
@@ -447,8 +457,9 @@ def convert(
             OpenAI's sparse_autoencoder.
         target: Where to write; a file for openai, a folder for the others.
         to: The form to write.
+        overwrite: Replace what lies at TARGET, a folder with all that is in it.
     """
-    notes = forms.convert(source, target, to)
+    notes = forms.convert(source, target, to, overwrite=overwrite)
     _say(f"{source} ({forms.detect(source)}) -> {target} ({to})", *notes)
 
 

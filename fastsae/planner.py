@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from fastsae.modules.sequential import FROZEN
 USABLE = 0.92
 # Estimate: bytes of a candidate for the k largest of all ranks, while it is sent and sorted (distributed/ops.py).
 _CANDIDATE = 32
+# A Trainer's step over the bare product of the encoder in fp32, about, at B=2048 D=1024 M=65536 k=64 on two cores
+# (docs/benchmarks.md); where bounds in bf16 screen the features, and where not.
+_STEP_OVER_PRODUCT = {True: {"topk": 0.4, "joint": 0.5}, False: {"topk": 1.2, "joint": 1.35}}
 # Weights that make their step in the backward, so that no gradient of theirs is held.
 _IN_BACKWARD = ("W_enc", "W_dec", "W_lin", "V")
 
@@ -128,6 +132,35 @@ def plan(
         flops_per_step=2 * batch_size * d_in * d_sae + sparse,
         steps=math.ceil(tokens / batch_size),
     )
+
+
+def product_rate() -> float:
+    """Operations per second of a matrix product in fp32 on this machine's CPU, measured for a third of a second."""
+    a, b = (torch.randn(*size, device="cpu") for size in ((1024, 1024), (1024, 2048)))
+    torch.mm(a, b)
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.3:
+        torch.mm(a, b)
+        done += 1
+    return done * 2 * a.numel() * b.shape[1] / (time.perf_counter() - began)
+
+
+def cpu_seconds(config: TopKSAEConfig, batch_size: int, rate: float) -> float:
+    """Seconds of a step on a CPU whose products make `rate` operations a second. An estimate: other shapes than that
+    of the benchmark take other shares."""
+    screened = cpu.plan(batch_size, config.d_in, config.d_sae, config.k, torch.float32).screened
+    kind = "joint" if isinstance(config, JointSAEConfig) else "topk"
+    return _STEP_OVER_PRODUCT[screened][kind] * 2 * batch_size * config.d_in * config.d_sae / rate
+
+
+_UNITS = {"days": 86400, "hours": 3600, "minutes": 60}
+
+
+def duration(seconds: float) -> str:
+    """In words, with about two digits: 48 seconds, 5.3 minutes, 2.1 hours, 12 days."""
+    unit, size = next(((unit, size) for unit, size in _UNITS.items() if seconds >= 2 * size), ("seconds", 1))
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
 
 
 def on_gpu(config: TopKSAEConfig, gpu_bytes: float, batch_size: int, memory: Memory, feature_ranks: int = 1) -> float:

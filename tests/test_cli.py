@@ -11,7 +11,8 @@ import tiny_lm
 import torch
 
 import fastsae
-from fastsae import activations, cli, experiment, provenance, report
+from fastsae import activations, cli, experiment, planner, provenance, report
+from fastsae.backends import cpu
 from fastsae.config import JointSAEConfig
 from fastsae.evaluate import record
 from fastsae.planner import plan
@@ -316,8 +317,14 @@ def test_a_demo_deletes_only_what_a_demo_made(run):
     assert not Path("d/topk/old").exists()
 
 
-def test_plan(run):
+def test_plan(run, monkeypatch):
+    monkeypatch.setattr(planner, "product_rate", lambda: 1e11)
     out = run("plan", "joint", "--d-in", "1024", "--d-sae", "65536", "--k", "64")
+    ratio = {True: 0.5, False: 1.35}[cpu.plan(2048, 1024, 65536, 64, torch.float32).screened]
+    seconds = ratio * 2 * 2048 * 1024 * 65536 / 1e11
+    assert f"fp32 products were just measured at 100 GFLOP/s, the language model not counted: {seconds:.2g} sec" in out
+    assert f"seconds a step, {planner.duration(seconds * 48829)} for all steps" in out
+    assert " GB a GPU" not in out
     sae = fastsae.JointSAE(1024, 65536, 64, device="meta", backend="reference")
     assert f"{sum(p.numel() for p in sae.parameters()):,}" in out
 
@@ -344,3 +351,23 @@ def test_plan_counts():
     assert joint.flops_per_step == p.flops_per_step + linear + interaction
     with pytest.raises(ValueError, match="batch_size and tokens of at least 1"):
         plan(fastsae.TopKSAEConfig(8, 16, 2), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.5, "0.5 seconds"),
+        (119, "119 seconds"),
+        (125, "2.1 minutes"),
+        (7300, "2 hours"),
+        (86400, "24 hours"),
+        (1e6, "12 days"),
+        (5e7, "579 days"),
+    ],
+)
+def test_durations_are_said_in_words(seconds, said):
+    assert planner.duration(seconds) == said
+
+
+def test_a_product_is_measured():
+    assert planner.product_rate() > 1e8

@@ -195,8 +195,8 @@ def report(config: TopKSAEConfig, batch_size: int, layout: Layout, steps: int) -
     ]
     fits = "" if found.memory <= MEMORY else f", more than the {MEMORY / 1e9:,.0f} GB counted on"
     told = (
-        f"{found.step * 1e3:,.1f} ms a step, {found.rows / found.step:,.0f} rows/s, {steps * found.step / 3600:,.2f} "
-        f"hours for all steps; {found.memory / 1e9:,.1f} GB a GPU{fits}."
+        f"{found.step * 1e3:,.1f} ms a step, {found.rows / found.step:,.0f} rows/s, "
+        f"{planner.duration(steps * found.step)} for all steps; {found.memory / 2**20:,.0f} MiB a GPU{fits}."
     )
     if layout.ranks == 1:
         return [f"Predicted, not measured, for one H200, the language model not counted: {told}"]

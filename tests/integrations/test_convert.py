@@ -259,6 +259,46 @@ def test_nothing_is_written_over(tmp_path):
             convert.convert(tmp_path / "source", tmp_path / "there", form)
 
 
+@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("before", convert.FORMATS)
+def test_an_sae_is_overwritten_when_asked_for(before: str, to: str, tmp_path):
+    made(tmp_path / "source")
+    source, target = tmp_path / "source", tmp_path / "there"
+    convert.convert(source, target, before)
+    if to == "openai" and before != to:
+        with pytest.raises(IsADirectoryError, match="openai's form is one file"):
+            convert.convert(source, target, to, overwrite=True)
+        assert convert.detect(target) == before
+        return
+    convert.convert(source, target, to, overwrite=True)
+    assert convert.detect(target) == to
+    assert_equal(convert.read(target).reconstruct(raw()), convert.read(source).reconstruct(raw()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "there"]
+
+
+def test_what_is_no_sae_is_not_overwritten(tmp_path, monkeypatch):
+    made(tmp_path / "source")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("dear")
+    run = tmp_path / "run"
+    made(run / "sae")
+    for target, message in (
+        (tmp_path / "there", "holds something that is no SAE"),
+        (run, r"holds folders beside an SAE \(sae\)"),
+        (tmp_path / "source", "lie in one another"),
+        (tmp_path, "lie in one another"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            convert.convert(tmp_path / "source", target, "sae_lens", overwrite=True)
+    assert (tmp_path / "there" / "mine").read_text() == "dear"
+    convert.convert(tmp_path / "source", tmp_path / "kept", "sparsify")
+    with monkeypatch.context() as broken:
+        broken.setattr(convert.FORMATS["sae_lens"], "write", lambda *_: pytest.fail("a full disk"))
+        with pytest.raises(BaseException, match="a full disk"):
+            convert.convert(tmp_path / "source", tmp_path / "kept", "sae_lens", overwrite=True)
+    assert convert.detect(tmp_path / "kept") == "sparsify"
+
+
 def test_nothing_is_unpickled(tmp_path):
     class Harm:
         def __reduce__(self):

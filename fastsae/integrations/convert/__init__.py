@@ -8,6 +8,7 @@ Files are read as tensors and JSON; nothing is unpickled, and none of the packag
 """
 
 import dataclasses
+import shutil
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -56,18 +57,22 @@ def read(source: str | Path) -> SparseAutoencoder:
     return found.sae.eval()
 
 
-def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
+def convert(source: str | Path, target: str | Path, to: Format, *, overwrite: bool = False) -> list[str]:
     """Write the SAE in `source` to `target` in another package's form; returns what a user must know about it.
 
     Stored normalisation is folded into the weights, except into "fastsae": the SAE takes and gives raw activations.
+    overwrite: replace an SAE that lies at `target`, once the new one is written.
     Raises FileExistsError if there is something in `target`, ValueError if a form cannot hold the SAE.
     """
     source, target = Path(source), Path(target)
     if to not in FORMATS:
         raise ValueError(f"convert: there is no form {to!r}; expected one of {', '.join(FORMATS)}")
     found = _read(source)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise FileExistsError(f"convert: {target} holds something already; choose another target")
+    taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if taken and not overwrite:
+        raise FileExistsError(f"convert: {target} holds something already; choose another target, or overwrite it")
+    if taken:
+        _check_replaceable(source, target)
     if to == "openai" and target.is_dir():
         raise IsADirectoryError(
             f"convert: {target} is a folder; openai's form is one file, such as {target / 'sae.pt'}"
@@ -81,7 +86,41 @@ def convert(source: str | Path, target: str | Path, to: Format) -> list[str]:
                 f"Weights are written in fp32: {found.sae.W_enc.dtype} would round the folded statistics away."
             )
         found = dataclasses.replace(found, sae=raw)
-    return notes + FORMATS[to].write(found, target)
+    if not taken:
+        return notes + FORMATS[to].write(found, target)
+    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
+    for left in (new, old):  # of a convert that was cut off
+        _remove(left)
+    notes += FORMATS[to].write(found, new)
+    target.rename(old)
+    new.rename(target)
+    _remove(old)
+    return notes
+
+
+def _check_replaceable(source: Path, target: Path) -> None:
+    """Raise FileExistsError unless an SAE lies at target, and nothing else would be lost with it."""
+    here, there = source.resolve(), target.resolve()
+    if here == there or there in here.parents or here in there.parents:
+        raise FileExistsError(f"convert: {target} and {source} lie in one another; choose another target")
+    try:
+        detect(target)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileExistsError(
+            f"convert: {target} holds something that is no SAE, which is not overwritten; remove it yourself ({error})"
+        ) from error
+    if target.is_dir() and (folders := [path.name for path in target.iterdir() if path.is_dir()]):
+        raise FileExistsError(
+            f"convert: {target} holds folders beside an SAE ({', '.join(sorted(folders)[:3])}), which are not "
+            "overwritten; choose another target"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read(source: Path) -> Converted:
