@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up; a module may import from lower layers, and from its own.
 LAYERS = [
-    {"code", "config", "extras", "files", "fp64", "gradients", "packages", "progress", "quiet", "ranks"},
+    {"code", "config", "extras", "files", "fp64", "gradients", "habits", "packages", "progress", "quiet", "ranks"},
     {"backends"},
     {"ops"},
     {"normalize", "modules"},
