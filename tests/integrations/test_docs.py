@@ -78,6 +78,16 @@ def test_sparsify():
     assert SparseCoder.load_from_disk(hookpoint.parent).num_latents == 512
 
 
+def test_readme(capsys):
+    fastsae.TopKSAE(256, 512, 8).save_pretrained("runs/topk/sae")
+    smaller = {"max_tokens=110_000": "max_tokens=3_000", "d_sae=8192": "d_sae=512", "steps=100)).fit": "steps=3)).fit"}
+    found = run("../README.md", smaller, torch=torch, raw=torch.randn(5, 256))
+    assert found["losses"].keys() == {"mse", "auxk"}
+    assert found["trainer"].steps == 38
+    assert isinstance(fastsae.load("my-sae"), fastsae.TopKSAE)
+    assert 0 < float(capsys.readouterr().out) < 5
+
+
 def test_questions(capsys):
     fastsae.JointSAE(256, 8192, 32).save_pretrained("runs/demo/joint/sae")
     fastsae.TopKSAE(256, 8192, 32).save_pretrained("runs/demo/topk/sae")
