@@ -83,7 +83,7 @@ def test_readme(capsys):
     smaller = {"max_tokens=110_000": "max_tokens=3_000", "d_sae=8192": "d_sae=512", "steps=100)).fit": "steps=3)).fit"}
     found = run("../README.md", smaller, torch=torch, raw=torch.randn(5, 256))
     assert found["losses"].keys() == {"mse", "auxk"}
-    assert found["trainer"].steps == 38
+    assert found["trainer"].steps == 39
     assert isinstance(fastsae.load("my-sae"), fastsae.TopKSAE)
     assert 0 < float(capsys.readouterr().out) < 5
 
