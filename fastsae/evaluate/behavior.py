@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsae import progress
 from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask
-from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
+from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval, at_most
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
 from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
 
@@ -122,12 +122,12 @@ def _result(sums: DocumentSums) -> Behavior:
     ablated = sums.sums["ce ablated"]
     conditions = {
         name: Spliced(
-            kl=sums.ratio(f"kl {name}", "rows"),
-            ce=sums.ratio(f"ce {name}", "rows"),
+            kl=sums.ratio(f"kl {name}", "rows", least=0),
+            ce=sums.ratio(f"ce {name}", "rows", least=0),
             ce_increase=sums.ratio(sums.sums[f"ce {name}"] - sums.sums["ce clean"], "rows"),
-            loss_recovered=sums.ratio(ablated - sums.sums[f"ce {name}"], ablated - sums.sums["ce clean"]),
-            epsilon_kl=sums.ratio(f"epsilon {name}", "rows"),
-            kl_over_epsilon=sums.ratio(f"kl {name}", f"epsilon {name}"),
+            loss_recovered=at_most(1, sums.ratio(ablated - sums.sums[f"ce {name}"], ablated - sums.sums["ce clean"])),
+            epsilon_kl=sums.ratio(f"epsilon {name}", "rows", least=0),
+            kl_over_epsilon=sums.ratio(f"kl {name}", f"epsilon {name}", least=0),
         )
         for name in kept
     }
@@ -139,8 +139,8 @@ def _result(sums: DocumentSums) -> Behavior:
     return Behavior(
         tokens=int(sums.total("rows")),
         documents=len(sums.names),
-        ce_clean=sums.ratio("ce clean", "rows"),
-        ce_ablated=sums.ratio("ce ablated", "rows"),
+        ce_clean=sums.ratio("ce clean", "rows", least=0),
+        ce_ablated=sums.ratio("ce ablated", "rows", least=0),
         conditions=conditions,
         kl_reduction_against_own_identity_pathway=reductions("kl"),
         ce_reduction_against_own_identity_pathway=reductions("ce"),

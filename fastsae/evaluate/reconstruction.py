@@ -111,10 +111,10 @@ def _result(
     sae: SparseAutoencoder, sums: DocumentSums, documented: bool, firing: Tensor, summands: tuple[str, ...]
 ) -> Reconstruction:
     entries = sums.sums["rows"] * sae.d_in
-    fvu = {name[6:]: sums.ratio(name, "variance x") for name in sums.sums if name.startswith("error ")}
+    fvu = {name[6:]: sums.ratio(name, "variance x", least=0) for name in sums.sums if name.startswith("error ")}
     shares = {
         name: PathwayShare(
-            variance_share=sums.ratio(f"variance {name}", "variance x"),
+            variance_share=sums.ratio(f"variance {name}", "variance x", least=0),
             unique_share=sums.ratio(f"unique {name}", "variance x"),
             mean_abs=sums.ratio(f"abs {name}", entries).estimate,
         )
@@ -125,11 +125,11 @@ def _result(
     return Reconstruction(
         rows=int(sums.total("rows")),
         documents=len(sums.names) if documented else 0,
-        mse=sums.ratio("error full", entries),
+        mse=sums.ratio("error full", entries, least=0),
         fvu=fvu[FULL],
-        fvu_raw=sums.ratio("raw error", "variance raw"),
-        cosine=sums.ratio("cosine", "rows"),
-        l0=sums.ratio("l0", "rows"),
+        fvu_raw=sums.ratio("raw error", "variance raw", least=0),
+        cosine=sums.ratio("cosine", "rows", least=-1, most=1),
+        l0=sums.ratio("l0", "rows", least=0),
         dead_share=int((firing == 0).sum()) / sae.d_sae,
         conditions=fvu,
         pathways=shares,
