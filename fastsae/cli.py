@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ def main() -> None:
         "plan": plan,
         "convert": convert,
     }
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
     logging.basicConfig(format="%(message)s")
     progress.logger.setLevel(logging.INFO)  # which text is read, and how far it has got
     try:

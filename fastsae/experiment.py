@@ -69,14 +69,13 @@ class Measured:
 
 def device(asked: str | None = None) -> str:
     """Where models and SAEs run: as asked, or on the GPU if there is one. Raises ValueError where nothing can run."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     if asked is None:
-        return default
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=asked).item()
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
         why = str(error).splitlines()[0]
-        raise ValueError(f"--device: {asked!r} cannot be used here ({why}); leave it out for {default!r}") from error
+        raise ValueError(f"--device: {asked!r} cannot be used here ({why}); leave it out for {device()!r}") from error
     return asked
 
 

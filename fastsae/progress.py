@@ -61,6 +61,11 @@ def of(name: str) -> Iterator[None]:
         _of.reset(token)
 
 
+def named(what: str) -> str:
+    """The name of a bar for `what`."""
+    return _of.get() + what
+
+
 def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool = True, delay: float = _DELAY) -> Any:
     """A context manager with tqdm's update(n), set_postfix(numbers) and close().
 
@@ -74,7 +79,7 @@ def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool =
         warnings.warn(f"no progress is shown: {instead}", stacklevel=3)
         return _Silent()
     options: dict[str, Any] = {
-        "desc": _of.get() + what,
+        "desc": named(what),
         "total": total,
         "unit": unit,
         "initial": done,
