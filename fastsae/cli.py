@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ except ImportError:
     packages.need("tyro", "the command line")
     raise
 
-from fastsae import __version__, checkpoint, distributed, experiment, files, planner, progress, report
+from fastsae import __version__, checkpoint, distributed, evaluation, experiment, files, planner, progress, report
 from fastsae.activations import TokenWindows
 from fastsae.config import (
     DataConfig,
@@ -33,6 +34,7 @@ from fastsae.config import (
 )
 from fastsae.distributed import cost
 from fastsae.evaluate import Behavior, Pair, Reconstruction, behavior, drivers, record, top_features, top_pairs
+from fastsae.evaluate.intervals import FEWEST_DOCUMENTS
 from fastsae.factorial import Stimuli, run_factorial
 from fastsae.factorial.discover import Family
 from fastsae.factorial.generate import side_by_side
@@ -58,6 +60,7 @@ Joint = Annotated[JointSAEConfig, tyro.conf.subcommand("joint", default=JointSAE
 Sequential = Annotated[SequentialRunConfig, tyro.conf.subcommand("sequential")]
 Secondary = Annotated[SecondaryRunConfig, tyro.conf.subcommand("secondary")]
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+Others = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN ...]")]
 
 
 def main() -> None:
@@ -76,6 +79,8 @@ def main() -> None:
         "plan": plan,
         "convert": convert,
     }
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
     logging.basicConfig(format="%(message)s")
     progress.logger.setLevel(logging.INFO)  # which text is read, and how far it has got
     try:
@@ -154,19 +159,46 @@ def _doubts(metrics: dict[str, Any]) -> list[str]:
     return doubts
 
 
-def evaluate(run: Run, tokens: int = 50_000) -> None:
+def evaluate(
+    run: Run, others: Others = (), tokens: int = 50_000, text: str | None = None, device: str | None = None
+) -> None:
     """Measure a trained SAE on held-out documents of the text it was trained on, into RUN/eval.json.
+
+    Several runs of one model, hook and text are measured on the same documents, and end in one table with their
+    differences. Interrupted, the same command goes on with the next stage.
 
     Args:
         run: The run_dir of `fastsae train`.
+        others: More of them, to be compared with the first.
         tokens: Tokens of held-out text, spread over documents.
+        text: Other text than the run's, all of which counts as held out; the result is RUN/eval-TEXT.json.
+        device: Where to compute, such as cpu or cuda:1; None is the GPU if there is one.
     """
-    there = experiment.trained(run)
-    model = experiment.language_model(there.data)
-    measured = experiment.measure(model, there, experiment.held_out_windows(model, there.data, tokens))
+    runs = tuple(dict.fromkeys((run, *others)))
+    on, read = experiment.device(device), evaluation.reading(runs, text)
+    model = experiment.language_model(read.data, on)
+    windows = experiment.held_out_windows(model, read.data, tokens, all_of_it=read.other_text)
+    found, kept = {}, []
+    for one in runs:
+        found[one], parts = evaluation.measure(model, one, read, windows, on, several=len(runs) > 1)
+        kept.append(parts)
+        _tell_measured(one, found[one], read)
+    if len(runs) > 1:
+        _say(report.table(evaluation.side_by_side({str(one): measured for one, measured in found.items()})))
+        _say(
+            "Differences are paired by document: one whose interval holds no 0 is beyond chance, each taken by itself."
+        )
+    for one, measured in found.items():  # last: what was measured is said on a full disk too
+        record.write(one, read.name, measured, tokens=tokens, **({"text": read.data.text} if read.other_text else {}))
+    for parts in kept:
+        parts.remove()
+
+
+def _tell_measured(run: Path, measured: experiment.Measured, read: evaluation.Reading) -> None:
     r, b = measured.reconstruction, measured.bos_out
-    over = f"[95 % intervals] over {b.documents} held-out documents"
-    over = over if b.documents > 1 else "of one held-out document: intervals take two or more"
+    over = f"[95 % intervals] over {b.documents} {read.text}"
+    if b.documents < FEWEST_DOCUMENTS:
+        over = f"{b.documents} {read.text}: no intervals, which take {FEWEST_DOCUMENTS} documents or more"
     _say(f"{run}: {r.rows:,} rows and {b.tokens:,} predictions, {over}")
     _say(f"MSE {r.mse:.4f}   cosine {r.cosine:.4f}   L0 {r.l0:.1f}   dead in these rows {r.dead_share:.1%}", "")
     _say(report.table([_condition(name, r, b) for name in b.conditions]), "")
@@ -180,7 +212,6 @@ def evaluate(run: Run, tokens: int = 50_000) -> None:
             f"Against its own identity pathway, as in the paper (no comparison with a TopK SAE): error {own:.1%} less, "
             f"KL {kl:.1%} less"
         )
-    record.write(run, "eval", measured, tokens=tokens)  # last: what was measured is said on a full disk too
 
 
 def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:

@@ -270,6 +270,10 @@ class TrainerConfig:
     """Steps between checkpoints; the last two are kept."""
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log there (needs that package installed)."""
+    wandb_project: str = "fastsae"
+    """W&B's project."""
+    wandb_name: str | None = None
+    """W&B's name of the run; None is that of run_dir."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -23,6 +23,9 @@ from fastsae.activations import (
 from fastsae.config import DataConfig, SecondaryRunConfig, SequentialRunConfig, TopKSAEConfig, TrainerConfig, to_dict
 from fastsae.distributed import Ranks
 from fastsae.evaluate import Behavior, Geometry, Reconstruction
+from fastsae.evaluate.behavior import of_sums as behavior_of
+from fastsae.evaluate.parts import NOTHING_KEPT, Parts
+from fastsae.evaluate.reconstruction import of_sums as reconstruction_of
 from fastsae.modules import HiddenActivations, JointSAE, SecondarySAE, SequentialSAE, SparseAutoencoder, load, new
 from fastsae.train import Trainer
 
@@ -64,15 +67,23 @@ class Measured:
     """BOS is replaced too, and what it predicts counts. None for a model without BOS."""
 
 
-def device() -> str:
-    """Where models and SAEs run: on the GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device(asked: str | None = None) -> str:
+    """Where models and SAEs run: as asked, or on the GPU if there is one. Raises ValueError where nothing can run."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=asked).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device: {asked!r} cannot be used here ({why}); leave it out for {device()!r}") from error
+    return asked
 
 
-def language_model(data: DataConfig) -> Any:
+def language_model(data: DataConfig, on: str | None = None) -> Any:
+    """on: a device; None is the GPU if there is one."""
     from fastsae import lm
 
-    model = lm.load(data.model, device())
+    model = lm.load(data.model, device(on))
     if data.prepend_bos is not None:
         model.cfg.default_prepend_bos = data.prepend_bos
     return model
@@ -98,12 +109,20 @@ def _check_context(model: Any, data: DataConfig) -> None:
 
 
 def held_out_windows(
-    model: Any, data: DataConfig, tokens: int, per_document: int = _WINDOWS_PER_DOCUMENT
+    model: Any,
+    data: DataConfig,
+    tokens: int,
+    per_document: int = _WINDOWS_PER_DOCUMENT,
+    all_of_it: bool = False,
 ) -> TokenWindows:
-    """Windows spread over the held-out documents, `tokens` tokens at most."""
+    """Windows spread over the held-out documents, `tokens` tokens at most.
+
+    all_of_it: over all documents, of a text that nothing was trained on.
+    """
     _check_context(model, data)
     documents = read_documents(data.text)
-    return tokenize(documents, model, data.context, tokens, True, per_document, data.prepend_bos)
+    which = None if all_of_it else True
+    return tokenize(documents, model, data.context, tokens, which, per_document, data.prepend_bos)
 
 
 def train(
@@ -189,20 +208,40 @@ def held_out_activations(model: Any, run: Trained, windows: TokenWindows) -> Mod
 
 def held_out_reconstruction(model: Any, run: Trained, windows: TokenWindows) -> Reconstruction:
     source = held_out_activations(model, run, windows)
-    rows = (source.rows(i) for i in progress.over("reconstruction", range(len(source.block_rows)), "block"))
+    rows = (source.rows(i) for i in progress.over(RECONSTRUCTION, range(len(source.block_rows)), "block"))
     return evaluate.reconstruction(run.sae, rows, windows.names)
 
 
-def measure(model: Any, run: Trained, windows: TokenWindows) -> Measured:
-    """What the SAE of `run` does on held-out windows. A secondary SAE is spliced in through its base."""
+RECONSTRUCTION, BOS_OUT, BOS_IN = "reconstruction", "KL", "KL with BOS"
 
-    def behavior(bos: bool) -> Behavior:
-        return evaluate.behavior(run.spliced, model, run.data.hook, windows, bos=bos, secondary=run.secondary)
+
+def stages(windows: TokenWindows) -> tuple[str, ...]:
+    """What `measure` does, one after the other."""
+    return (RECONSTRUCTION, BOS_OUT, *((BOS_IN,) if windows.has_bos else ()))
+
+
+def measure(model: Any, run: Trained, windows: TokenWindows, parts: Parts = NOTHING_KEPT) -> Measured:
+    """What the SAE of `run` does on held-out windows. A secondary SAE is spliced in through its base.
+
+    parts: where finished stages are kept, and taken from.
+    """
+
+    def behavior(stage: str) -> Behavior:
+        def measured() -> Behavior:
+            bos = stage == BOS_IN
+            return evaluate.behavior(run.spliced, model, run.data.hook, windows, bos=bos, secondary=run.secondary)
+
+        return parts.stage(stage, measured, lambda b: (b.sums, {}), lambda sums, _: behavior_of(sums))
 
     return Measured(
-        reconstruction=held_out_reconstruction(model, run, windows),
-        bos_out=behavior(bos=False),
-        bos_in=behavior(bos=True) if windows.has_bos else None,
+        reconstruction=parts.stage(
+            RECONSTRUCTION,
+            lambda: held_out_reconstruction(model, run, windows),
+            lambda r: (r.sums, {"dead_share": r.dead_share}),
+            lambda sums, numbers: reconstruction_of(sums, **numbers),
+        ),
+        bos_out=behavior(BOS_OUT),
+        bos_in=behavior(BOS_IN) if windows.has_bos else None,
     )
 
 
@@ -213,17 +252,24 @@ def held_out_geometry(model: Any, run: Trained, windows: TokenWindows) -> Geomet
     return evaluate.geometry(run.sae, (source.block(i) for i in progress.over("geometry", order, "block")))
 
 
-def trained(run: Path) -> Trained:
-    """The SAE of a finished run, and what it was trained on. Raises FileNotFoundError saying what is missing."""
-    data = provenance.recorded(run)
-    if not (run / "sae" / "config.json").is_file():
-        raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
-    sae = load(run / "sae", device=device())
-    base = _joint(provenance.recorded_base(run)) if isinstance(sae, SecondarySAE) else None
+def trained(run: Path, on: str | None = None, read_text: bool = True) -> Trained:
+    """The SAE of a finished run, and what it was trained on. Raises FileNotFoundError saying what is missing.
+
+    on: a device; None is the GPU if there is one. read_text: whether its text is going to be read.
+    """
+    data = provenance.recorded(run, read_text)
+    check_finished(run)
+    sae = load(run / "sae", device=device(on))
+    base = _joint(provenance.recorded_base(run), on) if isinstance(sae, SecondarySAE) else None
     return Trained(sae, data, base)
 
 
-def _joint(run: Path) -> JointSAE:
-    sae = load(run / "sae", device=device())
+def check_finished(run: Path) -> None:
+    if not (run / "sae" / "config.json").is_file():
+        raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
+
+
+def _joint(run: Path, on: str | None = None) -> JointSAE:
+    sae = load(run / "sae", device=device(on))
     assert isinstance(sae, JointSAE), f"{run} was the base of a secondary SAE"
     return sae

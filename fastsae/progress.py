@@ -13,6 +13,7 @@ from fastsae import packages
 logger = logging.getLogger("fastsae")
 T = TypeVar("T")
 _shown: ContextVar[bool] = ContextVar("shown", default=True)
+_of: ContextVar[str] = ContextVar("of", default="")
 # Nothing is shown of what takes less; in a log, a line every so often.
 _DELAY, _BETWEEN_LINES = 2.0, 30.0
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
@@ -50,6 +51,21 @@ def shown(yes: bool) -> Iterator[None]:
         _shown.reset(token)
 
 
+@contextmanager
+def of(name: str) -> Iterator[None]:
+    """Begin the names of all bars inside with `name`, where several things are gone through alike."""
+    token = _of.set(f"{_of.get()}{name}: ")
+    try:
+        yield
+    finally:
+        _of.reset(token)
+
+
+def named(what: str) -> str:
+    """The name of a bar for `what`."""
+    return _of.get() + what
+
+
 def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool = True, delay: float = _DELAY) -> Any:
     """A context manager with tqdm's update(n), set_postfix(numbers) and close().
 
@@ -63,7 +79,7 @@ def bar(what: str, total: int | None, unit: str, done: int = 0, *, leave: bool =
         warnings.warn(f"no progress is shown: {instead}", stacklevel=3)
         return _Silent()
     options: dict[str, Any] = {
-        "desc": what,
+        "desc": named(what),
         "total": total,
         "unit": unit,
         "initial": done,

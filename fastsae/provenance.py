@@ -46,8 +46,11 @@ def resolved(data: DataConfig) -> DataConfig:
     return data
 
 
-def recorded(run_dir: Path) -> DataConfig:
-    """What `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed."""
+def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
+    """What `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed.
+
+    read_text: whether its text is going to be read, and has to be there as it was.
+    """
     path = run_dir / "data.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
@@ -59,6 +62,8 @@ def recorded(run_dir: Path) -> DataConfig:
         data = from_dict(DataConfig, there)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not read_text:
+        return data
     if checksum is not None and not Path(data.text).is_file():
         raise FileNotFoundError(f"{data.text}, which {run_dir} was trained on, does not exist any more")
     if checksum is not None and files.crc32(Path(data.text)) != checksum:

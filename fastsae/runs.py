@@ -3,9 +3,11 @@
 import base64
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import math
+import os
 import signal
 import threading
 import warnings
@@ -296,12 +298,15 @@ def _first(seen: deque[Tensor], rest: Iterator[Tensor]) -> Iterator[Tensor]:
 class Log:
     """metrics.jsonl, a progress bar, and whichever loggers the config asks for."""
 
-    def __init__(self, config: TrainerConfig, step: int, silent: bool = False) -> None:
+    def __init__(
+        self, config: TrainerConfig, step: int, description: dict[str, Any] | None = None, silent: bool = False
+    ) -> None:
+        """description: configs by name, for the loggers. silent: another rank writes."""
         self.last: dict[str, float] = {}
-        if silent:  # another rank writes
+        if silent:
             config = dataclasses.replace(config, run_dir=None, resume=False, log_to=())
         self._path = config.run_dir / "metrics.jsonl" if config.run_dir else None
-        self._sinks = [_SINKS[name](config) for name in config.log_to]
+        self._sinks = [_SINKS[name](config, _with_data(config, description or {})) for name in config.log_to]
         if self._path is not None:
             self._drop_lines_after(step)
         with progress.shown(not silent):
@@ -364,13 +369,24 @@ class Log:
 Sink = tuple[Callable[[dict[str, float]], None], Callable[[], object]]  # how to write metrics, and how to close
 
 
-def _tensorboard(config: TrainerConfig) -> Sink:
+def _with_data(config: TrainerConfig, description: dict[str, Any]) -> dict[str, Any]:
+    """With what `fastsae train` noted of the model and its text, if it began this run."""
+    path = config.run_dir / "data.json" if config.run_dir else None
+    if path is None or not path.is_file():
+        return description
+    data = files.read_object(path)
+    return {**description, "data": data, "model": data.get("model")}
+
+
+def _tensorboard(config: TrainerConfig, description: dict[str, Any]) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("log_to='tensorboard' needs that package: `pip install tensorboard`") from error
 
     writer = SummaryWriter(str(config.run_dir))
+    for name, part in description.items():
+        writer.add_text(name, "\n".join(f"    {line}" for line in json.dumps(part, indent=2).splitlines()))
 
     def write(metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -380,14 +396,45 @@ def _tensorboard(config: TrainerConfig) -> Sink:
     return write, writer.close
 
 
-def _wandb(config: TrainerConfig) -> Sink:
+def _wandb(config: TrainerConfig, description: dict[str, Any]) -> Sink:
     try:
         import wandb  # type: ignore[import-not-found]  # optional: only who asks for it has it
     except ImportError as error:
         raise ImportError("log_to='wandb' needs that package: `pip install wandb`") from error
 
-    run = wandb.init(project="fastsae", dir=str(config.run_dir), config=vars(config))
+    assert config.run_dir is not None
+    try:
+        _check_login(wandb)
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or config.run_dir.name,
+            dir=str(config.run_dir),
+            config=description,
+        )
+    except Exception as error:  # its own kinds, which differ by version
+        raise RuntimeError(f"log_to='wandb': W&B did not start: {error}. {_WITHOUT_WANDB}") from error
     return lambda metrics: run.log(metrics, step=int(metrics["step"])), run.finish
+
+
+_WITHOUT_WANDB = (
+    "Run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline keeps the run in run_dir, for `wandb sync` later; "
+    "without --log-to wandb nothing is sent"
+)
+
+
+_SENDS_NOTHING = ("offline", "disabled", "dryrun")
+
+
+def _check_login(wandb: Any) -> None:
+    """Raise where W&B has no key: in a terminal it would ask for one, and wait."""
+    login = getattr(wandb, "login", None)
+    if login is None or os.environ.get("WANDB_MODE") in _SENDS_NOTHING:
+        return
+    asks = inspect.signature(login).parameters
+    # An older one waits for an answer, but not for long.
+    known = login(**({"prompt": False, "verify": False} if "prompt" in asks else {"timeout": 1}))
+    if not known and wandb.setup().settings.mode not in _SENDS_NOTHING:  # as `wandb offline` leaves it
+        raise ValueError("there is no API key")
 
 
 _SINKS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -26,6 +26,7 @@ from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
 _FREE_ON_RESUME = {"run_dir", "resume", "log_every", "checkpoint_every", "log_to", "progress", "nonfinite"}
+_FREE_ON_RESUME |= {"wandb_project", "wandb_name"}
 
 # How drawing a batch went, the worst last.
 _DRAWN, _ENDED, _FAILED = range(3)
@@ -245,7 +246,8 @@ class Trainer:
                 self._prepare(lambda rows: batches.peek(rows, self._check_form))
             resumed = None  # its tensors lie in files that later checkpoints replace
             interrupted = stack.enter_context(interrupt_flag())
-            log = self._ranks.together(lambda: Log(self.config, self.steps, silent=not self._ranks.first))
+            silent, told = not self._ranks.first, self._description()
+            log = self._ranks.together(lambda: Log(self.config, self.steps, told, silent))
             stack.enter_context(log)
             stack.callback(self.sae.eval)
             stack.callback(self._optimizer.zero_grad)

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import fastsae
 from fastsae import files, lm
 from fastsae.activations import (
     ActivationStore,
@@ -33,6 +34,8 @@ from fastsae.activations import (
     tokenize,
 )
 from fastsae.activations.store import Rows
+from fastsae.evaluate import behavior
+from fastsae.evaluate.questions import steered
 
 HOOK = "blocks.1.hook_resid_post"
 # Both kinds of TransformerLens models are served as long as the first exists.
@@ -416,10 +419,59 @@ def test_ids_that_the_model_does_not_know_are_named(model: Any, windows: TokenWi
             ModelActivations(model, HOOK, dataclasses.replace(windows, tokens=tokens))
 
 
-def test_a_transformers_model_is_told_what_is_wanted(windows: TokenWindows, tmp_path: Path):
-    plain = tiny_lm.bridge().original_model
-    with pytest.raises(TypeError, match=r"expected a TransformerLens model.*got GPT2LMHeadModel.*fastsae.lm.load"):
-        ModelActivations(plain, HOOK, windows)
+def transformers_model(kind: type = transformers.GPT2LMHeadModel, **options: Any) -> Any:
+    """A model in memory: no name, no folder."""
+    torch.manual_seed(8)
+    shape = {"vocab_size": len(tiny_lm.WORDS), "n_positions": CONTEXT, "n_embd": WIDTH, "n_layer": 3, "n_head": HEADS}
+    return kind(transformers.GPT2Config(**shape, **options))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_transformers_model_in_memory_is_read_as_it_is(windows: TokenWindows, dropout: float):
+    model = transformers_model(resid_pdrop=dropout)
+    names, was_training = list(model.state_dict()), model.training
+    source = ModelActivations(model, HOOK, windows)
+    rows = all_rows(source)
+    assert list(model.state_dict()) == names, "the model was changed"
+    assert model.training == was_training
+    model.eval()
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return model(windows.tokens, output_hidden_states=True).hidden_states[2][windows.is_text()]
+
+    torch.testing.assert_close(rows, theirs(), rtol=0, atol=1e-5)
+    with torch.no_grad():  # one set of weights: training the model goes on
+        model.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    torch.testing.assert_close(all_rows(source), theirs(), rtol=0, atol=1e-5)
+
+
+def test_a_transformers_model_in_memory_with_its_tokenizer(windows: TokenWindows):
+    model = transformers_model()
+    made = tiny_lm.tokenizer.__wrapped__()
+    before = made.init_kwargs.copy(), made.special_tokens_map
+    loaded = lm.load(model, tokenizer=made)
+    assert loaded.tokenizer is made
+    assert (made.init_kwargs, made.special_tokens_map) == before
+    assert tokenize(DOCUMENTS, loaded, CONTEXT, held_out=None).digest() == windows.digest()
+    assert not loaded.training
+    sae = fastsae.TopKSAE(WIDTH, 32, 4)
+    of_both = [behavior(sae, m, HOOK, windows).full.kl for m in (model, loaded)]
+    assert of_both[0] == of_both[1]
+    with steered(sae, model, HOOK, 3, 5.0) as changed:
+        moved = changed(windows.tokens[:1], return_type="logits")
+    assert (moved - loaded(windows.tokens[:1], return_type="logits")).abs().max() > 1e-3
+    for without in (model, lm.load(model)):
+        with pytest.raises(ValueError, match=r"comes without its tokenizer; pass the tokenizer, or fastsae\.lm\.load"):
+            tokenize(DOCUMENTS, without, CONTEXT)
+
+
+def test_a_model_without_named_hooks_is_told_what_is_wanted(windows: TokenWindows, tmp_path: Path):
+    with pytest.raises(TypeError, match=r"cannot name the hooks of this GPT2Model .*Give a model with its head"):
+        ModelActivations(transformers_model(transformers.GPT2Model), HOOK, windows)
+    with pytest.raises(TypeError, match=r"expected a TransformerLens model.*got Linear.*fastsae.lm.load"):
+        ModelActivations(torch.nn.Linear(2, 2), HOOK, windows)
+    plain = transformers_model()
     with pytest.raises(TypeError, match=r"expected ModelActivations\(model, hook_name, windows\); got GPT2LMHeadModel"):
         harvest(plain, tmp_path)
 

@@ -20,12 +20,12 @@ LAYERS = [
     {"evaluate"},
     {"provenance"},
     {"experiment", "integrations"},
-    {"study", "factorial"},
+    {"evaluation", "study", "factorial"},
     {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.
 MAY_ONLY_IMPORT = {
-    "activations": {"activations", "extras", "files", "fp64", "packages", "progress"},
+    "activations": {"activations", "extras", "files", "fp64", "packages", "progress", "quiet"},
     "lm": {"lm", "activations", "extras", "packages", "quiet"},
     "report": {"report", "extras", "files", "packages"},
 }

@@ -97,9 +97,11 @@ def test_a_name_that_is_no_model():
         lm.load("no/such-model")
 
 
-def test_a_model_is_no_name(model):
-    with pytest.raises(TypeError, match=r"expected a folder or a name .* got GPT2LMHeadModel.*boot_transformers"):
-        lm.load(model.original_model)
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match=r"expected a folder, a name on .*, or a transformers model; got Linear"):
+        lm.load(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="'embedded' has its own tokenizer"):
+        lm.load(tokenizer=object())
 
 
 def test_its_windows_are_those_it_was_trained_on(model):

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import pty
 import sys
 
 import pytest
@@ -85,3 +87,31 @@ def test_a_stream_says_when_it_begins_again(epochs, expected, caplog):
     assert len(caplog.messages) == expected
     for message in caplog.messages:
         assert "all 100 rows have been given once" in message
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--nonsense", "1"]])
+def test_no_colours_in_a_terminal_where_they_are_not_wanted(arguments):
+    """In a process of its own: whether there is a terminal is asked at many places."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"NO_COLOR": "1", "TERM": "xterm"}
+        command = f"import sys; sys.argv = ['fastsae', *{arguments}]; from fastsae import cli; cli.main()"
+        os.execv(sys.executable, [sys.executable, "-c", command])
+    said = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # how a terminal on Linux says that nobody writes to it any more
+            break
+        if not part:
+            break
+        said += part
+    os.waitpid(child, 0)
+    assert b"eval" in said
+    assert b"\x1b[" not in said
+
+
+def test_bars_say_which_of_several_things_they_are_of():
+    with progress.of("runs/a"):
+        assert progress.named("KL") == "runs/a: KL"
+    assert progress.named("KL") == "KL"

@@ -1,6 +1,7 @@
 """The Trainer: what it optimises, and that nothing is lost."""
 
 import copy
+import dataclasses
 import errno
 import itertools
 import json
@@ -14,6 +15,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -391,11 +393,14 @@ def test_metrics_lines(tmp_path):
 
 
 def test_other_loggers(tmp_path, monkeypatch):
-    seen = []
+    seen, told = [], {}
 
     class Writer:
         def __init__(self, folder):
             assert folder == str(tmp_path)
+
+        def add_text(self, name, text):
+            told[name] = json.loads(text)
 
         def add_scalar(self, name, value, step):
             seen.append((name, step))
@@ -408,7 +413,13 @@ def test_other_loggers(tmp_path, monkeypatch):
 
     class Wandb:
         @staticmethod
+        def login(prompt=True, verify=True):
+            assert not prompt, "it would wait for an answer"
+            return True
+
+        @staticmethod
         def init(**arguments):
+            told["wandb"] = arguments
             return Wandb()
 
         def log(self, metrics, step):
@@ -419,10 +430,49 @@ def test_other_loggers(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("m", (), {"SummaryWriter": Writer}))
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    data = {"model": "embedded", "hook": "blocks.2.hook_resid_post", "text": "stdlib"}
+    (tmp_path / "data.json").write_text(json.dumps(data))
     run = config(run_dir=tmp_path, steps=2, log_to=("tensorboard", "wandb"))
     Trainer(joint(), run).fit(activations())
     assert {("loss", 1), ("loss", 2), ("fvu", 2), ("wandb", 1), ("wandb", 2)} <= set(seen)
     assert seen[-2:] == ["tensorboard closed", "wandb closed"]
+    asked = told.pop("wandb")
+    assert json.loads(json.dumps(asked["config"])) == told, "both are told the same"
+    assert (told["model"], told["data"]) == ("embedded", data)
+    assert (told["trainer"]["steps"], told["sae"]["architecture"], told["sae"]["d_sae"]) == (2, "joint", joint().d_sae)
+    assert (asked["project"], asked["name"], asked["dir"]) == ("fastsae", tmp_path.name, str(tmp_path))
+    again = dataclasses.replace(run, resume=True, log_to=("wandb",), wandb_name="b", wandb_project="p")
+    Trainer(joint(), again).fit(activations())
+    assert (told["wandb"]["project"], told["wandb"]["name"]) == ("p", "b")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_wandb_without_a_key_says_what_to_do(older, tmp_path, monkeypatch):
+    class Wandb:
+        @staticmethod
+        def login(prompt=True, verify=True):
+            return prompt
+
+        @staticmethod
+        def setup():
+            return SimpleNamespace(settings=SimpleNamespace(mode="online"))
+
+        @staticmethod
+        def init(**arguments):
+            pytest.fail("it would ask for a key, and wait")
+
+    if older:
+        Wandb.login = staticmethod(lambda timeout=None: timeout is None)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = config(run_dir=tmp_path, steps=2, log_to=("wandb",))
+    message = r"there is no API key\. Run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline"
+    with pytest.raises(RuntimeError, match=message):
+        Trainer(joint(), run).fit(activations())
+    Wandb.init = staticmethod(lambda **_: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(RuntimeError, match="W&B did not start: no network"):
+        Trainer(joint(), run).fit(activations())
 
 
 # ---- checkpoints and resuming ----

@@ -7,6 +7,7 @@ from fastsae.activations.store import ActivationStore
 from fastsae.activations.stream import ActivationStream
 from fastsae.activations.text import Document, is_held_out, read_documents
 from fastsae.activations.tokens import TokenWindows, first_token, prepends_bos, special_tokens, tokenize
+from fastsae.activations.transformers_model import with_hooks
 
 __all__ = [
     "ActivationStore",
@@ -28,4 +29,5 @@ __all__ = [
     "read_documents",
     "special_tokens",
     "tokenize",
+    "with_hooks",
 ]

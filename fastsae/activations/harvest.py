@@ -16,6 +16,7 @@ from fastsae import progress
 from fastsae.activations.reading import PaddingMask, check_hook, check_tokens
 from fastsae.activations.store import ActivationStore, Rows, StoreWriter
 from fastsae.activations.tokens import TokenWindows, prepends_bos
+from fastsae.activations.transformers_model import with_hooks
 from fastsae.files import locked
 
 # On the CPU a model reads a block in parts: temporaries of more rows are paged in anew at every operation, which took
@@ -28,14 +29,16 @@ _STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class ModelActivations:
     """The activations of `model` at `hook_name` over token windows, at tokens of text: a source of blocks.
 
-    model: anything with TransformerLens' run_with_cache and hook_dict (HookedTransformer, TransformerBridge); it is put
-    into eval mode. Only the layers up to the hook are run. A hook with a head axis gives its heads side by side in one
-    row. A model that reads in both directions gets an attention mask. Raises ValueError for an unknown hook, naming the
-    nearest known ones, for a hook that never fires or has no row per token, for windows longer than the model reads or
-    with ids it does not know, and for padding that it cannot be kept from seeing.
+    model: anything with TransformerLens' run_with_cache and hook_dict (HookedTransformer, TransformerBridge), which is
+    put into eval mode, or a transformers model in memory, whose weights a bridge shares. Only the layers up to the hook
+    are run. A hook with a head axis gives its heads side by side in one row. A model that reads in both directions gets
+    an attention mask. Raises ValueError for an unknown hook, naming the nearest known ones, for a hook that never fires
+    or has no row per token, for windows longer than the model reads or with ids it does not know, and for padding that
+    it cannot be kept from seeing.
     """
 
     def __init__(self, model: Any, hook_name: str, windows: TokenWindows, batch_windows: int = 32) -> None:
+        model = with_hooks(model)
         self.model, self.hook_name, self.windows, self.batch_windows = model, hook_name, windows, batch_windows
         check_hook(model, hook_name)
         if batch_windows < 1:

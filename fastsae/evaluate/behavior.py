@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import progress
-from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask
-from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
+from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tokens, output_mask, with_hooks
+from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval, at_most
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
 from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
 
@@ -83,9 +83,11 @@ def behavior(
     secondary: of `sae`'s integration network. Then "full" has the interaction computed from its reconstruction of the
     hidden layer, beside "own hidden layer" (`sae` as it is) and "no interaction": how much of what the interaction does
     passes through the secondary SAE.
-    model: anything with TransformerLens' run_with_hooks and hook_dict; it is put into eval mode. One that reads in both
-    directions gets an attention mask, and has seen what it would predict: its cross-entropies are NaN.
+    model: anything with TransformerLens' run_with_hooks and hook_dict, which is put into eval mode, or a transformers
+    model in memory. One that reads in both directions gets an attention mask, and has seen what it would predict: its
+    cross-entropies are NaN.
     """
+    model = with_hooks(model)
     check_hook(model, hook_name)
     check_tokens(model, windows, "behavior")
     model.eval()  # dropout would make the clean run another one each time
@@ -104,8 +106,9 @@ def behavior(
     totals = DocumentTotals(windows.names)
     device = torch.device(model.cfg.device)
     noise = torch.Generator(device).manual_seed(0)
+    name = "KL with BOS" if bos else "KL"
     with evaluating(sae), evaluating(secondary or sae):
-        for lo in progress.over("KL", range(0, len(windows), batch_windows), "batch"):
+        for lo in progress.over(name, range(0, len(windows), batch_windows), "batch"):
             batch = windows[lo : lo + batch_windows]
             splice = _Splice(sae, secondary, model, hook_name, batch, mask, bos, noise, windows.context)
             totals.add(*splice.sums(draws, pathways))
@@ -114,20 +117,21 @@ def behavior(
             f"behavior: no token of text is predicted from another one in these windows of {windows.context} tokens; "
             "use a longer context or longer documents"
         )
-    return _result(totals.finish())
+    return of_sums(totals.finish())
 
 
-def _result(sums: DocumentSums) -> Behavior:
+def of_sums(sums: DocumentSums) -> Behavior:
+    """What `behavior` says of sums that it left before."""
     kept = [name[3:] for name in sums.sums if name.startswith("kl ")]
     ablated = sums.sums["ce ablated"]
     conditions = {
         name: Spliced(
-            kl=sums.ratio(f"kl {name}", "rows"),
-            ce=sums.ratio(f"ce {name}", "rows"),
+            kl=sums.ratio(f"kl {name}", "rows", least=0),
+            ce=sums.ratio(f"ce {name}", "rows", least=0),
             ce_increase=sums.ratio(sums.sums[f"ce {name}"] - sums.sums["ce clean"], "rows"),
-            loss_recovered=sums.ratio(ablated - sums.sums[f"ce {name}"], ablated - sums.sums["ce clean"]),
-            epsilon_kl=sums.ratio(f"epsilon {name}", "rows"),
-            kl_over_epsilon=sums.ratio(f"kl {name}", f"epsilon {name}"),
+            loss_recovered=at_most(1, sums.ratio(ablated - sums.sums[f"ce {name}"], ablated - sums.sums["ce clean"])),
+            epsilon_kl=sums.ratio(f"epsilon {name}", "rows", least=0),
+            kl_over_epsilon=sums.ratio(f"kl {name}", f"epsilon {name}", least=0),
         )
         for name in kept
     }
@@ -139,8 +143,8 @@ def _result(sums: DocumentSums) -> Behavior:
     return Behavior(
         tokens=int(sums.total("rows")),
         documents=len(sums.names),
-        ce_clean=sums.ratio("ce clean", "rows"),
-        ce_ablated=sums.ratio("ce ablated", "rows"),
+        ce_clean=sums.ratio("ce clean", "rows", least=0),
+        ce_ablated=sums.ratio("ce ablated", "rows", least=0),
         conditions=conditions,
         kl_reduction_against_own_identity_pathway=reductions("kl"),
         ce_reduction_against_own_identity_pathway=reductions("ce"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import exp, inf, isnan, nan
 
 import torch
 from torch import Tensor
@@ -11,12 +11,16 @@ from fastsae.extras import LAB
 from fastsae.fp64 import in_fp64
 
 LEVEL = 0.95
+FEWEST_DOCUMENTS = 5
+"""Of fewer there is no interval: their spread says next to nothing about that of others."""
 _RESAMPLES, _AT_ONCE = 2000, 100
+# In the logarithm: beyond every number that is measured, and below what overflows.
+_FARTHEST = 100.0
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % confidence interval; the ends are NaN where one document or none was seen."""
+    """An estimate and its 95 % confidence interval; the ends are NaN below five documents."""
 
     estimate: float
     low: float = nan
@@ -40,22 +44,50 @@ class DocumentSums:
     def total(self, name: str) -> float:
         return float(self.sums[name].sum())
 
-    def ratio(self, numerator: str | Tensor, denominator: str | Tensor) -> Interval:
+    def ratio(
+        self, numerator: str | Tensor, denominator: str | Tensor, least: float = -inf, most: float = inf
+    ) -> Interval:
         """sum(numerator) / sum(denominator) over documents, and its interval.
 
         The standard error is that of a bootstrap over whole documents (the same resamples on every call, so what is
         paired stays paired), times the quantile of Student's t with one degree of freedom less than documents.
+        least, most: what no document's ratio can lie beyond. The interval is symmetric where there is no such bound, in
+        the logarithm of the distance from `least` where that is the only one, in the log-odds between the two.
         """
         over, under = (self.sums[s] if isinstance(s, str) else s for s in (numerator, denominator))
         estimate = float(_divided(over.sum(), under.sum()))
-        if len(over) < 2:
+        if len(over) < FEWEST_DOCUMENTS:
             return Interval(estimate)
         half = student_t(len(over) - 1) * bootstrap_variance([(over, under)]) ** 0.5
-        return Interval(estimate, estimate - half, estimate + half)
+        return Interval(estimate, *_ends(estimate, half, least, most))
 
     def reduction(self, name: str, baseline: str) -> Interval:
-        """1 - sum(name) / sum(baseline): by how much `baseline` is undercut."""
-        return self.ratio(self.sums[baseline] - self.sums[name], baseline)
+        """1 - sum(name) / sum(baseline): by how much `baseline` is undercut. Both are 0 or more."""
+        left = self.ratio(name, baseline, least=0)
+        return Interval(1 - left.estimate, 1 - left.high, 1 - left.low)
+
+
+def at_most(most: float, interval: Interval) -> Interval:
+    """The same without what lies beyond a bound that single documents can pass, and the truth cannot. An estimate that
+    lies beyond it keeps its interval."""
+    if not interval.estimate <= most:
+        return interval
+    return Interval(
+        interval.estimate, interval.low, interval.high if isnan(interval.high) else min(interval.high, most)
+    )
+
+
+def _ends(estimate: float, half: float, least: float, most: float) -> tuple[float, float]:
+    """The ends of an interval that is `half` wide to either side where nothing bounds it."""
+    below, above = estimate - least, most - estimate
+    if half == 0 or not (below > 0 and above > 0) or below == above == inf:  # beyond a bound by rounding, too
+        return estimate - half, estimate + half
+    if above == inf:
+        factor = exp(min(half / below, _FARTHEST))
+        return least + below / factor, least + below * factor
+    factor = exp(min(half * (most - least) / (below * above), _FARTHEST))
+    low, high = (below / above / factor, below / above * factor)
+    return least + (most - least) * low / (1 + low), most - (most - least) / (1 + high)
 
 
 def bootstrap_variance(ratios: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -15,6 +15,13 @@ def pathways(sae: SparseAutoencoder) -> tuple[str, ...]:
     return tuple(name for name, weight in weights.items() if getattr(sae, weight, None) is not None)
 
 
+def conditions(sae: SparseAutoencoder, secondary: SecondarySAE | None = None) -> tuple[str, ...]:
+    """Names of what `ablations` gives, or `through_secondary`."""
+    if secondary is not None:
+        return NO_INTERACTION, OWN_HIDDEN, FULL
+    return ((FULL,), (IDENTITY, FULL), (IDENTITY, LINEAR, INTERACTION, FULL))[len(pathways(sae))]
+
+
 def ablations(sae: SparseAutoencoder, parts: Components) -> dict[str, Tensor]:
     """Reconstructions with pathways left out, whole one last: (..., d_in) by what is kept.
 

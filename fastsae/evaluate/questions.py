@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae.activations import Document, ModelActivations, TokenWindows, check_hook, tokenize
+from fastsae.activations import Document, ModelActivations, TokenWindows, check_hook, tokenize, with_hooks
 from fastsae.evaluate.examples import Example, strongest
 from fastsae.modules import SparseAutoencoder, evaluating
 from fastsae.report import table
@@ -153,6 +153,7 @@ def steered(sae: SparseAutoencoder, model: Any, hook_name: str, feature: int, am
     amount: in units of the feature's activation; negative ones push away. Only the identity pathway is written.
     """
     _check_feature("steered", sae, feature)
+    model = with_hooks(model)
     check_hook(model, hook_name)
     added = amount * direction(sae, feature)
 

@@ -104,19 +104,20 @@ def reconstruction(
         totals.put(f"variance {name}", squared)
         if name in summands:
             totals.put(f"unique {name}", squared + 2 * deviation.with_residual(errors, totals.rows))
-    return _result(sae, totals.finish(), bool(names), firing, summands)
+    sums = totals.finish()
+    sums.sums["entries"] = sums.sums["rows"] * sae.d_in
+    return of_sums(sums, int((firing == 0).sum()) / sae.d_sae, bool(names))
 
 
-def _result(
-    sae: SparseAutoencoder, sums: DocumentSums, documented: bool, firing: Tensor, summands: tuple[str, ...]
-) -> Reconstruction:
-    entries = sums.sums["rows"] * sae.d_in
-    fvu = {name[6:]: sums.ratio(name, "variance x") for name in sums.sums if name.startswith("error ")}
+def of_sums(sums: DocumentSums, dead_share: float, documented: bool = True) -> Reconstruction:
+    """What `reconstruction` says of sums that it left before."""
+    summands = tuple(name[4:] for name in sums.sums if name.startswith("abs "))
+    fvu = {name[6:]: sums.ratio(name, "variance x", least=0) for name in sums.sums if name.startswith("error ")}
     shares = {
         name: PathwayShare(
-            variance_share=sums.ratio(f"variance {name}", "variance x"),
+            variance_share=sums.ratio(f"variance {name}", "variance x", least=0),
             unique_share=sums.ratio(f"unique {name}", "variance x"),
-            mean_abs=sums.ratio(f"abs {name}", entries).estimate,
+            mean_abs=sums.total(f"abs {name}") / sums.total("entries"),
         )
         for name in summands
     }
@@ -125,12 +126,12 @@ def _result(
     return Reconstruction(
         rows=int(sums.total("rows")),
         documents=len(sums.names) if documented else 0,
-        mse=sums.ratio("error full", entries),
+        mse=sums.ratio("error full", "entries", least=0),
         fvu=fvu[FULL],
-        fvu_raw=sums.ratio("raw error", "variance raw"),
-        cosine=sums.ratio("cosine", "rows"),
-        l0=sums.ratio("l0", "rows"),
-        dead_share=int((firing == 0).sum()) / sae.d_sae,
+        fvu_raw=sums.ratio("raw error", "variance raw", least=0),
+        cosine=sums.ratio("cosine", "rows", least=-1, most=1),
+        l0=sums.ratio("l0", "rows", least=0),
+        dead_share=dead_share,
         conditions=fvu,
         pathways=shares,
         error_reduction_against_own_identity_pathway=sums.reduction(f"error {FULL}", f"error {IDENTITY}")

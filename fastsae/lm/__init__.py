@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastsae import packages, quiet
+from fastsae.activations.transformers_model import with_hooks
 from fastsae.extras import LAB
 
 EMBEDDED = "embedded"
@@ -17,21 +18,21 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
-    """A TransformerLens model (TransformerBridge, fp32, eval mode) with its tokenizer as `.tokenizer`.
+def load(name: Any = EMBEDDED, device: str | None = None, tokenizer: Any = None) -> Any:
+    """A TransformerLens model (TransformerBridge, eval mode) with its tokenizer as `.tokenizer`.
 
-    name: "embedded" (offline), a folder as transformers saves it, or a name on the Hugging Face hub such as "gpt2".
+    name: "embedded" (offline), a folder as transformers saves it, or a name on the Hugging Face hub such as "gpt2",
+    read in fp32; or a transformers model in memory, as it is and where it is, which shares its weights.
+    device: None is the CPU. tokenizer: of a model in memory.
     The tokenizer knows the model's configuration (`model_cfg`): whether its text begins with BOS, and how many ids it
     has. Raises TypeError for what is no name, ImportError without TransformerLens, OSError when a name is neither a
     folder nor reachable on the hub, ValueError when a folder is damaged.
     """
     if not isinstance(name, (str, os.PathLike)):
-        raise TypeError(
-            f"lm.load: expected a folder or a name on the Hugging Face hub; got {type(name).__name__}. Save a model "
-            "and its tokenizer with save_pretrained(FOLDER) and load that, or make a "
-            "TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=tokenizer)"
-        )
-    name = os.fspath(name)
+        return _in_memory(name, device, tokenizer)
+    if tokenizer is not None:
+        raise ValueError(f"lm.load: {str(name)!r} has its own tokenizer; give one with a model in memory only")
+    name, device = os.fspath(name), device or "cpu"
     packages.need("transformer_lens", "loading a language model")
     try:
         with quiet.imports():
@@ -63,3 +64,17 @@ def load(name: str = EMBEDDED, device: str = "cpu") -> Any:
     if model.tokenizer is not None:
         model.tokenizer.model_cfg = model.cfg
     return model.eval()
+
+
+def _in_memory(model: Any, device: str | None, tokenizer: Any) -> Any:
+    hooked = with_hooks(model, tokenizer)
+    if hooked is model:
+        raise TypeError(
+            "lm.load: expected a folder, a name on the Hugging Face hub, or a transformers model; got "
+            f"{type(model).__name__}"
+        )
+    if device is not None and torch.device(device).type != torch.device(hooked.cfg.device).type:
+        raise ValueError(
+            f"lm.load: the model is on {hooked.cfg.device}, and {device} was asked for; move it there (model.to)"
+        )
+    return hooked.eval()

@@ -8,42 +8,14 @@ import torch
 from torch import Tensor
 
 from fastsae.evaluate.intervals import LEVEL, Interval, bootstrap_variance, student_t
+from fastsae.evaluate.metrics import CE_INCREASE, FVU, KL, LOSS_RECOVERED, Metric
 from fastsae.study.arms import QUESTIONS, Question
 from fastsae.study.run import Outcome
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A ratio of two sums over documents, each the sum of some terms less that of another."""
-
-    name: str
-    numerator: str
-    denominator: str
-    minus: str | None = None
-    """What is taken off the numerator."""
-    denominator_minus: str | None = None
-    """What is taken off the denominator."""
-
-    def of(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
-        sums = outcome.sums.sums
-        over, under = sums[self.numerator], sums[self.denominator]
-        if self.minus is not None:
-            over = over - sums[self.minus]
-        return over, under if self.denominator_minus is None else under - sums[self.denominator_minus]
-
-    def known(self, outcome: Outcome) -> bool:
-        """Whether all of it was measured."""
-        terms = (self.numerator, self.denominator, self.minus, self.denominator_minus)
-        return all(term is None or term in outcome.sums.sums for term in terms)
-
-
-FVU = Metric("FVU", "error full", "variance x")
-KL = Metric("KL", "kl full", "predictions")
-CE_INCREASE = Metric("CE increase", "ce full", "predictions", minus="ce clean")
 METRICS = (FVU, KL, CE_INCREASE)
 """What arms are compared by: less is better."""
 SHOWN = (
-    Metric("loss recovered", "ce ablated", "ce ablated", minus="ce full", denominator_minus="ce clean"),
+    LOSS_RECOVERED,
     Metric("KL / random error of its size", "kl full", "epsilon full"),
     Metric("error less than of own identity pathway", "error identity", "error identity", minus="error full"),
     Metric("KL less than of own identity pathway", "kl identity", "kl identity", minus="kl full"),
@@ -105,13 +77,7 @@ def compare(arm: Sequence[Outcome], baseline: Sequence[Outcome], metric: Metric,
     pairs = list(zip(arm, baseline, strict=True))
     if any(a.seed != b.seed or a.sums.names != b.sums.names for a, b in pairs):
         raise ValueError("study: two arms were measured on different seeds or documents: outcomes of two studies")
-    ratios = []
-    for a, b in pairs:
-        over, under = metric.of(a)
-        baseline_over, baseline_under = metric.of(b)
-        # Both have the denominator of their seed: where rows are normalised alike the two are the same.
-        ratios.append((over - baseline_over * (under.sum() / baseline_under.sum()), under))
-    difference = mean_over_seeds(ratios, level)
+    difference = mean_over_seeds([metric.paired(a, b) for a, b in pairs], level)
     scale = abs(arm_mean(baseline, metric).estimate) or nan
     return Comparison(
         metric.name, difference, Interval(difference.estimate / scale, difference.low / scale, difference.high / scale)

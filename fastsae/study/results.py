@@ -12,10 +12,11 @@ from fastsae import __version__, experiment, files
 from fastsae.activations import ModelActivations, harvest
 from fastsae.config import DataConfig, StudyConfig, to_dict
 from fastsae.evaluate import DocumentSums, behavior
+from fastsae.evaluate.metrics import Metric
 from fastsae.evaluate.record import plain
 from fastsae.modules import SparseAutoencoder
 from fastsae.study.arms import Arm, arms
-from fastsae.study.compare import METRICS, SHOWN, Metric, answers, arm_mean
+from fastsae.study.compare import METRICS, SHOWN, answers, arm_mean
 from fastsae.study.run import Outcome, claim, run_arms
 
 

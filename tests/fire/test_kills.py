@@ -18,7 +18,7 @@ import fastsae
 from fastsae import checkpoint
 from fastsae.activations import ActivationStore
 
-TRAINING, HARVESTING, SAVING = 32, 24, 24
+TRAINING, HARVESTING, SAVING, MEASURING = 32, 24, 24, 9
 
 
 def kinds(kills: list[Kill]) -> Counter[str]:
@@ -89,6 +89,25 @@ def test_saving_is_killed(tmp_path, times):
     assert len(kills) >= times * 15
     assert min(kinds(kills).values()) >= times * 2
     assert min(found.values()) >= times * 2
+
+
+def test_measuring_is_killed(tmp_path, times):
+    """What `fastsae eval` keeps of its finished stages: whole or absent, and the result is the same to the byte."""
+    took = victims.finish(victims.measure, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    assert list(expected) == ["eval.json"], "the stages are gone"
+    draw, kills, kept = random.Random(23), [], 0
+    for round in range(times * MEASURING):
+        folder = tmp_path / str(round)
+        kill = random_kill(draw, round, took, largest(tmp_path / "whole"))
+        if victims.die(victims.measure, folder, kill):
+            kills.append(kill)
+            kept += bool(list(folder.glob("eval.parts/*.json")))
+        victims.finish(victims.measure, folder)
+        assert contents(folder) == expected, kill
+    assert len(kills) >= times * 5
+    assert min(kinds(kills).values()) >= times
+    assert kept >= times * 2
 
 
 def test_the_victims_die_as_they_should(tmp_path):

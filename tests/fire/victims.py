@@ -24,8 +24,12 @@ import torch
 from torch import Tensor
 
 import fastsae
+from fastsae import files
 from fastsae.activations import ActivationStore, ActivationStream, harvest
 from fastsae.activations.store import Rows
+from fastsae.evaluate import reconstruction, record
+from fastsae.evaluate.parts import Parts
+from fastsae.evaluate.reconstruction import of_sums
 from fastsae.integrations import convert
 from fastsae.train import Trainer
 
@@ -183,6 +187,24 @@ def save_again_and_again(folder: Path) -> None:
     """One SAE over another; both have the same shape, and files of the same size."""
     for seed in (1, 2) * 4:
         joint(seed).save_pretrained(folder)
+
+
+def measure(folder: Path) -> None:
+    """Three stages of a measurement of an SAE, each kept when it is done, and what they come to."""
+    folder.mkdir(exist_ok=True)
+    sae, source, parts = joint(), Source(), Parts(folder, {"sae": 3})
+    rows = {f"stage {n}": source.rows(n) for n in range(3)}
+    found = {
+        name: parts.stage(
+            name,
+            lambda part=part: reconstruction(sae, [part], source.windows.names),
+            lambda r: (r.sums, {"dead_share": r.dead_share}),
+            lambda sums, numbers: of_sums(sums, **numbers),
+        )
+        for name, part in rows.items()
+    }
+    files.write_json(folder / "eval.json", record.plain(found))
+    parts.remove()
 
 
 def train_or_be_refused(folder: Path) -> None:
