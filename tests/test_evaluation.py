@@ -93,7 +93,7 @@ def test_it_says_what_will_be_measured(runs, caplog):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(4, "A few seconds"), (42, "About 40 seconds"), (200, "About 3 minutes"), (9000, "About 2.5 hours")],
+    [(4, "A few seconds"), (42, "About 42 seconds"), (200, "About 3.3 minutes"), (9000, "About 2.5 hours")],
 )
 def test_a_duration_in_words(seconds, words):
     assert evaluation._in_words(seconds) == words
