@@ -57,7 +57,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """See reference.topk_encode."""
     d_sae = len(W_enc) if features is None else len(features)
-    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32())
+    copied = features is not None or W_enc.dtype != x.dtype
+    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32(), copied)
     return launch_topk_encode(x, W_enc, b_enc, k, features, chosen, scale)
 
 
@@ -345,7 +346,8 @@ def explain(rows: int, sae: Any, device: torch.device) -> list[str]:
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     d_in, d_sae, k, itemsize = sae.W_enc.shape[1], sae.d_sae, sae.k, dtype.itemsize
-    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device), _tf32())
+    copied = dtype != sae.W_enc.dtype
+    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device), _tf32(), copied)
     W_lin, V = getattr(sae, "W_lin", None), getattr(sae, "V", None)
     n = getattr(sae, "k_integration", k)
     sizes = itemsize, sae.W_enc.element_size()
