@@ -77,7 +77,7 @@ class Step:
         master, exp_avg, exp_avg_sq = self.fp32(weight, weight, weight)
         copy = None if self.dtype == torch.float32 else weight
         corrections = self.tensor(2, dtype=torch.float32)
-        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm, [])
+        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 0.9, 0.999, 1e-8, unit_norm, [])
 
 
 def _topk_encode(t: Step) -> None:

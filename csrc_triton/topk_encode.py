@@ -31,7 +31,7 @@ def _place(row, feature, R, width, COLUMNS: tl.constexpr):
     return offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def groupmax_kernel(
     y_ptr,  # [blocks, R, columns] pre-activations
     maxima_ptr,  # [R, NG] int16 or int32: sort keys
@@ -50,7 +50,7 @@ def groupmax_kernel(
     tl.store(maxima_ptr + row * NG + offs_g, maxima.to(maxima_ptr.dtype.element_ty), mask=offs_g < NG)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def select_kernel(
     y_ptr,  # [blocks, R, columns] pre-activations
     maxima_ptr,  # [R, NG] sort keys of groups
@@ -111,7 +111,7 @@ def select_kernel(
     tl.store(count_ptr + row, tl.where(fits, n, -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def select_slow_kernel(
     y_ptr,  # [blocks, R, columns] pre-activations
     candidates_ptr,  # [R, MAX_CANDIDATES] int64, at least K wide: what select found where 0 <= count < K

@@ -306,6 +306,8 @@ class _Kept(NamedTuple):
     indices: Tensor
     version: int
     d_sae: int
+    stream: int
+    """The stream it is made on: on another one it may not be there yet."""
     items: WorkItems
 
 
@@ -317,7 +319,7 @@ def _keep_order(indices: Tensor, d_sae: int) -> WorkItems:
     _kept = None
     items = work_items(indices, d_sae)
     if not _capturing(indices):  # a graph must hold its own: what is kept now is gone when it is replayed
-        _kept = _Kept(indices, indices._version, d_sae, items)
+        _kept = _Kept(indices, indices._version, d_sae, _stream(indices), items)
     return items
 
 
@@ -328,9 +330,14 @@ def _take_order(indices: Tensor, d_sae: int) -> WorkItems:
         kept is not None
         and not _capturing(indices)
         and kept.indices.data_ptr() == indices.data_ptr()
-        and (kept.indices.shape, kept.version, kept.d_sae) == (indices.shape, indices._version, d_sae)
+        and kept.indices.shape == indices.shape
+        and (kept.version, kept.d_sae, kept.stream) == (indices._version, d_sae, _stream(indices))
     )
     return kept.items if kept is not None and same else work_items(indices, d_sae)
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
 def _capturing(t: Tensor) -> bool:
