@@ -251,9 +251,8 @@ def test_the_feature_order_is_made_once_for_both_backwards(device: str, monkeypa
 def test_the_order_made_on_another_stream_is_not_taken(device: str, monkeypatch: pytest.MonkeyPatch):
     indices = torch.randint(9, (4, 2), device=device)
     monkeypatch.setattr(cuda, "_stream", lambda t: 1)
+    assert cuda._keep_order(indices, 9) is cuda._take_order(indices, 9)
     kept = cuda._keep_order(indices, 9)
-    assert cuda._take_order(indices, 9) is kept
-    cuda._keep_order(indices, 9)
     monkeypatch.setattr(cuda, "_stream", lambda t: 2)
     assert cuda._take_order(indices, 9) is not kept
 
