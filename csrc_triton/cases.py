@@ -45,6 +45,8 @@ SHAPES = {
     "small": _SMALL,
     # The gathers come out as in `modern`; fp16 as bf16, but for how numbers become keys, and the matrix instructions.
     "narrow": replace(_SMALL, dtypes=(torch.bfloat16, torch.float16), cases=("encode", "integrate")),
+    # What is 1 becomes a constant of the compilation.
+    "one": Shape(B=1, D=768, M=32768, K=1, N=1, E=64, dtypes=(torch.bfloat16, torch.float32)),
     # Nothing is divisible by 16, so that no load is known to be aligned.
     "odd": Shape(B=4097, D=1001, M=30011, K=37, N=19, E=37, dtypes=(torch.bfloat16, torch.float32)),
 }

@@ -386,6 +386,7 @@ def test_every_shape_and_dtype_has_its_launches():
         *("modern bfloat16", "paper bfloat16", "million bfloat16", "widest bfloat16", "wider bfloat16"),
         *("precise float32", "few bfloat16", "few float32"),
         *("small float32", "narrow bfloat16", "narrow float16", "odd bfloat16", "odd float32"),
+        *("one bfloat16", "one float32"),
     }
     assert {part.name for part in cases.parts("small")} == {"small"}
 

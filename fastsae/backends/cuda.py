@@ -1,6 +1,8 @@
 """The CUDA backend: Triton kernels beside cuBLAS, chosen by csrc_triton/plan.py. fp32, fp16 and bf16.
 
 Weights may be fp32 beside a code in fp16 or bf16 (autocast): kernels read them as they are, products take a copy.
+Kernels sum in fp32. So do products, unless cuBLAS splits a long sum and torch lets it add the parts in bf16 or fp16
+(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction, on by default).
 """
 
 from typing import Any, NamedTuple
