@@ -19,7 +19,6 @@ from csrc_triton.cases import SHAPES, Part, parts
 from csrc_triton.compilation import SHARED_MEMORY, Job, Result, compile_all, specialise
 from csrc_triton.launch import Launch
 
-
 # Those in the tables of docs/kernels.md.
 _SHOWN = [80, 90]
 
