@@ -19,8 +19,9 @@ test-machines: .venv/dev ## the tests as other processors compute them, on one t
 # What a GPU took stands beside what was predicted for an H200.
 MEASURED := $(wildcard benchmarks/results/nvidia-h200.json benchmarks/results/nvidia-*.json)
 
-kernels: .venv/dev    ## compile every kernel for sm_80 and sm_90 without a GPU, check it, and write docs/kernels.md
+kernels: .venv/dev    ## compile every kernel for six chips without a GPU, check it, and write docs/kernels.md
 	$(BIN)/python -m csrc_triton.offline --write docs/kernels.md $(addprefix --measured ,$(firstword $(MEASURED)))
+	$(BIN)/python -m csrc_triton.offline --chips 86 89 100 120
 
 check: .venv/dev      ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -32,8 +32,7 @@ class AdamStep(NamedTuple):
     copy: Tensor | None
     """The weight in the dtype products are computed in, updated as well."""
     corrections: Tensor
-    """(2) fp32 on the device: 1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
-    lr: float
+    """(2) fp32 on the device, which a captured graph reads anew: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
     beta1: float
     beta2: float
     eps: float
@@ -78,9 +77,8 @@ def hyperparameters(*destinations: Destination | None) -> dict[str, object]:
     """The kernel arguments all weights of one launch share."""
     step = next((d for d in destinations if is_step(d)), None)
     if step is None:
-        return {"lr": 0.0, "beta1": 0.0, "rest1": 0.0, "beta2": 0.0, "rest2": 0.0, "eps": 0.0}
+        return {"beta1": 0.0, "rest1": 0.0, "beta2": 0.0, "rest2": 0.0, "eps": 0.0}
     return {
-        "lr": step.lr,
         "beta1": step.beta1,
         "rest1": 1 - step.beta1,  # not from beta1 in fp32, where 1 - 0.999 is 1e-5 off
         "beta2": step.beta2,
@@ -99,7 +97,6 @@ def finish_row(
     exp_avg_sq_ptr,
     copy_ptr,
     corrections_ptr,
-    lr,
     beta1,
     rest1,
     beta2,
@@ -114,18 +111,18 @@ def finish_row(
         before = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offs, (before + grad).to(out_ptr.dtype.element_ty), mask=mask)
     else:
+        # All loads come before the first reduction, at whose barriers they would wait.
         weight = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if MODE == ADAM_UNIT:
-            grad -= tl.sum(grad * weight, axis=0) * weight
         exp_avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        step_size, to_root = tl.load(corrections_ptr), tl.load(corrections_ptr + 1)
+        if MODE == ADAM_UNIT:
+            grad -= tl.sum(grad * weight, axis=0) * weight
         exp_avg = beta1 * exp_avg + rest1 * grad
         exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
         tl.store(exp_avg_ptr + offs, exp_avg.to(exp_avg_ptr.dtype.element_ty), mask=mask)
         tl.store(exp_avg_sq_ptr + offs, exp_avg_sq.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask)
-        step_size = lr * tl.load(corrections_ptr)
-        root = tl.sqrt(exp_avg_sq) * tl.load(corrections_ptr + 1)
-        weight -= step_size * exp_avg / (root + eps)
+        weight -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) * to_root + eps)
         if MODE == ADAM_UNIT:
             norm = tl.sqrt(tl.sum(tl.where(mask, weight * weight, 0.0), axis=0))
             weight = weight / tl.where(norm > 0, norm, 1.0)

@@ -44,7 +44,10 @@ SHAPES = {
     "wider": Shape(B=4096, D=16384, M=65536, K=64, N=32, E=256, cases=("wide gradients",)),
     "small": _SMALL,
     # The gathers come out as in `modern`; fp16 as bf16, but for how numbers become keys, and the matrix instructions.
-    "narrow": replace(_SMALL, dtypes=(torch.bfloat16, torch.float16), cases=("encode", "integrate")),
+    # So few columns that our product takes the maxima on the way.
+    "narrow": replace(_SMALL, D=384, dtypes=(torch.bfloat16, torch.float16), cases=("encode", "integrate")),
+    # What is 1 becomes a constant of the compilation.
+    "one": Shape(B=1, D=768, M=32768, K=1, N=1, E=64, dtypes=(torch.bfloat16, torch.float32)),
     # Nothing is divisible by 16, so that no load is known to be aligned.
     "odd": Shape(B=4097, D=1001, M=30011, K=37, N=19, E=37, dtypes=(torch.bfloat16, torch.float32)),
 }
@@ -77,7 +80,7 @@ class Step:
         master, exp_avg, exp_avg_sq = self.fp32(weight, weight, weight)
         copy = None if self.dtype == torch.float32 else weight
         corrections = self.tensor(2, dtype=torch.float32)
-        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 1e-3, 0.9, 0.999, 1e-8, unit_norm, [])
+        return AdamStep(master, exp_avg, exp_avg_sq, copy, corrections, 0.9, 0.999, 1e-8, unit_norm, [])
 
 
 def _topk_encode(t: Step) -> None:

@@ -25,11 +25,16 @@ from triton.runtime.jit import create_function_from_signature
 
 from csrc_triton.launch import Launch
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
-"""Bytes one program may use. The compiler never checks it: the launch fails."""
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes one program may use, by chip: A100; RTX 30 and A6000; RTX 40 and L40; H100 and H200; B200; RTX 50. The compiler
+never checks it: the launch fails."""
 
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async"}
-"""Instructions of PTX that become HMMA and HGMMA. sm_90 executes the former too, but slower."""
+TENSOR_CORES = {
+    **dict.fromkeys((80, 86, 89, 120), "mma.sync"),
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+}
+"""Instructions of PTX for tensor cores. sm_90 and sm_100 execute the first one too, but slower."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _finish_backward(dzt, s_ptr, seed_ptr, d_s_ptr, d_q_ptr, offs_b, offs_e, B, 
 # ---- kernels of path "triton" ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def hidden_kernel(
     s_ptr,  # (B, E) fp32
     q_ptr,  # (B, E) fp32
@@ -152,7 +152,7 @@ def hidden_kernel(
     tl.store(h_ptr + offs_b[:, None] * E + offs_e[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def output_kernel(
     h_ptr,  # (B, E)
     W2_ptr,  # (D, E)
@@ -185,7 +185,7 @@ def output_kernel(
     _finish(acc, base_ptr, bias_ptr, target_ptr, out_ptr, errors_ptr, offs_b, offs_d, B, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def d_hidden_kernel(
     delta_ptr,  # (B, D)
     W2_ptr,  # (D, E)
@@ -223,7 +223,7 @@ def d_hidden_kernel(
     tl.store(dh_ptr + offs, tl.where(pre <= 0, 0.0, acc).to(dh_ptr.dtype.element_ty), mask=mask_b & mask_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def d_pooled_kernel(
     dh_ptr,  # (B, E)
     W1_ptr,  # (E, E)
@@ -256,7 +256,7 @@ def d_pooled_kernel(
     _finish_backward(acc, s_ptr, seed_ptr, d_s_ptr, d_q_ptr, offs_b, offs_e, B, E, DROPOUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def d_weight_kernel(
     d_out_ptr,  # (B, M)
     input_ptr,  # (B, E), or None with POOL
@@ -309,7 +309,7 @@ def d_weight_kernel(
 # ---- kernels of path "cublas" ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def pool_kernel(
     s_ptr,  # (B, E) fp32
     q_ptr,  # (B, E) fp32
@@ -329,7 +329,7 @@ def pool_kernel(
     tl.store(zt_ptr + offs_b[:, None] * E + offs_e[None, :], zt.to(zt_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def add_kernel(
     interaction_ptr,  # (B, D)
     base_ptr,  # (B, D)
@@ -350,7 +350,7 @@ def add_kernel(
     _finish(interaction.to(tl.float32), base_ptr, bias_ptr, target_ptr, out_ptr, errors_ptr, offs_b, offs_d, B, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def d_pool_kernel(
     dzt_ptr,  # (B, E)
     s_ptr,  # (B, E) fp32

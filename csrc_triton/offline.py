@@ -1,7 +1,7 @@
 """`python -m csrc_triton.offline` compiles the kernels of training steps without a GPU, checks and lists them.
 
-The real launchers run on meta tensors, at real sizes, and only note their launches. Each becomes a cubin for sm_80 and
-one for sm_90.
+The real launchers run on meta tensors, at real sizes, and only note their launches. Each becomes a cubin for every chip
+that is asked for.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from csrc_triton import plan
 from csrc_triton.cases import SHAPES, Part, parts
 from csrc_triton.compilation import SHARED_MEMORY, Job, Result, compile_all, specialise
 from csrc_triton.launch import Launch
+
+# Those in the tables of docs/kernels.md.
+_SHOWN = [80, 90]
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,15 @@ class Measured:
         return [row["ms"]["median"] / 1e3 if "ms" in row else None for row in rows]
 
 
-def compiled_parts(shapes: Iterable[str], measured: Measured) -> list[Row]:
-    """Every launch at these shapes, compiled for every architecture."""
+def compiled_parts(shapes: Iterable[str], chips: Sequence[int], measured: Measured) -> list[Row]:
+    """Every launch at these shapes, compiled for these chips (80 for sm_80)."""
     launches = [
         (part, launch, seconds)
         for part in parts(*shapes)
         for launches in [part.launches()]
         for launch, seconds in zip(launches, measured.seconds(part.title, launches), strict=True)
     ]
-    jobs = [tuple(specialise(launch, arch) for arch in SHARED_MEMORY) for _, launch, _ in launches]
+    jobs = [tuple(specialise(launch, chip) for chip in chips) for _, launch, _ in launches]
     results = iter(compile_all([job for each in jobs for job in each]))
     return [
         Row(part, launch, each, tuple(next(results) for _ in each), seconds)
@@ -107,9 +110,10 @@ INTRODUCTION = f"""\
 
 Written by `make kernels`; edit `csrc_triton/offline.py`, not this page. The command lets the real launchers run on
 tensors without memory, notes what they would start, and compiles it with Triton {triton.__version__} for sm_80 (A100)
-and sm_90 (H100, H200). It fails if a kernel spills registers to memory, if it needs more shared memory than the chip
-has ({human(SHARED_MEMORY[80], "B")} and {human(SHARED_MEMORY[90], "B")}), or if it multiplies 16-bit matrices without
-tensor cores.
+and sm_90 (H100, H200), which the tables show, and for sm_86, 89, 100 and 120. It fails if a kernel spills registers to
+memory, if it needs more shared memory than the chip has ({human(SHARED_MEMORY[80], "B")} on an A100,
+{human(SHARED_MEMORY[90], "B")} on an H200, {human(SHARED_MEMORY[89], "B")} on RTX cards), or if it multiplies 16-bit
+matrices without tensor cores.
 
 A table holds what training steps at one shape start: with and without the linear and the interaction pathway, the
 latter by our products and around those of cuBLAS (which are not listed), gradients written and used up at once by Adam.
@@ -180,13 +184,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all if none is named")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables there: docs/kernels.md")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="results of `make gpu`, shown in the tables")
+    parser.add_argument(
+        "--chips",
+        nargs="+",
+        type=int,
+        choices=SHARED_MEMORY,
+        default=_SHOWN,
+        help="compute capabilities, 80 for sm_80; 80 and 90 if none is named",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.shapes) - set(SHAPES):
         parser.error(f"no shape is called {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     if options.write and not options.write.absolute().parent.is_dir():
         parser.error(f"--write: there is no folder {options.write.parent}")
+    if options.write and options.chips != _SHOWN:
+        parser.error("--write: the tables show sm_80 and sm_90; leave --chips out")
     measured = Measured.read(options.measured)
-    rows = compiled_parts(options.shapes or SHAPES, measured)
+    rows = compiled_parts(options.shapes or SHAPES, options.chips, measured)
     for line in lines(rows):
         print(line)  # noqa: T201  # the command's answer
     if options.write:

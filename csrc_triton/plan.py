@@ -16,12 +16,15 @@ FLOPS = {2: 790e12, 4: 50e12}
 TF32_FLOPS = 395e12
 """fp32 where the user allowed TF32."""
 
-# A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share (a guess until measured).
-_CUBLAS_ADVANTAGE = 0.12
+# A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share. Read from machine code, not
+# measured: our tile of 128 x 128 makes 64 operations of a byte from L2, one of 128 x 256 makes 85.
+_CUBLAS_ADVANTAGE = 0.40
 # Tokens of one feature that one program adds up; longer lists are split.
 SEGMENT = 256
 # Of a device's memory, what one chunk of rows of pre-activations takes at most.
 PRE_ACTIVATIONS = 0.03
+# Features whose rows of W_enc are copied at a time.
+_MOST_COPIED = 16384
 # The largest k that is ranked in one program's registers.
 _MOST_RANKED = 2048
 
@@ -33,7 +36,10 @@ class EncodePlan:
     rows: int
     """Rows whose pre-activations are held at once."""
     width: int
-    """What a row of them takes: M, padded to whole groups and whole 128-byte lines (odd strides make scalar stores)."""
+    """Columns a row of them takes: M, padded to whole blocks of columns."""
+    columns: int
+    """Features whose pre-activations lie side by side: whole groups and whole 128-byte lines (odd strides make scalar
+    stores). All features where W_enc is multiplied as it lies in memory, else blocks of them, which are copied."""
     gemm: Literal["cublas", "triton"]
     """Who multiplies: cuBLAS, then a pass for the group maxima; or our kernel, which takes them on the way."""
     select: Literal["groups", "stream", "topk"]
@@ -67,14 +73,14 @@ def rate(itemsize: int, tf32: bool = False) -> float:
     return TF32_FLOPS if tf32 and itemsize == 4 else FLOPS[itemsize]
 
 
-def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int, tf32: bool = False) -> EncodePlan:
-    """The plan for topk_encode of B rows; `budget` bytes of pre-activations may be held at once."""
+def encode(
+    B: int, D: int, M: int, K: int, itemsize: int, budget: int, tf32: bool = False, copied: bool = False
+) -> EncodePlan:
+    """The plan for topk_encode of B rows; `budget` bytes of pre-activations may be held at once.
+
+    copied: W_enc has to be copied, into another dtype or because only some features compete.
+    """
     group = group_size(M, K)
-    unit = max(64, group)
-    width = -(-M // unit) * unit
-    # Keys of 8 bytes for every feature, and four temporaries of their size.
-    each = itemsize + 40 if K > _MOST_RANKED else itemsize
-    rows = _chunk(B, budget // (width * each))
     if K > _MOST_RANKED:
         select, why = "topk", f"k above {_MOST_RANKED}: 64-bit keys and torch.topk"
     elif group == 0:
@@ -83,14 +89,31 @@ def encode(B: int, D: int, M: int, K: int, itemsize: int, budget: int, tf32: boo
         select, why = "groups", f"maxima of groups of {group}, then the members of the {K} best groups"
     # Taking the maxima in a pass of its own reads the pre-activations once more.
     extra, product = M * itemsize / BANDWIDTH, 2 * M * D / rate(itemsize, tf32)  # seconds a row
-    ours = select == "groups" and itemsize == 2 and 16 <= group <= 128 and extra > _CUBLAS_ADVANTAGE * product
+    can = select == "groups" and itemsize == 2 and 16 <= group <= 128 and not copied
+    ours = can and extra > _CUBLAS_ADVANTAGE * product
     gemm = "triton" if ours else "cublas"
+    width, columns = _columns(M, max(64, group), ours, copied)
+    # Keys of 8 bytes for every feature, and four temporaries of their size.
+    each = itemsize + 40 if K > _MOST_RANKED else itemsize
+    rows = _chunk(B, budget // (width * each))
     if select == "groups":
         share = extra / product
         why += f"; a pass for the maxima is {share:.1%} of the product: " + (
             "they are taken in our GEMM" if ours else "cuBLAS multiplies"
         )
-    return EncodePlan(rows, width, gemm, select, group, rows * width * itemsize, why)
+    return EncodePlan(rows, width, columns, gemm, select, group, rows * width * itemsize, why)
+
+
+def _columns(M: int, unit: int, ours: bool, copied: bool) -> tuple[int, int]:
+    """The width of a row, and the columns of a block of it, both multiples of `unit`.
+
+    cuBLAS adds a bias on the way into a result without gaps only; into another it is given the bias as a matrix, which
+    is written and read once more. So rows end where a block ends, and the last block of W_enc is padded. Our product
+    writes where it is told to.
+    """
+    blocks = 1 if ours or not (copied or M % unit) else -(-M // _MOST_COPIED)
+    columns = -(-M // (blocks * unit)) * unit
+    return blocks * columns, columns
 
 
 def _chunk(rows: int, most: int) -> int:

@@ -1,5 +1,7 @@
 """The k largest of relu(pre) of each row, exactly, from pre-activations that lie in memory one chunk of rows at a time.
 
+Pre-activations of R rows lie in blocks of features, [blocks, R, columns]: one block, or several one after another.
+
     groupmax      the largest of each group of features, one read of the pre-activations
     select        per row: the groups that can hold one of the k largest, their members, and these sorted
     select_slow   finishes the rows that select leaves: too many candidates for its lists, or too few positive ones
@@ -20,34 +22,48 @@ from csrc_triton.plan import EncodePlan, power_of_two
 
 
 @triton.jit
+def _place(row, feature, R, width, COLUMNS: tl.constexpr):
+    """The offset of a row's pre-activation; COLUMNS is 0 where there is one block."""
+    if COLUMNS == 0:
+        offset = row * width + feature
+    else:
+        offset = ((feature // COLUMNS).to(tl.int64) * R + row) * COLUMNS + feature % COLUMNS
+    return offset
+
+
+@triton.jit(do_not_specialize=["R"])
 def groupmax_kernel(
-    y_ptr,  # [R, NG * GROUP] pre-activations
+    y_ptr,  # [blocks, R, columns] pre-activations
     maxima_ptr,  # [R, NG] int16 or int32: sort keys
+    R,
     NG,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """maxima[r, g] = the largest sort key of features g * GROUP ... of row r. Grid (R, cdiv(NG, BLOCK_G))."""
     row = tl.program_id(0).to(tl.int64)
     offs_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    offs = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    y = tl.load(y_ptr + row * NG * GROUP + offs, mask=(offs_g < NG)[:, None], other=0.0)
+    offs = _place(row, offs_g * GROUP, R, NG * GROUP, COLUMNS)[:, None] + tl.arange(0, GROUP)[None, :]
+    y = tl.load(y_ptr + offs, mask=(offs_g < NG)[:, None], other=0.0)
     maxima = tl.max(sort_key(y), axis=1)
     tl.store(maxima_ptr + row * NG + offs_g, maxima.to(maxima_ptr.dtype.element_ty), mask=offs_g < NG)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def select_kernel(
-    y_ptr,  # [R, NG * GROUP] pre-activations
+    y_ptr,  # [blocks, R, columns] pre-activations
     maxima_ptr,  # [R, NG] sort keys of groups
     groups_ptr,  # [R, MAX_GROUPS] int32, scratch
     candidates_ptr,  # [R, MAX_CANDIDATES] int64, scratch; left for select_slow where the row is not finished
     count_ptr,  # [R] int32: K where the row is finished, the number of positive ones below K, -1 where lists overflow
     values_ptr,  # [R, K] in the dtype of y
     indices_ptr,  # [R, K] int64
+    R,
     NG,
     K,
     GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     N_BITS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
@@ -56,7 +72,6 @@ def select_kernel(
 ):
     """The k largest of one row, sorted: value descending, index ascending. Grid (R,)."""
     row = tl.program_id(0).to(tl.int64)
-    y_row = y_ptr + row * NG * GROUP
     groups, candidates = groups_ptr + row * MAX_GROUPS, candidates_ptr + row * MAX_CANDIDATES
 
     offs_ng = tl.arange(0, BLOCK_NG)
@@ -74,12 +89,13 @@ def select_kernel(
     for start in range(0, tl.where(fits, n_groups, 0), BLOCK_G):
         listed = start + offs_g < n_groups
         group = tl.load(groups + start + offs_g, mask=listed, other=0)
-        offs = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        key = sort_key(tl.load(y_row + offs, mask=listed[:, None], other=0.0))
+        member = tl.arange(0, GROUP)[None, :]
+        offs = _place(row, group * GROUP, R, NG * GROUP, COLUMNS)[:, None] + member
+        key = sort_key(tl.load(y_ptr + offs, mask=listed[:, None], other=0.0))
         key = tl.reshape(key, (BLOCK_G * GROUP,))
         hit = (key >= threshold).to(tl.int32)
         place = n + tl.cumsum(hit, axis=0) - 1
-        ranked = ranked_key(key, tl.reshape(offs, (BLOCK_G * GROUP,)))
+        ranked = ranked_key(key, tl.reshape(group[:, None] * GROUP + member, (BLOCK_G * GROUP,)))
         tl.store(candidates + place, ranked, mask=(hit != 0) & (place < MAX_CANDIDATES))
         n += tl.sum(hit, axis=0)
     tl.debug_barrier()
@@ -95,16 +111,18 @@ def select_kernel(
     tl.store(count_ptr + row, tl.where(fits, n, -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def select_slow_kernel(
-    y_ptr,  # [R, width] pre-activations
+    y_ptr,  # [blocks, R, columns] pre-activations
     candidates_ptr,  # [R, MAX_CANDIDATES] int64, at least K wide: what select found where 0 <= count < K
     count_ptr,  # [R] int32, see select
     values_ptr,  # [R, K] in the dtype of y
     indices_ptr,  # [R, K] int64
+    R,
     M,
     width,
     K,
+    COLUMNS: tl.constexpr,
     N_BITS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -118,7 +136,7 @@ def select_slow_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(count_ptr + row)
     if n < K:
-        y_row, candidates = y_ptr + row * width, candidates_ptr + row * MAX_CANDIDATES
+        candidates = candidates_ptr + row * MAX_CANDIDATES
         offs_m = tl.arange(0, BLOCK_M)
         if n < 0:
             threshold, above = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
@@ -126,7 +144,8 @@ def select_slow_kernel(
                 candidate = threshold | (1 << (N_BITS - 1 - i))
                 counts = tl.zeros((BLOCK_M,), tl.int32)
                 for start in range(0, width, BLOCK_M):
-                    key = sort_key(tl.load(y_row + start + offs_m, mask=start + offs_m < width, other=0.0))
+                    place = _place(row, start + offs_m, R, width, COLUMNS)
+                    key = sort_key(tl.load(y_ptr + place, mask=start + offs_m < width, other=0.0))
                     counts += (key >= candidate).to(tl.int32)
                 reached = tl.sum(counts, axis=0)
                 # What the last refused candidate counts is what lies above the final threshold.
@@ -137,7 +156,8 @@ def select_slow_kernel(
             n, equals = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
             for start in range(0, width, BLOCK_M):
                 offs = start + offs_m
-                key = sort_key(tl.load(y_row + offs, mask=offs < width, other=0.0))
+                place = _place(row, offs, R, width, COLUMNS)
+                key = sort_key(tl.load(y_ptr + place, mask=offs < width, other=0.0))
                 equal = (key == threshold).to(tl.int32)
                 rank = equals + tl.cumsum(equal, axis=0)
                 keep = ((key > threshold) | ((equal != 0) & (rank <= K - above))).to(tl.int32)
@@ -147,7 +167,7 @@ def select_slow_kernel(
                 equals += tl.sum(equal, axis=0)
         # Among the first 2 k features at least k are not one of the n < k positive ones.
         offs_k = tl.arange(0, 2 * BLOCK_K)
-        key = sort_key(tl.load(y_row + offs_k, mask=offs_k < M, other=0.0))
+        key = sort_key(tl.load(y_ptr + _place(row, offs_k, R, width, COLUMNS), mask=offs_k < M, other=0.0))
         filler = ((key == 0) & (offs_k < M)).to(tl.int32)
         place = n + tl.cumsum(filler, axis=0) - 1
         tl.store(candidates + place, ranked_key(offs_k * 0, offs_k), mask=(filler != 0) & (place < K))
@@ -157,10 +177,6 @@ def select_slow_kernel(
         ranked = tl.sort(ranked, descending=True)
         tl.store(values_ptr + row * K + offs_k, value_of(ranked, values_ptr.dtype.element_ty), mask=offs_k < K)
         tl.store(indices_ptr + row * K + offs_k, index_of(ranked), mask=offs_k < K)
-
-
-# Features are copied so many at a time where only some compete, or where they are multiplied in another dtype.
-_COPIED = 16384
 
 
 def topk_encode(
@@ -183,24 +199,26 @@ def topk_encode(
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     if len(x) == 0:
         return values, indices
-    y = x.new_empty(plan.rows, plan.width)
-    y[:, M:] = 0  # not positive: never among the largest
-    b_enc = b_enc.to(x.dtype)
-    # Our product takes the maxima itself, before anything could be scaled.
-    ours = plan.gemm == "triton" and features is None and scale is None
+    blocks = plan.width // plan.columns
+    y = x.new_empty(blocks, plan.rows, plan.columns)
     if scale is not None:
         scale = scale.to(x.dtype)
+    b_enc = b_enc.to(x.dtype)
+    bias, ranking = (None if t is None else _padded(t, features, plan.width) for t in (b_enc, scale))
+    # Our product takes the maxima itself, before anything could be scaled.
+    ours = plan.gemm == "triton" and scale is None
     if ours:
-        W_enc = W_enc.to(x.dtype)
+        y[:, :, M:] = 0  # not positive: never among the largest
     for start in range(0, len(x), plan.rows):
         chunk = slice(start, min(start + plan.rows, len(x)))
-        pre, maxima = y[: len(x[chunk])], None
+        n = len(x[chunk])
+        pre, maxima = y.view(-1)[: n * plan.width].view(blocks, n, plan.columns), None
         if ours:
-            maxima = encode_gemm(x[chunk], W_enc, b_enc, pre, plan.group)
+            maxima = encode_gemm(x[chunk], W_enc, b_enc, pre[0], plan.group)
         else:
-            _multiply(x[chunk], W_enc, b_enc, features, pre)
-        if scale is not None:
-            pre[:, :M] *= scale if features is None else scale[features]
+            _multiply(x[chunk], W_enc, bias, features, pre)
+        if ranking is not None:
+            pre *= ranking.view(blocks, 1, -1)
         _select(pre, maxima, M, k, plan, values[chunk], indices[chunk])
     if features is not None:
         indices = features[indices]
@@ -209,29 +227,40 @@ def topk_encode(
     return values, indices
 
 
-def _multiply(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor | None, y: Tensor) -> None:
-    if features is None and W_enc.dtype == x.dtype:
-        torch.addmm(b_enc, x, W_enc.T, out=y[:, : len(W_enc)])
-        return
-    M = len(W_enc) if features is None else len(features)
-    for start in range(0, M, _COPIED):
-        some = slice(start, min(start + _COPIED, M)) if features is None else features[start : start + _COPIED]
-        W, b = W_enc[some].to(x.dtype), b_enc[some]
-        torch.addmm(b, x, W.T, out=y[:, start : start + len(b)])
+def _padded(t: Tensor, features: Tensor | None, width: int) -> Tensor:
+    """A number for each column of the pre-activations, from one for each feature: (width,), 0 past the end."""
+    t = t if features is None else t[features]
+    return t if len(t) == width else torch.nn.functional.pad(t, (0, width - len(t)))
+
+
+def _multiply(x: Tensor, W_enc: Tensor, bias: Tensor, features: Tensor | None, y: Tensor) -> None:
+    """Fill y [blocks, R, columns], which is contiguous: cuBLAS then adds the bias on the way. Pads become 0."""
+    M, columns = len(W_enc) if features is None else len(features), y.shape[2]
+    copy = None
+    for number, (block, b) in enumerate(zip(y, bias.split(columns), strict=True)):
+        some = slice(number * columns, min((number + 1) * columns, M))
+        W = W_enc[some] if features is None else W_enc[features[some]]
+        if len(W) < columns or W.dtype != x.dtype:
+            copy = x.new_empty(columns, x.shape[1]) if copy is None else copy
+            copy[: len(W)] = W
+            copy[len(W) :] = 0
+            W = copy
+        torch.addmm(b, x, W.T, out=block)
 
 
 def _select(
     y: Tensor, maxima: Tensor | None, M: int, k: int, plan: EncodePlan, values: Tensor, indices: Tensor
 ) -> None:
-    """The k largest of the first M of each row of y [R, plan.width] into values and indices."""
-    rows, itemsize = len(y), y.element_size()
+    """The k largest of the first M of each row of y [blocks, R, columns] into values and indices."""
+    rows, itemsize = y.shape[1], y.element_size()
     if plan.select == "topk":
-        _select_by_topk(y[:, :M], k, values, indices)
+        _select_by_topk(y.transpose(0, 1).reshape(rows, -1)[:, :M], k, values, indices)
         return
     n_bits = 8 * itemsize - 1
     block_k = power_of_two(k)
     max_candidates = block_k * (4 if block_k <= 256 else 2)
     candidates = torch.empty(rows, max_candidates, dtype=torch.int64, device=y.device)
+    layout = {"y_ptr": y, "R": rows, "COLUMNS": 0 if len(y) == 1 else plan.columns}
     if plan.select == "groups":
         NG, key_dtype = plan.width // plan.group, torch.int16 if itemsize == 2 else torch.int32
         if maxima is None:
@@ -240,7 +269,7 @@ def _select(
             launch(
                 groupmax_kernel,
                 (rows, triton.cdiv(NG, block_g)),
-                {"y_ptr": y, "maxima_ptr": maxima, "NG": NG, "GROUP": plan.group, "BLOCK_G": block_g},
+                {**layout, "maxima_ptr": maxima, "NG": NG, "GROUP": plan.group, "BLOCK_G": block_g},
                 num_warps=4,
                 bytes_moved=rows * (plan.width + NG) * itemsize,
             )
@@ -250,7 +279,7 @@ def _select(
             select_kernel,
             (rows,),
             {
-                "y_ptr": y,
+                **layout,
                 "maxima_ptr": maxima,
                 "groups_ptr": torch.empty(rows, max_groups, dtype=torch.int32, device=y.device),
                 "candidates_ptr": candidates,
@@ -275,7 +304,7 @@ def _select(
         select_slow_kernel,
         (rows,),
         {
-            "y_ptr": y,
+            **layout,
             "candidates_ptr": candidates,
             "count_ptr": count,
             "values_ptr": values,

@@ -56,7 +56,6 @@ def decode_backward_kernel(
     v_copy_ptr,
     v_corrections_ptr,
     parts_ptr,  # [slots, WIDTH] fp32: gradients of items of split features, those of W_dec, W_lin, V side by side
-    lr,
     beta1,
     rest1,
     beta2,
@@ -155,7 +154,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_dec, feature * D + offs_d, mask_d, dec_out_ptr, dec_exp_avg_ptr, dec_exp_avg_sq_ptr, dec_copy_ptr,
-                dec_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, DEC_MODE,
+                dec_corrections_ptr, beta1, rest1, beta2, rest2, eps, DEC_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_d, d_dec, mask=mask_d)
@@ -164,7 +163,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_lin, feature * D + offs_d, mask_d, lin_out_ptr, lin_exp_avg_ptr, lin_exp_avg_sq_ptr, lin_copy_ptr,
-                lin_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, LIN_MODE,
+                lin_corrections_ptr, beta1, rest1, beta2, rest2, eps, LIN_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_d, d_lin, mask=mask_d)
@@ -173,7 +172,7 @@ def decode_backward_kernel(
         if slot < 0:
             finish_row(
                 d_v, feature * E + offs_e, mask_e, v_out_ptr, v_exp_avg_ptr, v_exp_avg_sq_ptr, v_copy_ptr,
-                v_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, V_MODE,
+                v_corrections_ptr, beta1, rest1, beta2, rest2, eps, V_MODE,
             )  # fmt: skip
         else:
             tl.store(part_ptr + offs_e, d_v, mask=mask_e)
@@ -195,7 +194,6 @@ def weight_gradient_kernel(
     w_copy_ptr,
     w_corrections_ptr,
     parts_ptr,  # [slots, D] fp32
-    lr,
     beta1,
     rest1,
     beta2,
@@ -232,7 +230,7 @@ def weight_gradient_kernel(
     if slot < 0:
         finish_row(
             grad, feature * D + offs_d, mask_d, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
-            w_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+            w_corrections_ptr, beta1, rest1, beta2, rest2, eps, W_MODE,
         )  # fmt: skip
     else:
         tl.store(parts_ptr + slot * D + offs_d, grad, mask=mask_d)
@@ -273,7 +271,6 @@ def add_slots_kernel(
     w_corrections_ptr,
     offsets_ptr,  # [M + 1] int32: entries of features
     stride_parts,
-    lr,
     beta1,
     rest1,
     beta2,
@@ -297,7 +294,7 @@ def add_slots_kernel(
         grad += tl.load(parts_ptr + (slot + part) * stride_parts + offs, mask=mask, other=0.0)
     finish_row(
         grad, feature * width + offs, mask, w_out_ptr, w_exp_avg_ptr, w_exp_avg_sq_ptr, w_copy_ptr,
-        w_corrections_ptr, lr, beta1, rest1, beta2, rest2, eps, W_MODE,
+        w_corrections_ptr, beta1, rest1, beta2, rest2, eps, W_MODE,
     )  # fmt: skip
 
 

@@ -90,6 +90,8 @@ class AdamInBackward(torch.optim.Adam):
     Equal to the plain optimizer to rounding, and so are its states, which have the same names. Where a gradient is made
     by matrix products, in a compiled model, and on other backends, gradients are written and step() uses them.
     bf16 and fp16 parameters get a state "master" in fp32, which is what is trained; moments are then fp32 too.
+    lr: a number; or a tensor () on the device of the weights, which schedulers change in place and steps captured in a
+    CUDA graph follow.
     unit_norm: weights (d_sae, d_in) whose rows stay at norm 1, the part of the gradient along them removed.
 
     Graphs built inside in_backward(), in its thread, make steps in their backward, inside as well: one backward a step,
@@ -105,14 +107,14 @@ class AdamInBackward(torch.optim.Adam):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         unit_norm: Iterable[Tensor] = (),
     ) -> None:
         params = list(params)
-        if not all(isinstance(p, Tensor) for p in params) or isinstance(lr, Tensor):
-            raise TypeError("AdamInBackward: expected tensors and a float lr; groups of parameters are not supported")
+        if not all(isinstance(p, Tensor) for p in params):
+            raise TypeError("AdamInBackward: expected tensors; groups of parameters are not supported")
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self._unit_norm = list(unit_norm)
         # Weights whose step a backward was given, and a list that is not empty once it has taken it on.
@@ -158,8 +160,7 @@ class AdamInBackward(torch.optim.Adam):
             exp_avg=state["exp_avg"],
             exp_avg_sq=state["exp_avg_sq"],
             copy=None if master is None else parameter.detach(),
-            corrections=torch.stack([1 / (1 - beta1**t), (1 - beta2**t).rsqrt()]).float(),
-            lr=group["lr"],
+            corrections=torch.stack([group["lr"] / (1 - beta1**t), (1 - beta2**t).rsqrt()]).float(),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -34,7 +34,7 @@ ROWS = [
     row("benchmark", "GEMM, modern, bfloat16", flops=7e14),
     swept(16, gather=1.0, dense=4.0),
     swept(1024, gather=8.0, dense=4.0),
-    encoded(768, cublas=1.0, triton=0.9),
+    encoded(384, cublas=1.0, triton=0.9),
     encoded(4096, cublas=2.0, triton=2.2),
     row("launches", "modern", launches=[LAUNCH | {"ms": ms(2.0), "share": 0.6}, LAUNCH | {"bytes": 0}]),
     row(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastsae
-from fastsae import files
+from fastsae import backends, files
 from fastsae.config import JointSAEConfig, TopKSAEConfig, from_dict, to_dict
 from fastsae.normalize import Normalizer
 
@@ -327,6 +327,12 @@ def test_impossible_configs(call, message):
 def test_a_forced_backend_that_cannot_serve_says_so_at_once():
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve this call: it serves CUDA tensors"):
         fastsae.TopKSAE(8, 50, 5, backend="cuda")
+
+
+def test_rocm_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "on ROCm" in backends.refusal("cuda", torch.device("cuda"), torch.float32)
+    assert backends.choose("auto", torch.device("cuda"), torch.float32) == "reference"
 
 
 @pytest.mark.parametrize("config", [TopKSAEConfig(8, 50, 5), JointSAEConfig(8, 50, 5, k_integration=2, linear=False)])

@@ -43,6 +43,11 @@ def _is_transformed() -> bool:
 def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if _NO_TRITON:
         return _NO_TRITON
+    if torch.version.hip:
+        return (
+            "on ROCm it is not checked that what a program stores is seen by its other waves after a barrier, which "
+            "the selection of the k largest relies on"
+        )
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
         return f"it serves CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs its kernels there, for testing)"
     if dtype not in _CUDA_DTYPES:

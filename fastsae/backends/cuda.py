@@ -1,6 +1,8 @@
 """The CUDA backend: Triton kernels beside cuBLAS, chosen by csrc_triton/plan.py. fp32, fp16 and bf16.
 
 Weights may be fp32 beside a code in fp16 or bf16 (autocast): kernels read them as they are, products take a copy.
+Kernels sum in fp32. So do products, unless cuBLAS splits a long sum and torch lets it add the parts in bf16 or fp16
+(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction, on by default).
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +59,8 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """See reference.topk_encode."""
     d_sae = len(W_enc) if features is None else len(features)
-    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32())
+    copied = features is not None or W_enc.dtype != x.dtype
+    chosen = plan.encode(len(x), x.shape[1], d_sae, k, x.element_size(), budget(x.device), _tf32(), copied)
     return launch_topk_encode(x, W_enc, b_enc, k, features, chosen, scale)
 
 
@@ -305,6 +308,8 @@ class _Kept(NamedTuple):
     indices: Tensor
     version: int
     d_sae: int
+    stream: int
+    """The stream it is made on: on another one it may not be there yet."""
     items: WorkItems
 
 
@@ -316,7 +321,7 @@ def _keep_order(indices: Tensor, d_sae: int) -> WorkItems:
     _kept = None
     items = work_items(indices, d_sae)
     if not _capturing(indices):  # a graph must hold its own: what is kept now is gone when it is replayed
-        _kept = _Kept(indices, indices._version, d_sae, items)
+        _kept = _Kept(indices, indices._version, d_sae, _stream(indices), items)
     return items
 
 
@@ -327,9 +332,14 @@ def _take_order(indices: Tensor, d_sae: int) -> WorkItems:
         kept is not None
         and not _capturing(indices)
         and kept.indices.data_ptr() == indices.data_ptr()
-        and (kept.indices.shape, kept.version, kept.d_sae) == (indices.shape, indices._version, d_sae)
+        and kept.indices.shape == indices.shape
+        and (kept.version, kept.d_sae, kept.stream) == (indices._version, d_sae, _stream(indices))
     )
     return kept.items if kept is not None and same else work_items(indices, d_sae)
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
 def _capturing(t: Tensor) -> bool:
@@ -345,7 +355,8 @@ def explain(rows: int, sae: Any, device: torch.device) -> list[str]:
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     d_in, d_sae, k, itemsize = sae.W_enc.shape[1], sae.d_sae, sae.k, dtype.itemsize
-    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device), _tf32())
+    copied = dtype != sae.W_enc.dtype
+    encode = plan.encode(rows, d_in, d_sae, k, itemsize, budget(device), _tf32(), copied)
     W_lin, V = getattr(sae, "W_lin", None), getattr(sae, "V", None)
     n = getattr(sae, "k_integration", k)
     sizes = itemsize, sae.W_enc.element_size()

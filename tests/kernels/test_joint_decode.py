@@ -248,6 +248,15 @@ def test_the_feature_order_is_made_once_for_both_backwards(device: str, monkeypa
     assert len(seen) == 1
 
 
+def test_the_order_made_on_another_stream_is_not_taken(device: str, monkeypatch: pytest.MonkeyPatch):
+    indices = torch.randint(9, (4, 2), device=device)
+    monkeypatch.setattr(cuda, "_stream", lambda t: 1)
+    assert cuda._keep_order(indices, 9) is cuda._take_order(indices, 9)
+    kept = cuda._keep_order(indices, 9)
+    monkeypatch.setattr(cuda, "_stream", lambda t: 2)
+    assert cuda._take_order(indices, 9) is not kept
+
+
 def test_the_order_of_another_code_is_not_taken(device: str):
     case = Case("order", 3, 8, 40, 2, 2, 3)
     p = leaves({name: t.to(device) for name, t in case.inputs(torch.float32).items()})

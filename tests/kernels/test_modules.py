@@ -126,13 +126,18 @@ def test_fp16_takes_the_scale_that_gradscaler_begins_with(make: Make, autocast: 
         assert error < 5e-3, f"{name}: {error}"
 
 
-def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypatch: pytest.MonkeyPatch):
-    """Split and whole features, used and unused ones, three weights at once."""
+@pytest.mark.parametrize("on_device", [False, True], ids=["lr a number", "lr a tensor"])
+def test_fifty_steps_inside_the_backward_are_those_of_adam(
+    on_device: bool, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Split and whole features, used and unused ones, three weights at once, and a schedule."""
     for module in (feature_order, weight_gradients):
         monkeypatch.setattr(module, "SEGMENT", 2)
     weights = [torch.randn(4, width, device=device) for width in (6, 6, 3)]
     ours, theirs = ([w.clone().requires_grad_() for w in weights] for _ in range(2))
-    fused, plain = AdamInBackward(ours, lr=1e-2), torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    lr = torch.tensor(1e-2, device=device) if on_device else 1e-2
+    fused, plain = AdamInBackward(ours, lr=lr), torch.optim.Adam(theirs, lr=1e-2, fused=True)
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 25, gamma=0.1) for optimizer in (fused, plain)]
 
     def loss(weights: list[Tensor], values: Tensor, indices: Tensor, backend: str) -> Tensor:
         out, z = ops.joint_decode(values, indices, *weights, 2, backend)
@@ -147,6 +152,8 @@ def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypa
         plain.zero_grad()
         loss(theirs, values, indices, "reference").backward()
         plain.step()
+        for schedule in schedules:
+            schedule.step()
         if step in (0, 49):
             for got, want in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -154,6 +161,7 @@ def test_fifty_steps_inside_the_backward_are_those_of_adam(device: str, monkeypa
                 assert state["step"] == step + 1
                 for moment in ("exp_avg", "exp_avg_sq"):
                     torch.testing.assert_close(state[moment], expected[moment], rtol=1e-5, atol=1e-6)
+    assert (fused.param_groups[0]["lr"] is lr) == on_device  # changed in place
 
 
 @pytest.mark.parametrize("way", ["gather", "dense"])

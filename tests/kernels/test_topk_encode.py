@@ -17,19 +17,20 @@ from fastsae.backends import cuda
 # ---- select, on pre-activations as they are --------------------------------------------------------------------------
 
 
-def plan_for(M: int, k: int, group: int, dtype: torch.dtype) -> EncodePlan:
-    """Groups of this size, or the way without groups: 0 streams, -1 is torch.topk."""
+def plan_for(M: int, k: int, group: int, blocks: int, dtype: torch.dtype) -> EncodePlan:
+    """Groups of this size, or the way without groups: 0 streams, -1 is torch.topk. In so many blocks of columns."""
     select = {0: "stream", -1: "topk"}.get(group, "groups")
     unit = max(64, group)
+    columns = -(-M // (unit * blocks)) * unit
     made = plan.encode(1, 16, M, k, dtype.itemsize, 2**28)
-    return dataclasses.replace(made, select=select, group=max(group, 0), width=-(-M // unit) * unit, gemm="cublas")
+    widths = {"width": blocks * columns, "columns": columns}
+    return dataclasses.replace(made, select=select, group=max(group, 0), gemm="cublas", **widths)
 
 
-def selected(rows: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
+def selected(rows: Tensor, k: int, group: int, blocks: int = 1) -> tuple[Tensor, Tensor]:
     M = rows.shape[1]
-    made = plan_for(M, k, group, rows.dtype)
-    y = rows.new_zeros(len(rows), made.width)
-    y[:, :M] = rows
+    made = plan_for(M, k, group, blocks, rows.dtype)
+    y = torch.nn.functional.pad(rows, (0, made.width - M)).view(len(rows), blocks, -1).transpose(0, 1).contiguous()
     values, indices = rows.new_full((len(rows), k), -7), torch.full((len(rows), k), -7, device=rows.device)
     module._select(y, None, M, k, made, values, indices)
     return values, indices
@@ -88,12 +89,22 @@ def test_select(kind: str, group: int, dtype: torch.dtype, device: str):
     torch.testing.assert_close(values.cpu(), torch.relu(y).gather(1, expected), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("group", [8, 0, -1], ids=["groups", "stream", "topk"])
+@pytest.mark.parametrize("kind", ["normal", "few values", "few positive"])
+def test_select_over_blocks_of_columns(kind: str, group: int, dtype: torch.dtype, device: str):
+    y = adversarial(kind, 331, 5).to(dtype)
+    ours, whole = (selected(y.to(device), 5, group, blocks) for blocks in (3, 1))
+    assert torch.equal(ours[0], whole[0])
+    assert torch.equal(ours[1], whole[1])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("group", [8, 0], ids=["groups", "stream"])
 @pytest.mark.parametrize("kind", ["normal", "few values"])
-def test_select_over_several_blocks(kind: str, group: int, device: str):
+def test_select_over_several_reads(kind: str, group: int, blocks: int, device: str):
     """More groups and members than one read takes, and rows longer than one."""
     y = adversarial(kind, 5000, 140).half()[:1]
-    values, indices = selected(y.to(device), 140, group)
+    values, indices = selected(y.to(device), 140, group, blocks)
     expected = torch.relu(y.double()).sort(dim=1, descending=True, stable=True).indices[:, :140]
     assert torch.equal(indices.cpu(), expected)
     assert torch.equal(values.cpu(), torch.relu(y).gather(1, expected))
@@ -132,7 +143,8 @@ def test_either_product_gives_the_selection(gemm: str, device: str, monkeypatch:
     case = Case("gemm", 5, 20, 300, 4, 2, 3)
     p = {name: t.to(device) for name, t in case.inputs(torch.float16).items()}
     chosen = plan.encode
-    monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), gemm=gemm, group=16, width=320))
+    forced = {"gemm": gemm, "group": 16, "width": 320, "columns": 320}
+    monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), **forced))
     assert_selection(case, p, *ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], 4, backend="cuda"))
 
 
@@ -147,25 +159,24 @@ def test_scale_ranks_features_and_changes_nothing_else(case: Case, dtype: torch.
     assert_scaled(case, inputs, "cuda", slack)
 
 
-@pytest.mark.parametrize("restricted", [False, True])
-def test_scale_is_not_lost_in_our_own_product(restricted: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+def test_scale_is_not_lost_in_our_own_product(device: str, monkeypatch: pytest.MonkeyPatch):
     """Whole numbers, and scales that are powers of 2: everything is exact."""
     chosen = plan.encode
-    monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), gemm="triton", group=16, width=256))
+    forced = {"gemm": "triton", "group": 16, "width": 256, "columns": 256}
+    monkeypatch.setattr(plan, "encode", lambda *a: dataclasses.replace(chosen(*a), **forced))
     x, W, b = (torch.randint(-2, 3, s, device=device).half() for s in ((4, 12), (200, 12), (200,)))
     scale = 2.0 ** torch.randint(-2, 3, (200,), device=device).half()
-    features = torch.randperm(200)[:100].sort().values.to(device) if restricted else None
-    ours, theirs = (ops.topk_encode(x, W, b, 5, backend, features, scale=scale) for backend in ("cuda", "reference"))
+    ours, theirs = (ops.topk_encode(x, W, b, 5, backend, scale=scale) for backend in ("cuda", "reference"))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
 
 
-@pytest.mark.parametrize("gemm", ["cublas", "triton"])
-def test_narrow_products_of_wide_weights(gemm: str, device: str, monkeypatch: pytest.MonkeyPatch):
+def test_narrow_products_of_wide_weights(device: str, monkeypatch: pytest.MonkeyPatch):
     """Under autocast: blocks of W_enc are multiplied as fp16; whole numbers, so that it shows."""
-    monkeypatch.setattr(module, "_COPIED", 70)
+    monkeypatch.setattr(plan, "_MOST_COPIED", 70)
     x, W, b = (torch.randint(-2, 3, s, device=device).float() for s in ((3, 12), (200, 12), (200,)))
-    made = dataclasses.replace(plan.encode(3, 12, 200, 4, 2, 2**28), gemm=gemm, group=16, width=256)
+    made = plan.encode(3, 12, 200, 4, 2, 2**28, copied=True)
+    assert (made.gemm, made.width // made.columns) == ("cublas", 3)
     values, indices = module.topk_encode(x.half(), W, b, 4, None, made)
     expected = ops.topk_encode(x, W, b, 4, "reference")
     assert torch.equal(values.float(), expected[0])
@@ -176,14 +187,14 @@ def test_chunks_of_rows_change_nothing(device: str):
     case = Case("chunks", 7, 16, 200, 4, 2, 3, "ties")
     p = {name: t.to(device) for name, t in case.inputs(torch.float32).items()}
     whole = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], 4, backend="cuda")
-    cuda.set_pre_activation_bytes(3 * 4 * 256)
+    cuda.set_pre_activation_bytes(3 * 4 * 256)  # three rows
     chunked = ops.topk_encode(p["x"], p["W_enc"], p["b_enc"], 4, backend="cuda")
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
 
 
 def test_features_restricts_who_competes(device: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_COPIED", 30)
+    monkeypatch.setattr(plan, "_MOST_COPIED", 30)
     x, W, b = (torch.randint(-2, 3, s, device=device).float() for s in ((4, 12), (200, 12), (200,)))
     features = torch.randperm(200)[:100].sort().values.to(device)
     ours = ops.topk_encode(x, W, b, 5, "cuda", features)

@@ -34,6 +34,7 @@ class _RealStep(Step):
     def adam(self, weight: Tensor, unit_norm: bool = False) -> AdamStep:
         step = super().adam(weight, unit_norm)
         step.exp_avg_sq.abs_()
+        step.corrections.copy_(torch.tensor([1e-3 / (1 - 0.9**100), (1 - 0.999**100) ** -0.5]))  # the hundredth step
         return step
 
 
