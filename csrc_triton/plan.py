@@ -16,8 +16,8 @@ FLOPS = {2: 790e12, 4: 50e12}
 TF32_FLOPS = 395e12
 """fp32 where the user allowed TF32."""
 
-# A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share. Read from machine code, not
-# measured: our tile of 128 x 128 makes 64 operations of a byte from L2, one of 128 x 256 makes 85.
+# A group-max epilogue costs a GEMM of ours nothing, but cuBLAS is faster by about this share. Read from machine code,
+# not measured: our tile of 128 x 128 makes 64 operations of a byte from L2, one of 128 x 256 makes 85.
 _CUBLAS_ADVANTAGE = 0.40
 # Tokens of one feature that one program adds up; longer lists are split.
 SEGMENT = 256

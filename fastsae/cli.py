@@ -250,39 +250,7 @@ def analyze(run: Run, tokens: int = 50_000) -> None:
     elif isinstance(sae, SecondarySAE) and base is not None:
         found = drivers(sae, base, model, data.hook, windows, [f.feature for f in features])
         results["pairs"] = {"drivers": found}
-    norms, dips = geometry.squared_norms["W_dec"], geometry.dip_W_dec
-    _say(f"{run}: {geometry.rows:,} rows. Features by firing rate, and if their squared decoder norms have two modes:")
-    rows = []
-    for name, group in geometry.groups.items():
-        dip = dips.get(name)
-        rows.append(
-            {
-                "features": name,
-                "count": f"{group.features:,}",
-                "mean rate": _number(group.mean_rate, ".5f"),
-                "mean |W_dec|^2": _number(norms.groups[name].mean, ".3f"),
-                "dip": "" if dip is None else f"{dip.dip:.4f}",
-                "p (unimodal)": "" if dip is None else f"{dip.p:.3f}",
-            }
-        )
-    _say(report.table(rows), "", f"At initialisation |W_dec|^2 is {norms.at_init:.3f}.")
-    if geometry.weight_norm_share is not None:
-        _say("", "Rank correlation of a pathway's share of weight norm with |W_dec|^2, beside the same with")
-        _say("random W_lin and V (what correlates there is built into the share, not learned):")
-        found = geometry.weight_norm_share.spearman.items()
-        _say(
-            report.table(
-                [
-                    {
-                        "pathway": name,
-                        "trained": f"{s.value:.3f}",
-                        "random baseline": f"{s.null_mean:.3f} ({s.null_min:.3f} to {s.null_max:.3f})",
-                    }
-                    for name, s in found
-                    if s is not None
-                ]
-            )
-        )
+    _say(f"{run}: {geometry}")
     if pairs:
         _say("", "Pairs of features that put most into z, and what leaving one out changes of the interaction output:")
         _say(report.table([_pair(pair) for pair in pairs[:8]]))

@@ -22,6 +22,7 @@ from fastsae.modules import SAEOutput, SparseAutoencoder, is_a, uncompiled
 from fastsae.narrow import NarrowAdam, kinds
 from fastsae.normalize import far_rows, warn_of_far_rows
 from fastsae.optim import AdamInBackward, clip_by_scaling, normalize_rows_, remove_parallel_
+from fastsae.report.text import table
 from fastsae.runs import Batches, Log, interrupt_flag, own_random_state
 
 # What may change between a run and its continuation without changing the result.
@@ -91,6 +92,12 @@ class TrainResult:
     """The last logged line."""
     run_dir: Path | None
     """Where the run lies: metrics.jsonl, checkpoints/ and the finished SAE in sae/."""
+
+    def __str__(self) -> str:
+        """A table, for reading."""
+        run = f", in {self.run_dir}" if self.run_dir else ""
+        rows = [{"metric": name, "last value": f"{value:.6g}"} for name, value in self.metrics.items()]
+        return "\n".join([f"Trained {self.steps:,} steps{run}", *([table(rows)] if rows else [])])
 
 
 class _Made(NamedTuple):

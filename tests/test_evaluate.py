@@ -10,7 +10,7 @@ import fastsae
 from fastsae import lm
 from fastsae.activations import Document, ModelActivations, tokenize
 from fastsae.activations.store import Rows
-from fastsae.evaluate import behavior, reconstruction
+from fastsae.evaluate import behavior, geometry, reconstruction
 from fastsae.evaluate.behavior import Behavior
 from fastsae.modules import Components
 
@@ -371,3 +371,25 @@ def test_where_ablation_changes_nothing():
 def test_behavior_at_an_unknown_hook():
     with pytest.raises(ValueError, match=r"no hook .blocks\.9"):
         behavior(small_sae(), hooked(), "blocks.9.hook_resid_post", windows())
+
+
+# ---- results are read ----
+
+
+def test_results_print_as_tables():
+    sae, rows = fastsae.JointSAE(8, 40, 4), torch.randn(300, 8)
+    said = str(reconstruction(sae, [rows]))
+    assert said.startswith("Reconstruction of 300 rows\n")
+    for column in ("reconstruction", "FVU", "pathway", "share of the variance", "identity", "linear", "interaction"):
+        assert column in said
+    assert "intervals" not in said
+    said = str(geometry(sae, [rows]))
+    assert said.startswith("300 rows. Features by firing rate")
+    assert "random baseline" in said
+    result = fastsae.Trainer(sae, fastsae.TrainerConfig(steps=2, progress=False)).fit([rows, rows])
+    assert str(result).startswith("Trained 2 steps\n")
+    assert "fvu" in str(result)
+    said = str(behavior(fastsae.TopKSAE(16, 40, 4), hooked(), HOOK, windows()))
+    assert "loss recovered" in said
+    assert "Cross-entropy of the model" in said
+    assert max(map(len, said.splitlines())) < 160

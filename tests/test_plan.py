@@ -18,8 +18,8 @@ def test_encode_at_the_shapes_of_the_benchmarks():
     assert modern.bytes == 8192 * 131072 * 2
     paper = plan.encode(**PAPER, itemsize=2, budget=4 * GB)
     assert (paper.select, paper.group, paper.gemm) == ("groups", 16, "cublas")
-    # A pass for the maxima is 24 % of the product at D = 768, 48 % at 384: worth a GEMM of our own. Not in fp32, where a
-    # product takes far longer.
+    # A pass for the maxima is 24 % of the product at D = 768, 48 % at 384: worth a GEMM of our own. Not in fp32, where
+    # a product takes far longer.
     small = {"B": 4096, "D": 384, "M": 32768, "K": 32}
     assert plan.encode(**{**small, "D": 768}, itemsize=2, budget=GB).gemm == "cublas"
     assert plan.encode(**small, itemsize=2, budget=GB).gemm == "triton"

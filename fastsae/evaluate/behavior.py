@@ -14,6 +14,7 @@ from fastsae.activations import PaddingMask, TokenWindows, check_hook, check_tok
 from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval, at_most
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, through_secondary
 from fastsae.modules import SecondarySAE, SparseAutoencoder, evaluating
+from fastsae.report import table
 
 # Logits of more tokens would be fresh memory of hundreds of megabytes at every call.
 _CPU_TOKENS = 1024
@@ -60,6 +61,26 @@ class Behavior:
     @property
     def full(self) -> Spliced:
         return self.conditions[FULL]
+
+    def __str__(self) -> str:
+        """A table, for reading: the conditions by what is kept of the reconstruction."""
+        rows = [
+            {
+                "reconstruction": name,
+                "KL": f"{spliced.kl:.4f}",
+                "CE increase": f"{spliced.ce_increase:.4f}",
+                "loss recovered": f"{spliced.loss_recovered:.4f}",
+                "KL / random error of its size": f"{spliced.kl_over_epsilon:.2f}",
+            }
+            for name, spliced in self.conditions.items()
+        ]
+        return "\n".join(
+            [
+                f"{self.tokens:,} predictions of {self.documents:,} documents. Cross-entropy of the model "
+                f"{self.ce_clean:.4f}, with zeros at the hook {self.ce_ablated:.4f}",
+                table(rows),
+            ]
+        )
 
 
 def behavior(

@@ -20,6 +20,7 @@ from fastsae.evaluate.directions import Concentration, Directions, concentration
 from fastsae.extras import LAB
 from fastsae.modules import SparseAutoencoder, evaluating, uncompiled
 from fastsae.modules.joint import STD_AT_INIT
+from fastsae.report import table
 
 BINS = 60
 
@@ -102,6 +103,50 @@ class Geometry:
     """Angles and spectrum of W_dec; None if fewer than two rows are not zero."""
     concentration_V: Concentration | None
     """Gini coefficient and effective rank of the rows of V; None if there are none."""
+
+    def __str__(self) -> str:
+        """Tables, for reading: features by firing rate, and what their pathways' shares go with."""
+        norms = self.squared_norms["W_dec"]
+        rows = []
+        for name, group in self.groups.items():
+            dip = self.dip_W_dec.get(name)
+            rows.append(
+                {
+                    "features": name,
+                    "count": f"{group.features:,}",
+                    "mean rate": _number(group.mean_rate, ".5f"),
+                    "mean |W_dec|^2": _number(norms.groups[name].mean, ".3f"),
+                    "dip": "" if dip is None else f"{dip.dip:.4f}",
+                    "p (unimodal)": "" if dip is None else f"{dip.p:.3f}",
+                }
+            )
+        lines = [
+            f"{self.rows:,} rows. Features by firing rate, and if their squared decoder norms have two modes:",
+            table(rows),
+            "",
+            f"At initialisation |W_dec|^2 is {norms.at_init:.3f}.",
+        ]
+        if self.weight_norm_share is not None:
+            shares = [
+                {
+                    "pathway": name,
+                    "trained": f"{s.value:.3f}",
+                    "random baseline": f"{s.null_mean:.3f} ({s.null_min:.3f} to {s.null_max:.3f})",
+                }
+                for name, s in self.weight_norm_share.spearman.items()
+                if s is not None
+            ]
+            lines += [
+                "",
+                "Rank correlation of a pathway's share of weight norm with |W_dec|^2, beside the same with",
+                "random W_lin and V (what correlates there is built into the share, not learned):",
+                *([table(shares)] if shares else []),
+            ]
+        return "\n".join(lines)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
 def geometry(sae: SparseAutoencoder, activations: Iterable[Tensor], seed: int = 0, max_rows: int = 20_000) -> Geometry:

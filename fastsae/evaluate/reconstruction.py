@@ -11,6 +11,7 @@ from fastsae.evaluate.intervals import DocumentSums, DocumentTotals, Interval
 from fastsae.evaluate.pathways import FULL, IDENTITY, ablations, pathways
 from fastsae.fp64 import in_fp64
 from fastsae.modules import SparseAutoencoder, evaluating
+from fastsae.report import table
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ class Reconstruction:
     """The paper's split by mean absolute output: interaction over linear + interaction. None unless there are both."""
     sums: DocumentSums = field(repr=False)
     """Per document, for paired comparisons."""
+
+    def __str__(self) -> str:
+        """Tables, for reading: by what is kept of the reconstruction, and by pathway."""
+        over = f" of {self.documents:,} documents, with 95 % intervals over them" if self.documents else ""
+        lines = [
+            f"Reconstruction of {self.rows:,} rows{over}",
+            f"MSE {self.mse:.4f}   cosine {self.cosine:.4f}   L0 {self.l0:.1f}   dead in these rows "
+            f"{self.dead_share:.1%}   FVU of raw activations {self.fvu_raw:.4f}",
+            "",
+            table([{"reconstruction": name, "FVU": f"{fvu:.4f}"} for name, fvu in self.conditions.items()]),
+        ]
+        shares = [
+            {
+                "pathway": name,
+                "share of the variance": f"{share.variance_share:.4f}",
+                "FVU more without it": f"{share.unique_share:.4f}",
+            }
+            for name, share in self.pathways.items()
+        ]
+        return "\n".join([*lines, "", table(shares)])
 
 
 def reconstruction(
