@@ -238,7 +238,7 @@ def measure(model: Any, run: Trained, windows: TokenWindows, parts: Parts = NOTH
             RECONSTRUCTION,
             lambda: held_out_reconstruction(model, run, windows),
             lambda r: (r.sums, {"dead_share": r.dead_share}),
-            lambda sums, numbers: reconstruction_of(sums, **numbers),
+            lambda sums, numbers: reconstruction_of(sums, numbers["dead_share"]),
         ),
         bos_out=behavior(BOS_OUT),
         bos_in=behavior(BOS_IN) if windows.has_bos else None,
