@@ -315,7 +315,8 @@ def _select(
             "N_BITS": n_bits,
             "MAX_CANDIDATES": max_candidates,
             "BLOCK_K": block_k,
-            "BLOCK_M": min(max(power_of_two(M), 1024), 4096),
+            # Where rows lie in several blocks, more would not fit into registers.
+            "BLOCK_M": min(max(power_of_two(M), 1024), 4096 if len(y) == 1 else 2048),
         },
         num_warps=8,
         # Nothing but the counts where no row is left; else a row's pre-activations once per bit.
