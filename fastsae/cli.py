@@ -19,7 +19,18 @@ except ImportError:
     packages.need("tyro", "the command line")
     raise
 
-from fastsae import __version__, checkpoint, distributed, evaluation, experiment, files, planner, progress, report
+from fastsae import (
+    __version__,
+    checkpoint,
+    distributed,
+    evaluation,
+    experiment,
+    files,
+    own_rows,
+    planner,
+    progress,
+    report,
+)
 from fastsae.activations import TokenWindows
 from fastsae.config import (
     DataConfig,
@@ -107,7 +118,8 @@ def train(
     trainer, run_dir = _in_own_folder(trainer)
     together = feature_ranks > 1 or distributed.launched()
     ranks = distributed.start(feature_ranks) if together else None
-    experiment.train(experiment.language_model(data), data, sae, trainer, ranks, getattr(torch, dtype))
+    model = experiment.language_model(data) if data.activations is None else None
+    experiment.train(model, data, sae, trainer, ranks, getattr(torch, dtype))
     if ranks is not None and not ranks.first:
         return
     for last in report.read_metrics(run_dir)[-1:]:
@@ -160,7 +172,12 @@ def _doubts(metrics: dict[str, Any]) -> list[str]:
 
 
 def evaluate(
-    run: Run, others: Others = (), tokens: int = 50_000, text: str | None = None, device: str | None = None
+    run: Run,
+    others: Others = (),
+    tokens: int = 50_000,
+    text: str | None = None,
+    device: str | None = None,
+    activations: Path | None = None,
 ) -> None:
     """Measure a trained SAE on held-out documents of the text it was trained on, into RUN/eval.json.
 
@@ -173,7 +190,13 @@ def evaluate(
         tokens: Tokens of held-out text, spread over documents.
         text: Other text than the run's, all of which counts as held out; the result is RUN/eval-TEXT.json.
         device: Where to compute, such as cpu or cuda:1; None is the GPU if there is one.
+        activations: Measure on these activations, in a file or folder, without a language model; None is what the run
+            was trained on.
     """
+    if own_rows.are_asked_for(run, activations):
+        for one in (run, *others):
+            _evaluate_rows(one, own_rows.reading(one, activations, experiment.device(device)))
+        return
     runs = tuple(dict.fromkeys((run, *others)))
     on, read = experiment.device(device), evaluation.reading(runs, text)
     model = experiment.language_model(read.data, on)
@@ -192,6 +215,13 @@ def evaluate(
         record.write(one, read.name, measured, tokens=tokens, **({"text": read.data.text} if read.other_text else {}))
     for parts in kept:
         parts.remove()
+
+
+def _evaluate_rows(run: Path, given: own_rows.Reading) -> None:
+    measured = own_rows.reconstruction(given)
+    _say(f"{run}: {given.words}", str(measured), "")
+    options = {"activations": str(given.path), "held_out": given.held_out}
+    record.write(run, "eval", {"reconstruction": measured, "bos_out": None, "bos_in": None}, **options)
 
 
 def _tell_measured(run: Path, measured: experiment.Measured, read: evaluation.Reading) -> None:
@@ -226,7 +256,7 @@ def _condition(name: str, r: Reconstruction, b: Behavior) -> dict[str, str]:
     }
 
 
-def analyze(run: Run, tokens: int = 50_000) -> None:
+def analyze(run: Run, tokens: int = 50_000, activations: Path | None = None) -> None:
     """Geometry of a trained SAE's weights, and the text its largest features are active on.
 
     Writes RUN/geometry.json, RUN/features.json, and RUN/pairs.json: the pairs of features that the integration works
@@ -235,7 +265,12 @@ def analyze(run: Run, tokens: int = 50_000) -> None:
     Args:
         run: The run_dir of `fastsae train`.
         tokens: Tokens of held-out text, spread over documents.
+        activations: Measure on these activations, in a file or folder, without a language model; None is what the run
+            was trained on.
     """
+    if own_rows.are_asked_for(run, activations):
+        _analyze_rows(run, own_rows.reading(run, activations))
+        return
     there = experiment.trained(run)
     sae, data, base = there
     model = experiment.language_model(data)
@@ -259,6 +294,15 @@ def analyze(run: Run, tokens: int = 50_000) -> None:
     _say("", f"Text of the {len(features)} largest features: {run}/features.json")
 
 
+def _analyze_rows(run: Path, given: own_rows.Reading) -> None:
+    geometry, features = own_rows.geometry(given), own_rows.features(given)
+    _say(f"{run}: {given.words}", str(geometry))
+    options = {"activations": str(given.path), "held_out": given.held_out}
+    record.write(run, "geometry", geometry, **options)
+    record.write(run, "features", {"features": features}, **options)
+    _say("", f"Rows on which the {len(features)} largest features are strongest: {run}/features.json")
+
+
 def _pair(pair: Pair) -> dict[str, str]:
     return {
         "pair": "{}, {}".format(*pair.features),
@@ -269,19 +313,24 @@ def _pair(pair: Pair) -> dict[str, str]:
     }
 
 
-def html_report(run: Run) -> None:
+def html_report(run: Run, activations: Path | None = None) -> None:
     """One HTML page of a run, to open from disk: curves, pathways, KL, geometry, features with their text.
 
     What was not measured yet is measured first, as `fastsae eval` and `fastsae analyze` do.
 
     Args:
         run: The run_dir of `fastsae train`.
+        activations: Measure on these activations, in a file or folder, without a language model; None is what the run
+            was trained on.
     """
-    experiment.trained(run)
+    if own_rows.are_asked_for(run, activations):
+        experiment.check_finished(run)
+    else:
+        experiment.trained(run)
     if record.read(run, "eval") is None:
-        evaluate(run)
+        evaluate(run, activations=activations)
     if record.read(run, "geometry") is None or record.read(run, "features") is None:
-        analyze(run)
+        analyze(run, activations=activations)
     _say(f"Open {_page(run).resolve()}")
 
 

@@ -179,10 +179,14 @@ class SecondaryRunConfig:
         _check_types(self)
 
 
+# What says something of activations in files.
+_OF_FILES = ("activations", "batch_size", "buffer_rows")
+
+
 @named
 @dataclass(frozen=True)
 class DataConfig:
-    """Which activations of which model on which text."""
+    """Activations: of a hook of a model on a text, or in files."""
 
     model: str = "embedded"
     """Language model: "embedded", a folder, or a name on the Hugging Face hub such as gpt2."""
@@ -202,9 +206,18 @@ class DataConfig:
     """Activations that are held in memory and shuffled together."""
     store: Path | None = None
     """Folder to harvest the activations into, once; None computes them while training and stores nothing."""
+    activations: Path | None = None
+    """Activations of your own in place of a model's: a .npy, .pt or .safetensors file, or a folder of them. Of these
+    options only batch_size and buffer_rows then apply."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.activations is not None:
+            object.__setattr__(self, "activations", Path(self.activations))  # in a file it is a string
+            defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in _OF_FILES}
+            given = [name for name, default in defaults.items() if getattr(self, name) != default]
+            expected = "no options of a model or text beside it"
+            _require(not given, "DataConfig.activations", expected, ", ".join(given))
         for name in ("tokens", "batch_size", "buffer_rows"):
             _require(getattr(self, name) >= 1, f"DataConfig.{name}", "at least 1", getattr(self, name))
         _require(self.context >= 2, "DataConfig.context", "at least 2", self.context)

@@ -13,9 +13,11 @@ from fastsae import distributed, evaluate, progress, provenance
 from fastsae.activations import (
     ActivationStore,
     ActivationStream,
+    ArrayActivations,
     ModelActivations,
     TokenWindows,
     harvest,
+    open_activations,
     prepends_bos,
     read_documents,
     tokenize,
@@ -83,6 +85,10 @@ def language_model(data: DataConfig, on: str | None = None) -> Any:
     """on: a device; None is the GPU if there is one."""
     from fastsae import lm
 
+    if data.activations is not None:
+        raise ValueError(
+            f"this is of activations in {data.activations}, and not of a language model, which is needed here"
+        )
     model = lm.load(data.model, device(on))
     if data.prepend_bos is not None:
         model.cfg.default_prepend_bos = data.prepend_bos
@@ -133,13 +139,16 @@ def train(
     ranks: Ranks | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> SparseAutoencoder:
-    """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together."""
-    data = as_read(model, data)
+    """A new SAE, trained on the activations of `data` into trainer.run_dir; with ranks, by all of them together.
+
+    model: None where data.activations are read.
+    """
+    data = as_read(model, data) if data.activations is None else data
     make = _maker(config, data, trainer.seed, ranks, dtype)
     base = None if isinstance(config, TopKSAEConfig) else config.base
-    source = ModelActivations(model, data.hook, training_windows(model, data))
+    source = _training_source(model, data)
     try:
-        held_out_windows(model, data, 1)
+        held_out_windows(model, data, 1) if data.activations is None else open_activations(data.activations, True)
     except ValueError as error:
         warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     sae = make(source.d_in)
@@ -149,7 +158,7 @@ def train(
     run_dir = trainer.run_dir
     sae.ranks.first_does(lambda: provenance.record(data, run_dir, base))
     read = source
-    if data.store:
+    if data.store and isinstance(source, ModelActivations):
         store = data.store
         sae.ranks.first_does(lambda: harvest(source, store), for_hours=True)
         read = ActivationStore(store)
@@ -158,6 +167,12 @@ def train(
     stream.source = HiddenActivations(read, _joint(base)) if isinstance(sae, SecondarySAE) and base else read
     run.fit(stream)
     return sae
+
+
+def _training_source(model: Any, data: DataConfig) -> ModelActivations | ArrayActivations | ActivationStore:
+    if data.activations is not None:
+        return open_activations(data.activations, held_out=False)
+    return ModelActivations(model, data.hook, training_windows(model, data))
 
 
 def _maker(
@@ -182,6 +197,11 @@ def _on_base(config: SequentialRunConfig | SecondaryRunConfig, data: DataConfig,
     """A new SAE on that of the run config.base, which must know the activations of `data`."""
     base, seen, _ = trained(config.base)
     ours = provenance.resolved(data)
+    if seen.activations != ours.activations:
+        raise ValueError(
+            f"{config.base} was trained on activations in {seen.activations}, this run is on those in "
+            f"{ours.activations} (None: a model's); they must be the same"
+        )
     if (seen.model, seen.hook, seen.text) != (ours.model, ours.hook, ours.text):
         raise ValueError(
             f"{config.base} was trained on {seen.hook} of model {seen.model!r} on {seen.text!r}, this run is on "
@@ -265,6 +285,7 @@ def trained(run: Path, on: str | None = None, read_text: bool = True) -> Trained
 
 
 def check_finished(run: Path) -> None:
+    """Raise FileNotFoundError unless there is a trained SAE in `run`."""
     if not (run / "sae" / "config.json").is_file():
         raise FileNotFoundError(f"the training in {run} did not finish; run the same `fastsae train` with --resume")
 

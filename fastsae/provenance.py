@@ -1,16 +1,21 @@
 """What a run was trained on, left in its folder: so that it is measured on the same, and held-out, text."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from fastsae import files
+from fastsae.activations import open_activations
 from fastsae.activations.text import STDLIB
 from fastsae.config import DataConfig, from_dict, to_dict
 from fastsae.lm import EMBEDDED
 from fastsae.modules import read_description
 
-_TEXT_CHECKSUM = "text_crc32"
+_TEXT_CHECKSUM, _ROWS_CHECKSUM = "text_crc32", "activations_crc32"
+_RELATIVE = "relative_to_run"
+"""Where paths lie as seen from the run's folder: a tree that was moved as a whole is found again."""
+_PATHS = ("text", "model", "activations")
 _BASE, _BASE_CHECKSUM = "base", "base_crc32"
 BEFORE = {"prepend_bos": True}
 """Of runs from before there was such an option."""
@@ -21,14 +26,18 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
 
     base: the run whose SAE this one stands on.
     """
-    path, ours = run_dir / "data.json", _description(data) | _base_description(base)
+    path, ours = run_dir / "data.json", _description(data, run_dir) | _base_description(base)
     with files.locked(run_dir, "train"):
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
-            there = BEFORE | files.read_object(path)
+            there = _found_again(run_dir, BEFORE | files.read_object(path))
+            ours.setdefault("activations", None)
+            there.setdefault("activations", None)
             if base is not None and there.get(_BASE_CHECKSUM) == ours[_BASE_CHECKSUM]:
                 there[_BASE] = ours[_BASE]  # the same SAE, wherever it lies now
-            differing = [f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if there.get(k) != v]
+            differing = [
+                f"{k} was {there.get(k)!r}, is {v!r}" for k, v in ours.items() if k != _RELATIVE and there.get(k) != v
+            ]
             if differing:
                 raise ValueError(
                     f"{run_dir} is a run on other activations: {'; '.join(differing)}. Choose another --run-dir."
@@ -43,6 +52,8 @@ def resolved(data: DataConfig) -> DataConfig:
         data = dataclasses.replace(data, text=str(text.resolve()))
     if data.model != EMBEDDED and model.is_dir():
         data = dataclasses.replace(data, model=str(model.resolve()))
+    if data.activations is not None:
+        data = dataclasses.replace(data, activations=data.activations.resolve())
     return data
 
 
@@ -53,10 +64,13 @@ def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
     """
     path = run_dir / "data.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is no run of `fastsae train`: there is no data.json in it")
-    there = BEFORE | files.read_object(path)
-    checksum = there.pop(_TEXT_CHECKSUM, None)
-    for name in (_BASE, _BASE_CHECKSUM):
+        raise FileNotFoundError(
+            f"{run_dir} is no run of `fastsae train`: there is no data.json in it. If it is one of a Trainer in "
+            "Python, say what to measure it on: --activations FILE"
+        )
+    there = _found_again(run_dir, BEFORE | files.read_object(path))
+    checksum, of_rows = (there.pop(name, None) for name in (_TEXT_CHECKSUM, _ROWS_CHECKSUM))
+    for name in (_BASE, _BASE_CHECKSUM, _RELATIVE):
         there.pop(name, None)
     try:
         data = from_dict(DataConfig, there)
@@ -64,6 +78,13 @@ def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not read_text:
         return data
+    if data.activations is not None:
+        if not data.activations.exists():
+            raise FileNotFoundError(f"{data.activations}, which {run_dir} was trained on, does not exist any more")
+        if open_activations(data.activations).identity["rows"] != of_rows:
+            raise ValueError(
+                f"{data.activations} does not hold what {run_dir} was trained on: other rows would be held out now"
+            )
     if checksum is not None and not Path(data.text).is_file():
         raise FileNotFoundError(f"{data.text}, which {run_dir} was trained on, does not exist any more")
     if checksum is not None and files.crc32(Path(data.text)) != checksum:
@@ -98,9 +119,24 @@ def _base_description(base: Path | None) -> dict[str, Any]:
     return {_BASE: str(base.resolve()), _BASE_CHECKSUM: read_description(base / "sae")["weights_crc32"]}
 
 
-def _description(data: DataConfig) -> dict[str, Any]:
+def _description(data: DataConfig, run_dir: Path) -> dict[str, Any]:
     """The options, resolved. One text file is held out by the place of each part, so its content belongs to the
     split."""
-    text = Path(data.text)
-    checksum = {_TEXT_CHECKSUM: files.crc32(text)} if data.text != STDLIB and text.is_file() else {}
-    return to_dict(resolved(data)) | checksum
+    text, described = Path(data.text), to_dict(resolved(data))
+    if data.activations is not None:
+        described[_ROWS_CHECKSUM] = open_activations(data.activations).identity["rows"]
+    elif data.text != STDLIB and text.is_file():
+        described[_TEXT_CHECKSUM] = files.crc32(text)
+    paths = {name: described[name] for name in _PATHS if described[name] and Path(described[name]).is_absolute()}
+    described[_RELATIVE] = {name: os.path.relpath(path, run_dir.resolve()) for name, path in paths.items()}
+    return described
+
+
+def _found_again(run_dir: Path, there: dict[str, Any]) -> dict[str, Any]:
+    """What was recorded, with paths that do not exist any more where they are now, if the run moved with them."""
+    relative = there.get(_RELATIVE)
+    for name, place in relative.items() if isinstance(relative, dict) else ():
+        moved = (run_dir / str(place)).resolve()
+        if name in _PATHS and not Path(str(there.get(name))).exists() and moved.exists():
+            there = there | {name: str(moved)}
+    return there

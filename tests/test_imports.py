@@ -20,7 +20,7 @@ LAYERS = [
     {"evaluate"},
     {"provenance"},
     {"experiment", "integrations"},
-    {"evaluation", "study", "factorial"},
+    {"evaluation", "own_rows", "study", "factorial"},
     {"cli"},
 ]
 # Data preparation stands beside the SAEs, not on them.

@@ -1,7 +1,7 @@
 """Measuring a trained SAE on documents it was not trained on."""
 
 from fastsae.evaluate.behavior import Behavior, behavior
-from fastsae.evaluate.features import FeatureExamples, top_features
+from fastsae.evaluate.features import FeatureExamples, RowExample, strongest_rows, top_features
 from fastsae.evaluate.geometry import Geometry, geometry
 from fastsae.evaluate.intervals import DocumentSums, Interval
 from fastsae.evaluate.pairs import Drivers, Pair, drivers, top_pairs
@@ -16,10 +16,12 @@ __all__ = [
     "Interval",
     "Pair",
     "Reconstruction",
+    "RowExample",
     "behavior",
     "drivers",
     "geometry",
     "reconstruction",
+    "strongest_rows",
     "top_features",
     "top_pairs",
 ]

@@ -1,7 +1,8 @@
 """The features that are largest in the identity pathway, with the text they are active on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +23,29 @@ class FeatureExamples:
     """Mean over rows of a^2 |W_dec|^2, in the normalised space."""
     firing_rate: float
     max_activation: float
-    examples: tuple[Example, ...]
-    """Strongest first."""
+    examples: tuple[Example, ...] | tuple["RowExample", ...]
+    """Strongest first: stretches of text, or rows where there is no text."""
+
+
+@dataclass(frozen=True)
+class RowExample:
+    """A row on which a feature is strong."""
+
+    group: str
+    """Name of the group it belongs to."""
+    row: int
+    """Its number among all rows of the activations."""
+    activation: float
+
+
+class _Blocks(Protocol):
+    """Blocks of rows with the group and number of each."""
+
+    block_rows: list[int]
+
+    def block(self, i: int) -> Tensor: ...
+
+    def rows(self, i: int) -> Any: ...
 
 
 def top_features(
@@ -50,26 +72,77 @@ def top_features(
     source = ModelActivations(model, hook_name, windows)
     read = source if base is None else HiddenActivations(source, base)
     with evaluating(sae):
-        squares, firings, highest = _statistics(sae, read)
-        contributions = squares * in_fp64(sae.W_dec).square().sum(dim=1)
-        ranked = contributions.sort(descending=True, stable=True).indices[:n_features]
-        chosen = ranked[firings.to(ranked.device)[ranked] > 0].to(firings.device)
+        largest = _largest(sae, read, n_features)
         examples = strongest(
-            source, lambda i: sae.encode_raw(read.block(i)).columns(chosen), len(chosen), n_examples, context
+            source, lambda i: sae.encode_raw(read.block(i)).columns(largest.chosen), len(largest), n_examples, context
         )
-    return [
-        FeatureExamples(
-            feature=feature,
-            contribution=float(contributions[feature]) / source.n_rows,
-            firing_rate=int(firings[feature]) / source.n_rows,
-            max_activation=float(highest[feature]),
-            examples=tuple(examples[i]),
-        )
-        for i, feature in enumerate(chosen.tolist())
-    ]
+    return largest.with_examples([tuple(found) for found in examples])
 
 
-def _statistics(sae: SparseAutoencoder, source: ModelActivations | HiddenActivations) -> tuple[Tensor, Tensor, Tensor]:
+def strongest_rows(
+    sae: SparseAutoencoder, source: _Blocks, names: Sequence[str], n_features: int = 24, n_examples: int = 6
+) -> list[FeatureExamples]:
+    """The features that top_features would take, each with the rows it is strongest on, each of another group.
+
+    source: raw rows, read twice; names: of their groups.
+    """
+    with evaluating(sae):
+        largest = _largest(sae, source, n_features)
+        found: list[dict[str, RowExample]] = [{} for _ in range(len(largest))]
+        for i in progress.over("examples", range(len(source.block_rows)), "block"):
+            rows = source.rows(i)
+            values, order = sae.encode_raw(rows.activations).columns(largest.chosen).cpu().sort(dim=0, descending=True)
+            for f, best in enumerate(found):
+                for at, value in zip(order[:, f].tolist(), values[:, f].tolist(), strict=True):
+                    least = (
+                        min((one.activation for one in best.values()), default=0.0) if len(best) == n_examples else 0.0
+                    )
+                    if value <= least:
+                        break
+                    example = RowExample(names[int(rows.documents[at])], int(rows.positions[at]), value)
+                    if example.group not in best or best[example.group].activation < value:
+                        best[example.group] = example
+                    if len(best) > n_examples:
+                        del best[min(best, key=lambda group: best[group].activation)]
+    in_order = ([*best.values()] for best in found)
+    return largest.with_examples([tuple(sorted(best, key=lambda one: -one.activation)) for best in in_order])
+
+
+class _Largest(NamedTuple):
+    """The features with the largest contribution, and what is known of all features (d_sae,)."""
+
+    chosen: Tensor
+    contributions: Tensor
+    firings: Tensor
+    highest: Tensor
+    rows: int
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def with_examples(self, examples: Sequence[tuple[Any, ...]]) -> list[FeatureExamples]:
+        return [
+            FeatureExamples(
+                feature=feature,
+                contribution=float(self.contributions[feature]) / self.rows,
+                firing_rate=int(self.firings[feature]) / self.rows,
+                max_activation=float(self.highest[feature]),
+                examples=shown,
+            )
+            for feature, shown in zip(self.chosen.tolist(), examples, strict=True)
+        ]
+
+
+def _largest(sae: SparseAutoencoder, source: _Blocks, n_features: int) -> _Largest:
+    """Features that never fire are left out."""
+    squares, firings, highest = _statistics(sae, source)
+    contributions = squares * in_fp64(sae.W_dec).square().sum(dim=1)
+    ranked = contributions.sort(descending=True, stable=True).indices[:n_features]
+    chosen = ranked[firings.to(ranked.device)[ranked] > 0].to(firings.device)
+    return _Largest(chosen, contributions, firings, highest, sum(source.block_rows))
+
+
+def _statistics(sae: SparseAutoencoder, source: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
     """Of each feature over all rows: the sum of squared activations, how often it fires, its largest activation."""
     device = sae.W_enc.device
     squares = torch.zeros(sae.d_sae, dtype=torch.float64, device=fp64_device(device))

@@ -58,7 +58,7 @@ class Reconstruction:
 
     def __str__(self) -> str:
         """Tables, for reading: by what is kept of the reconstruction, and by pathway."""
-        over = f" of {self.documents:,} documents, with 95 % intervals over them" if self.documents else ""
+        over = f" in {self.documents:,} documents or groups, with 95 % intervals over them" if self.documents else ""
         lines = [
             f"Reconstruction of {self.rows:,} rows{over}",
             f"MSE {self.mse:.4f}   cosine {self.cosine:.4f}   L0 {self.l0:.1f}   dead in these rows "

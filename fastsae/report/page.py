@@ -22,7 +22,8 @@ def write_html(run: Path, results: Mapping[str, Json | None]) -> Path:
     What is None was not measured, and the command that measures it is named; pairs, which not every SAE has, are left
     out. Raises ValueError naming what is damaged.
     """
-    described, data = files.read_object(run / "run.json"), files.read_object(run / "data.json")
+    described = files.read_object(run / "run.json")
+    data = files.read_object(run / "data.json") if (run / "data.json").is_file() else {}
     made_by = {
         "eval": (f"fastsae eval {run}", _measured),
         "geometry": (f"fastsae analyze {run}", _geometry),
@@ -67,9 +68,15 @@ def _head(run: Path, described: Json, data: Json) -> str:
     sae = described["sae"]
     shape = f"d_in {sae['d_in']:,}, d_sae {sae['d_sae']:,}, k {sae['k']}"
     trainer = described["trainer"]
-    said = f"{sae['architecture']} SAE, {shape}; {trainer['steps']:,} steps of {data['batch_size']:,} activations, "
-    said += f"lr {trainer['lr']:g}, seed {trainer['seed']}."
-    where = f"{data['hook']} of model {data['model']} on {data['text']}, {data['tokens']:,} tokens of text."
+    batches = f" of {data['batch_size']:,} activations" if data else ""
+    said = f"{sae['architecture']} SAE, {shape}; {trainer['steps']:,} steps{batches}, lr {trainer['lr']:g}, "
+    said += f"seed {trainer['seed']}."
+    if not data:
+        where = "Activations that a Trainer was given in Python."
+    elif data.get("activations"):
+        where = f"Activations in {data['activations']}."
+    else:
+        where = f"{data['hook']} of model {data['model']} on {data['text']}, {data['tokens']:,} tokens of text."
     options = elements.rows(
         [{"option": name, "value": json.dumps(value)} for part in (sae, trainer) for name, value in part.items()]
     )
@@ -98,6 +105,49 @@ def _training(run: Path) -> str:
 
 
 def _measured(found: Json) -> str:
+    return _of_rows(found) if found["bos_out"] is None else _of_text(found)
+
+
+def _of_rows(found: Json) -> str:
+    """Without a language model there is the reconstruction alone."""
+    r, options = found["reconstruction"], found["options"]
+    which = "held-out groups" if options["held_out"] else "groups"
+    over = f"{r['rows']:,} rows in {r['documents']:,} {which} of {options['activations']}"
+    by_condition = elements.rows(
+        [{"reconstruction": name, "FVU": interval(fvu)} for name, fvu in r["conditions"].items()]
+    )
+    return (
+        f"<h2>Reconstruction</h2>{elements.note(f'{over}; 95 % intervals over groups.')}{by_condition}"
+        f"{elements.cards([_shares(r)])}{elements.rows(_scalars(r))}"
+    )
+
+
+def _scalars(r: Json) -> list[dict[str, str]]:
+    return [
+        {"measure": "MSE", "value": interval(r["mse"])},
+        {"measure": "FVU, raw activations", "value": interval(r["fvu_raw"])},
+        {"measure": "cosine", "value": interval(r["cosine"])},
+        {"measure": "L0", "value": interval(r["l0"])},
+        {"measure": "dead in these rows", "value": f"{r['dead_share']:.4f}"},
+    ]
+
+
+def _shares(r: Json) -> tuple[str, str]:
+    return (
+        figures.bars(
+            "Pathway shares",
+            {
+                "size": {p: v["variance_share"] for p, v in r["pathways"].items()},
+                "use": {p: v["unique_share"] for p, v in r["pathways"].items()},
+            },
+            "share of the variance of x",
+        ),
+        "Size: variance of the summand. Use: FVU added when it is held at its mean; the others were trained to "
+        "rely on it, so this is no gain over an SAE trained without it.",
+    )
+
+
+def _of_text(found: Json) -> str:
     r, bos = found["reconstruction"], {"BOS kept": found["bos_out"]}
     if found["bos_in"] is not None:
         bos["Including BOS"] = found["bos_in"]
@@ -118,11 +168,7 @@ def _measured(found: Json) -> str:
     )
     scalars = elements.rows(
         [
-            {"measure": "MSE", "value": interval(r["mse"])},
-            {"measure": "FVU, raw activations", "value": interval(r["fvu_raw"])},
-            {"measure": "cosine", "value": interval(r["cosine"])},
-            {"measure": "L0", "value": interval(r["l0"])},
-            {"measure": "dead in these rows", "value": f"{r['dead_share']:.4f}"},
+            *_scalars(r),
             {"measure": "CE, clean model", "value": interval(b["ce_clean"])},
             {"measure": "CE, zeros", "value": interval(b["ce_ablated"])},
         ]
@@ -142,24 +188,10 @@ def _measured(found: Json) -> str:
         )
         for name, one in bos.items()
     ]
-    shares = [
-        (
-            figures.bars(
-                "Pathway shares",
-                {
-                    "size": {p: v["variance_share"] for p, v in r["pathways"].items()},
-                    "use": {p: v["unique_share"] for p, v in r["pathways"].items()},
-                },
-                "share of the variance of x",
-            ),
-            "Size: variance of the summand. Use: FVU added when it is held at its mean; the others were trained to "
-            "rely on it, so this is no gain over an SAE trained without it.",
-        )
-    ]
     return (
         "<h2>Reconstruction and behaviour</h2>"
         f"{elements.note(held_out)}"
-        f"{table}{elements.cards(kl + shares)}{scalars}{_own_branch(r, b)}"
+        f"{table}{elements.cards([*kl, _shares(r)])}{scalars}{_own_branch(r, b)}"
     )
 
 
@@ -222,11 +254,20 @@ def _geometry(found: Json) -> str:
 def _features(found: Json) -> str:
     cards = []
     for feature in found["features"]:
-        texts = "".join(elements.shaded(example, feature["max_activation"]) for example in feature["examples"])
-        rate = f"fires on {feature['firing_rate']:.2%} of tokens, at most {feature['max_activation']:.3g}"
+        examples = feature["examples"]
+        if any("row" in example for example in examples):
+            texts = elements.rows(
+                [
+                    {"group": one["group"], "row": f"{one['row']:,}", "activation": f"{one['activation']:.4g}"}
+                    for one in examples
+                ]
+            )
+        else:
+            texts = "".join(elements.shaded(example, feature["max_activation"]) for example in examples)
+        rate = f"fires on {feature['firing_rate']:.2%} of rows, at most {feature['max_activation']:.3g}"
         cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{elements.note(rate)}{texts}</div>')
     note = elements.note(
-        "The features that are largest in the identity pathway (a² |W_dec|²), each with the places in held-out text "
-        "where it is strongest. What these have in common need not hold where it is weak."
+        "The features that are largest in the identity pathway (a² |W_dec|²), each with the places in held-out text, "
+        "or the rows, where it is strongest. What these have in common need not hold where it is weak."
     )
     return f'<h2>Features</h2>{note}<div class="grid">{"".join(cards)}</div>'
