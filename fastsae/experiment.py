@@ -152,6 +152,7 @@ def train(
     except ValueError as error:
         warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     sae = make(source.d_in)
+    sae.reads = provenance.reads(data)
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     assert trainer.run_dir is not None

@@ -1,11 +1,12 @@
 """What a run was trained on, left in its folder: so that it is measured on the same, and held-out, text."""
 
 import dataclasses
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
 
-from fastsae import files
+from fastsae import __version__, files
 from fastsae.activations import open_activations
 from fastsae.activations.text import STDLIB
 from fastsae.config import DataConfig, from_dict, to_dict
@@ -55,6 +56,19 @@ def resolved(data: DataConfig) -> DataConfig:
     if data.activations is not None:
         data = dataclasses.replace(data, activations=data.activations.resolve())
     return data
+
+
+def reads(data: DataConfig) -> dict[str, Any]:
+    """The activations in `data`, and the versions they were made with, for the config of an SAE that reads them."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens") if _is_installed(name)}
+    versions = {"fastsae": __version__} | versions
+    described = to_dict(resolved(data))
+    names = ("activations",) if data.activations is not None else ("model", "hook", "text", "context", "prepend_bos")
+    return {name: described[name] for name in names} | {"versions": versions}
+
+
+def _is_installed(distribution: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=distribution)))
 
 
 def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:

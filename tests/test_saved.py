@@ -347,3 +347,19 @@ def test_an_sae_says_what_it_is(loaded):
 def test_editors_know_what_a_call_returns():
     hints = typing.get_type_hints(fastsae.TopKSAE)
     assert typing.get_args(hints["__call__"])[1].__name__ == "SAEOutput"
+
+
+def test_what_an_sae_reads_travels_with_it(tmp_path):
+    sae = fastsae.TopKSAE(8, 40, 4)
+    assert fastsae.load(sae.save_pretrained(tmp_path / "none")).reads is None
+    sae.reads = {"model": "gpt2", "hook": "blocks.6.hook_resid_pre", "text": "a.txt", "versions": {"fastsae": "0.1.0"}}
+    again = fastsae.load(sae.save_pretrained(tmp_path / "some"))
+    assert again.reads == sae.reads
+    assert "of blocks.6.hook_resid_pre of model gpt2 on a.txt" in repr(again)
+    assert fastsae.SequentialSAE.on(again, k_integration=2).reads == sae.reads
+    sae.reads = {"activations": "/data/x.npy"}
+    assert "of activations in /data/x.npy" in repr(sae)
+    config = tmp_path / "some" / "config.json"
+    config.write_text(config.read_text().replace('"reads": {', '"reads": 3, "other": {'))
+    with pytest.raises(ValueError, match=r"config\.json is damaged: reads says what the SAE was trained on"):
+        fastsae.load(tmp_path / "some")

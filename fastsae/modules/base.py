@@ -107,6 +107,9 @@ class SparseAutoencoder(nn.Module):
     ops: Any = ops
     ranks: Alone = ALONE
     __call__: Callable[..., SAEOutput]
+    reads: dict[str, Any] | None = None
+    """Activations that it was trained on, as far as known: model, hook, text, versions of packages; or a file of
+    activations. JSON-able, saved and loaded with it. `fastsae train` fills it in."""
     _only_read = False
     """Whether it was loaded and not put into train mode since: then no graph leads to its weights."""
 
@@ -278,6 +281,8 @@ class SparseAutoencoder(nn.Module):
                 "config_crc32": _checksum(to_dict(self.config)),
                 "weights_crc32": files.crc32(new_weights),
             }
+            if self.reads is not None:
+                description["reads"] = self.reads
             # Killed between the two, a save over another SAE leaves new weights, and what belongs to them by this name.
             files.write_json(folder / NEW_CONFIG, description)
             os.replace(new_weights, weights)
@@ -332,7 +337,7 @@ class SparseAutoencoder(nn.Module):
             )
         choose(backend, sae.W_enc.device, sae.W_enc.dtype)
         sae.backend = backend
-        sae._only_read = True
+        sae._only_read, sae.reads = True, description.get("reads")
         return sae.eval()
 
     @classmethod
@@ -364,8 +369,15 @@ class SparseAutoencoder(nn.Module):
         return (
             f"d_in={c.d_in}, d_sae={c.d_sae}, k={c.k}, {self._pathways}\n"
             f"{str(self.W_enc.dtype)[6:]} on {self.W_enc.device}, backend={self.backend!r}, {parameters:,} parameters"
-            f"{', frozen: ' + ', '.join(frozen) if frozen else ''}"
+            f"{', frozen: ' + ', '.join(frozen) if frozen else ''}{self._of}"
         )
+
+    @property
+    def _of(self) -> str:
+        read = self.reads or {}
+        if "activations" in read:
+            return f"\nof activations in {read['activations']}"
+        return f"\nof {read['hook']} of model {read['model']} on {read.get('text')}" if "hook" in read else ""
 
     @property
     def _pathways(self) -> str:

@@ -30,6 +30,8 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} is no fastsae config: expected the keys {sorted(expected)}. If another package wrote "
             f"it: {_CONVERT}"
         )
+    if not isinstance(description.get("reads", {}), dict):
+        raise ValueError(f"{path} is damaged: reads says what the SAE was trained on, by name; take it out of the file")
     if description["format"] != FORMAT:
         raise ValueError(
             f"{path} has format {description['format']}, this fastsae reads format {FORMAT}; update fastsae"

@@ -67,4 +67,5 @@ class SequentialSAE(JointSAE):
         )
         with torch.no_grad():
             new.load_state_dict(sae.state_dict(), strict=False)
+        new.reads = sae.reads
         return new

@@ -247,6 +247,20 @@ def test_what_is_left_behind_is_said(tmp_path):
     assert "config.json is missing" in notes[1]
 
 
+def test_what_an_sae_reads_is_told_in_every_form_that_has_a_place(tmp_path):
+    sae = made(tmp_path / "plain")
+    sae.reads = {"model": "gpt2", "hook": "blocks.6.hook_resid_pre", "text": "a.txt", "context": 128}
+    sae.save_pretrained(tmp_path / "source")
+    for form in ("sae_lens", "dictionary_learning", "fastsae"):
+        convert.convert(tmp_path / "source", tmp_path / form, form)
+        convert.convert(tmp_path / form, tmp_path / f"{form} again", "fastsae")
+        reads = fastsae.load(tmp_path / f"{form} again").reads
+        assert (reads["model"], reads["hook"]) == ("gpt2", "blocks.6.hook_resid_pre"), form
+    assert reads == sae.reads
+    metadata = json.loads((tmp_path / "sae_lens" / "cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["context_size"]) == ("gpt2", 128)
+
+
 # ---- what cannot be ----
 
 

@@ -11,6 +11,14 @@ from fastsae.modules.saved import saved_in
 
 # What other forms say of an SAE and fastsae's config does not; it is there to be written into such forms again.
 _KEPT = "converted.json"
+# Of the activations an SAE reads, and what SAELens calls it.
+_NAMES = {
+    "model": "model_name",
+    "hook": "hook_name",
+    "context": "context_size",
+    "text": "dataset_path",
+    "prepend_bos": "prepend_bos",
+}
 FILES = "config.json and weights.safetensors, or a run_dir with sae/"
 
 
@@ -25,7 +33,8 @@ def read(source: Path) -> Converted:
     sae = load(folder)
     expect_finite(held, sae.state_dict().items())
     kept = files.read_object(folder / _KEPT) if (folder / _KEPT).is_file() else {}
-    metadata = _metadata(folder.parent / "data.json") | by_name(f"{folder / _KEPT}, metadata", kept.get("metadata", {}))
+    metadata = _metadata(sae.reads or {}, folder.parent / "data.json")
+    metadata |= by_name(f"{folder / _KEPT}, metadata", kept.get("metadata", {}))
     sees_normalised_tokens = kept.get("sees_normalised_tokens", False) is True
     return Converted(
         sae.to(widest(dict(sae.named_parameters()))), metadata, sees_normalised_tokens=sees_normalised_tokens
@@ -33,6 +42,9 @@ def read(source: Path) -> Converted:
 
 
 def write(found: Converted, target: Path) -> list[str]:
+    known = {ours: found.metadata[theirs] for ours, theirs in _NAMES.items() if theirs in found.metadata}
+    if found.sae.reads is None and known:
+        found.sae.reads = known
     found.sae.save_pretrained(target)
     if found.metadata or found.sees_normalised_tokens:
         kept = {"metadata": found.metadata, "sees_normalised_tokens": found.sees_normalised_tokens}
@@ -40,8 +52,7 @@ def write(found: Converted, target: Path) -> list[str]:
     return []
 
 
-def _metadata(recorded: Path) -> dict[str, Any]:
-    """Of what a run of `fastsae train` was trained on, if that is beside the SAE."""
-    data = files.read_object(recorded) if recorded.is_file() else {}
-    names = {"model": "model_name", "hook": "hook_name", "context": "context_size", "text": "dataset_path"}
-    return {theirs: data[ours] for ours, theirs in names.items() if ours in data}
+def _metadata(reads: dict[str, Any], recorded: Path) -> dict[str, Any]:
+    """The activations that an SAE reads, under SAELens' names; of older ones, as the run has them beside the SAE."""
+    data = reads or (files.read_object(recorded) if recorded.is_file() else {})
+    return {theirs: data[ours] for ours, theirs in _NAMES.items() if data.get(ours) is not None}
