@@ -151,6 +151,7 @@ def _found_again(run_dir: Path, there: dict[str, Any]) -> dict[str, Any]:
     relative = there.get(_RELATIVE)
     for name, place in relative.items() if isinstance(relative, dict) else ():
         moved = (run_dir / str(place)).resolve()
-        if name in _PATHS and not Path(str(there.get(name))).exists() and moved.exists():
+        gone = Path(str(there.get(name)))
+        if name in _PATHS and not gone.exists() and moved.exists() and moved.name == gone.name:
             there = there | {name: str(moved)}
     return there

@@ -132,7 +132,7 @@ def test_what_makes_no_sense_is_said(command):
         command("factorial", "runs/a", "code_files")
     Path("store").mkdir()
     Path("store/index.json").write_text("{}")
-    with pytest.raises(SystemExit, match="is a store of a language model's activations"):
+    with pytest.raises(SystemExit, match="is a store, whose rows were chosen when it was harvested"):
         command("train", "topk", "--activations", "store", "--run-dir", "runs/d")
     with pytest.raises(SystemExit, match="holds no activations: expected a file, or a folder"):
         command("train", "topk", "--activations", "nowhere.npy", "--run-dir", "runs/d")

@@ -64,7 +64,7 @@ class JointSAE(SparseAutoencoder):
             warnings.warn(
                 f"{type(self).__name__}: k_integration is 1 (half of k = {k}, if it was not given): one feature makes "
                 "no pair, so the interaction is a constant. Set k_integration to 2 or more, or interaction=False.",
-                stacklevel=2,
+                stacklevel=3,  # `named` stands between
             )
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -255,7 +255,8 @@ def _features(found: Json) -> str:
     cards = []
     for feature in found["features"]:
         examples = feature["examples"]
-        if any("row" in example for example in examples):
+        of_rows = any("row" in example for example in examples)
+        if of_rows:
             texts = elements.rows(
                 [
                     {"group": one["group"], "row": f"{one['row']:,}", "activation": f"{one['activation']:.4g}"}
@@ -264,7 +265,8 @@ def _features(found: Json) -> str:
             )
         else:
             texts = "".join(elements.shaded(example, feature["max_activation"]) for example in examples)
-        rate = f"fires on {feature['firing_rate']:.2%} of rows, at most {feature['max_activation']:.3g}"
+        rate = f"fires on {feature['firing_rate']:.2%} of {'rows' if of_rows else 'tokens'}"
+        rate += f", at most {feature['max_activation']:.3g}"
         cards.append(f'<div class="feature"><h3>Feature {feature["feature"]}</h3>{elements.note(rate)}{texts}</div>')
     note = elements.note(
         "The features that are largest in the identity pathway (a² |W_dec|²), each with the places in held-out text, "
