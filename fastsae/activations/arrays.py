@@ -123,8 +123,8 @@ def open_activations(path: str | Path, held_out: bool | None = None) -> "ArrayAc
     if (path / "index.json").is_file():
         if held_out is not None:
             raise ValueError(
-                f"{path} is a store, whose rows were chosen when it was harvested; leave held_out at None, or train on it "
-                "with the model, hook and text that it is of (--store)"
+                f"{path} is a store, whose rows were chosen when it was harvested; leave held_out at None, or train "
+                "on it with the model, hook and text that it is of (--store)"
             )
         return ActivationStore(path)
     found = sorted((p for p in path.iterdir() if p.suffix in SUFFIXES), key=_in_order) if path.is_dir() else [path]
