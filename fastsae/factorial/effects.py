@@ -40,8 +40,8 @@ class Level:
     change: float
     """Length of the change over that of the activation, mean over the tokens read."""
     contrasts: dict[str, Interval]
-    """Contrasts of the first factor, the second, and the interaction, in nats of log-probability; for words of one token
-    in logits."""
+    """Contrasts of the first factor, the second, and the interaction: in nats of log-probability, in logits for words
+    of one token."""
 
 
 @dataclass(frozen=True)
