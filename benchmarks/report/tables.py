@@ -163,7 +163,7 @@ def trainers(results: Results, shape: str) -> str:
 
 
 def missing(results: Results) -> list[str]:
-    """List the providers that could not be measured, with the reason and the benchmarks."""
+    """List everyone who could not be measured, with the reason and the benchmarks."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in results["rows"]:
         if "missing" in row:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsae.extras import LAB
 
 LEVEL = 0.05
-"""Level of significance, and rate of false discoveries among all."""
+"""Level of significance, and share of false discoveries among all."""
 _BLOCK, _AT_ONCE = 500, 1024
 _ENOUGH = 10
 """Exceedances after which a feature's p is known well enough."""
@@ -84,7 +84,8 @@ class Permuted(NamedTuple):
     p: Tensor
     """Share of permutations with an F at least as large, the observed one among them."""
     p_family: Tensor
-    """Share by the largest F of all features: the chance that any feature shows as much by luck."""
+    """Share of permutations in which the largest F of all features is at least as large: the chance that any feature
+    shows as much by luck."""
 
 
 def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.Generator) -> Permuted:
