@@ -20,7 +20,7 @@ Path = Literal["triton", "cublas"]
 
 
 class _Tile(NamedTuple):
-    """What one program makes of a matrix, how deep each step of a product is, and how the kernel is compiled."""
+    """Part of a matrix that one program makes, the depth of each step of a product, and the compile options."""
 
     rows: int
     columns: int
