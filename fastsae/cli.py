@@ -109,7 +109,9 @@ def train(
     dtype: Literal["float32", "bfloat16"] = "float32",
     feature_ranks: int = 1,
 ) -> None:
-    """Train an SAE on activations of a language model. Under torchrun its processes train one SAE together.
+    """Train an SAE on activations of a language model, or on your own (--activations).
+
+    Under torchrun its processes train one SAE together.
 
     Args:
         dtype: dtype of the weights. bfloat16 takes half the memory, and rounds at random so that small steps add up.
@@ -194,7 +196,9 @@ def evaluate(
             was trained on.
     """
     if own_rows.are_asked_for(run, activations):
-        for one in (run, *others):
+        if text is not None:
+            raise ValueError(f"eval: --text is for runs on a language model; {run} is measured on activations in files")
+        for one in dict.fromkeys((run, *others)):
             _evaluate_rows(one, own_rows.reading(one, activations, experiment.device(device)))
         return
     runs = tuple(dict.fromkeys((run, *others)))
@@ -220,8 +224,8 @@ def evaluate(
 def _evaluate_rows(run: Path, given: own_rows.Reading) -> None:
     measured = own_rows.reconstruction(given)
     _say(f"{run}: {given.words}", str(measured), "")
-    options = {"activations": str(given.path), "held_out": given.held_out}
-    record.write(run, "eval", {"reconstruction": measured, "bos_out": None, "bos_in": None}, **options)
+    found = {"reconstruction": measured, "bos_out": None, "bos_in": None}
+    record.write(run, f"eval{given.suffix}", found, **given.options)
 
 
 def _tell_measured(run: Path, measured: experiment.Measured, read: evaluation.Reading) -> None:
@@ -297,10 +301,9 @@ def analyze(run: Run, tokens: int = 50_000, activations: Path | None = None) -> 
 def _analyze_rows(run: Path, given: own_rows.Reading) -> None:
     geometry, features = own_rows.geometry(given), own_rows.features(given)
     _say(f"{run}: {given.words}", str(geometry))
-    options = {"activations": str(given.path), "held_out": given.held_out}
-    record.write(run, "geometry", geometry, **options)
-    record.write(run, "features", {"features": features}, **options)
-    _say("", f"Rows on which the {len(features)} largest features are strongest: {run}/features.json")
+    record.write(run, f"geometry{given.suffix}", geometry, **given.options)
+    record.write(run, f"features{given.suffix}", {"features": features}, **given.options)
+    _say("", f"Rows on which the {len(features)} largest features are strongest: {run}/features{given.suffix}.json")
 
 
 def _pair(pair: Pair) -> dict[str, str]:
@@ -324,19 +327,38 @@ def html_report(run: Run, activations: Path | None = None) -> None:
             was trained on.
     """
     if own_rows.are_asked_for(run, activations):
-        experiment.check_finished(run)
-    else:
-        experiment.trained(run)
+        _say(f"Open {_page(run, _measured_on_rows(run, activations)).resolve()}")
+        return
+    experiment.trained(run)
     if record.read(run, "eval") is None:
-        evaluate(run, activations=activations)
+        evaluate(run)
     if record.read(run, "geometry") is None or record.read(run, "features") is None:
-        analyze(run, activations=activations)
+        analyze(run)
     _say(f"Open {_page(run).resolve()}")
 
 
-def _page(run: Path) -> Path:
-    names = ["eval", "geometry", "features", "pairs", *sorted(path.stem for path in run.glob("factorial-*.json"))]
-    return report.write_html(run, {name: record.read(run, name) for name in names})
+def _measured_on_rows(run: Path, activations: Path | None) -> str:
+    """Measure what was not measured yet on these rows; returns the suffix of the results."""
+    experiment.check_finished(run)
+    if activations is None and None not in [record.read(run, name) for name in ("eval", "geometry", "features")]:
+        return ""  # rows that are gone by now are not missed
+    given = own_rows.reading(run, activations)
+
+    def is_there(name: str) -> bool:
+        found = record.read(run, f"{name}{given.suffix}")
+        return found is not None and found["options"] == given.options
+
+    if not is_there("eval"):
+        _evaluate_rows(run, given)
+    if not (is_there("geometry") and is_there("features")):
+        _analyze_rows(run, given)
+    return given.suffix
+
+
+def _page(run: Path, suffix: str = "") -> Path:
+    results = {name: record.read(run, f"{name}{suffix}") for name in ("eval", "geometry", "features", "pairs")}
+    experiments = sorted(path.stem for path in run.glob("factorial-*.json"))
+    return report.write_html(run, results | {name: record.read(run, name) for name in experiments})
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -54,7 +54,7 @@ def reading(runs: Sequence[Path], text: str | None = None) -> Reading:
     data = first if text is None else provenance.resolved(dataclasses.replace(first, text=text))
     other_text = all(seen.text != data.text for seen in trained_on)
     for run, seen in zip(runs, trained_on, strict=True):
-        for name in ("model", "hook", *(() if other_text else ("text",)), "context", "prepend_bos"):
+        for name in ("activations", "model", "hook", *(() if other_text else ("text",)), "context", "prepend_bos"):
             if (ours := getattr(first, name)) != (theirs := getattr(seen, name)):
                 raise ValueError(
                     f"eval: {runs[0]} has {name} {ours!r}, {run} has {theirs!r}: only runs of one model, hook and text "

@@ -1,8 +1,9 @@
 """Runs measured on activations in files, without a language model."""
 
 import random
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastsae import evaluate, experiment, progress, provenance
 from fastsae.activations import ActivationStore, ArrayActivations, open_activations
@@ -20,6 +21,13 @@ class Reading(NamedTuple):
     path: Path
     held_out: bool
     """Whether they are the held-out groups of what the run was trained on; otherwise they are all rows of `path`."""
+    suffix: str
+    """Of the names of results: none for the rows of the run, or where it does not know any."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As they are written beside the results."""
+        return {"activations": str(self.path.resolve()), "held_out": self.held_out}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,10 +55,7 @@ def reading(run: Path, activations: Path | None, on: str | None = None) -> Readi
     Raises FileNotFoundError or ValueError saying what is missing or does not fit.
     """
     experiment.check_finished(run)
-    recorded = provenance.recorded(run).activations if (run / "data.json").is_file() else None
-    path = activations or recorded
-    assert path is not None, "are_asked_for says so"
-    held_out = recorded is not None and path.resolve() == recorded.resolve()
+    path, held_out = _place(run, activations)
     source = open_activations(path, held_out=True if held_out else None)
     sae = load(run / "sae", device=experiment.device(on))
     read: ArrayActivations | ActivationStore | HiddenActivations = source
@@ -63,7 +68,24 @@ def reading(run: Path, activations: Path | None, on: str | None = None) -> Readi
         expected = sae.d_in
     if source.d_in != expected:
         raise ValueError(f"{path} holds rows of width {source.d_in}; the SAE of {run} reads rows of width {expected}")
-    return Reading(sae, source, read, path, held_out)
+    is_other = not held_out and (run / "data.json").is_file()
+    suffix = f"-{re.sub(r'[^A-Za-z0-9_.-]+', '-', path.resolve().name)}" if is_other else ""
+    return Reading(sae, source, read, path, held_out, suffix)
+
+
+def _place(run: Path, activations: Path | None) -> tuple[Path, bool]:
+    """Where the rows to measure on lie, and whether they are what the run was trained on."""
+    known = (run / "data.json").is_file()
+    recorded = provenance.recorded(run, read_text=False).activations if known else None
+    if activations is not None and (recorded is None or activations.resolve() != recorded.resolve()):
+        return activations, provenance.has_seen(run, activations)
+    path = provenance.recorded(run).activations  # raises where they are gone, or others
+    if path is None:
+        raise ValueError(
+            f"{run} was trained on a language model's activations, and is not measured beside runs on files; measure "
+            "it by itself, or name a file for all of them: --activations FILE"
+        )
+    return path, True
 
 
 def reconstruction(given: Reading) -> Reconstruction:

@@ -28,6 +28,8 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
     base: the run whose SAE this one stands on.
     """
     path, ours = run_dir / "data.json", _description(data, run_dir) | _base_description(base)
+    if base is not None:
+        ours[_RELATIVE][_BASE] = os.path.relpath(base.resolve(), run_dir.resolve())
     with files.locked(run_dir, "train"):
         begun = any((run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "sae"))
         if begun and path.exists():
@@ -94,7 +96,10 @@ def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
         return data
     if data.activations is not None:
         if not data.activations.exists():
-            raise FileNotFoundError(f"{data.activations}, which {run_dir} was trained on, does not exist any more")
+            raise FileNotFoundError(
+                f"{data.activations}, which {run_dir} was trained on, does not exist any more. If it lies "
+                "elsewhere now, say where: --activations FILE"
+            )
         if open_activations(data.activations).identity["rows"] != of_rows:
             raise ValueError(
                 f"{data.activations} does not hold what {run_dir} was trained on: other rows would be held out now"
@@ -108,6 +113,13 @@ def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
     return data
 
 
+def has_seen(run_dir: Path, activations: Path) -> bool:
+    """Whether the run was trained on these activations, wherever they lie now: they are split as they were then."""
+    path = run_dir / "data.json"
+    checksum = files.read_object(path).get(_ROWS_CHECKSUM) if path.is_file() else None
+    return checksum is not None and open_activations(activations).identity.get("rows") == checksum
+
+
 def recorded_base(run_dir: Path) -> Path:
     """The run that the run in run_dir stands on. Raises FileNotFoundError or ValueError if it is gone or changed."""
     path = run_dir / "data.json"
@@ -116,7 +128,9 @@ def recorded_base(run_dir: Path) -> Path:
         raise ValueError(f"{path} is damaged: it names no base; train the run again")
     base = Path(there[_BASE])
     beside = run_dir.resolve().parent / base.name  # where it is if both runs were moved or copied together
-    places = [place for place in (base, beside) if (place / "sae" / "config.json").is_file()]
+    relative = there.get(_RELATIVE)
+    moved = run_dir.resolve() / str(relative.get(_BASE, base)) if isinstance(relative, dict) else base
+    places = [place for place in (base, moved.resolve(), beside) if (place / "sae" / "config.json").is_file()]
     if not places:
         raise FileNotFoundError(
             f"{run_dir} stands on the SAE of {base}, which is neither there nor beside it any more: bring it back"

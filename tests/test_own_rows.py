@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import cli, lm, own_rows
+from fastsae import cli, lm, own_rows, provenance
 from fastsae.activations import ArrayActivations, is_held_out
 from fastsae.evaluate import strongest_rows
 
@@ -177,3 +177,69 @@ def test_the_strongest_rows_are_each_of_another_group():
 def test_what_is_asked_for():
     assert own_rows.are_asked_for(Path("nowhere"), Path("x.npy"))
     assert not own_rows.are_asked_for(Path("nowhere"), None)
+
+
+def test_rows_that_were_renamed_are_split_as_in_training(command):
+    np.save("rows.npy", planted(4000, 0))
+    train(command, *SIZES)
+    before = command("eval", "runs/a").splitlines()
+    Path("rows.npy").rename("renamed.npy")
+    with pytest.raises(SystemExit, match=r"If it lies elsewhere now, say where: --activations FILE"):
+        command("eval", "runs/a")
+    after = command("eval", "runs/a", "--activations", "renamed.npy").splitlines()
+    assert after == [before[0].replace(str(Path("rows.npy").resolve()), "renamed.npy"), *before[1:]]
+
+
+def test_groups_belong_to_the_rows():
+    x, groups = torch.randn(50, 3), torch.arange(50) // 5
+    same, other = (ArrayActivations([x], g).identity for g in (groups.clone(), groups.flip(0)))
+    assert same == ArrayActivations([x], groups).identity != other
+    assert ArrayActivations([x.view(10, 5, 3)]).identity != ArrayActivations([x.view(5, 10, 3)]).identity
+
+
+def test_results_on_other_rows_stand_beside_the_run_s_own(command):
+    for name, seed in (("rows", 0), ("other", 1)):
+        np.save(f"{name}.npy", planted(4000, seed))
+    train(command, *SIZES)
+    command("report", "runs/a")
+    kept = {path: path.read_text() for path in Path("runs/a").glob("*.json")}
+    command("report", "runs/a", "--activations", "other.npy")
+    assert "4,000 rows in 400 groups of" in Path("runs/a/report.html").read_text()
+    assert all(path.read_text() == text for path, text in kept.items())
+    assert json.loads(Path("runs/a/features-other.npy.json").read_text())["options"]["held_out"] is False
+    Path("rows.npy").unlink()
+    assert command("report", "runs/a").startswith("Open "), "all that it shows was measured"
+    assert "held-out groups of" in Path("runs/a/report.html").read_text()
+
+
+def test_a_report_is_of_the_rows_it_is_asked_for(command):
+    config = fastsae.TrainerConfig(steps=5, run_dir=Path("py"), progress=False)
+    fastsae.Trainer(fastsae.TopKSAE(D, 60, 4), config).fit(fastsae.batches(planted(1000, 0), 100))
+    for rows in (900, 800):
+        np.save(f"{rows}.npy", planted(rows, 1))
+    command("eval", "py", "--activations", "900.npy")
+    command("report", "py", "--activations", "800.npy")
+    assert "800 rows in" in Path("py/report.html").read_text()
+
+
+def test_runs_on_rows_and_on_text_are_not_mixed(command):
+    np.save("rows.npy", planted(4000, 0))
+    train(command, *SIZES)
+    shutil.copytree("runs/a", "runs/lm")
+    data = json.loads(Path("runs/lm/data.json").read_text()) | {"activations": None, "relative_to_run": {}}
+    del data["activations_crc32"]
+    Path("runs/lm/data.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="runs/lm was trained on a language model's activations, and is not measured"):
+        command("eval", "runs/a", "runs/lm")
+    with pytest.raises(SystemExit, match="runs/lm has activations None, runs/a has"):
+        command("eval", "runs/lm", "runs/a")
+    with pytest.raises(SystemExit, match="--text is for runs on a language model; runs/a is measured on activations"):
+        command("eval", "runs/a", "--text", "stdlib")
+
+
+def test_a_base_in_another_folder_moves_with_its_run(command):
+    np.save("rows.npy", planted(4000, 0))
+    train(command, *SIZES, run="runs/bases/a")
+    train(command, "--base", "runs/bases/a", "--d-embedding", "6", kind="sequential", run="runs/on/b")
+    Path("runs").rename("moved")
+    assert provenance.recorded_base(Path("moved/on/b")) == Path("moved/bases/a").resolve()

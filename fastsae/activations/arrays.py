@@ -44,6 +44,7 @@ class ArrayActivations:
         self.d_in: int = self._arrays[0].shape[1]
         groups = _by_document(arrays) if groups is None else torch.as_tensor(groups, device="cpu").reshape(-1)
         rows = sum(map(len, self._arrays))
+        self._has_groups = groups is not None
         groups = _neighbours(rows) if groups is None else groups
         if len(groups) != rows:
             raise ValueError(f"ArrayActivations: expected a group for each of {rows} rows; got {len(groups)}")
@@ -91,6 +92,9 @@ class ArrayActivations:
     def identity(self) -> dict[str, Any]:
         """A dict for JSON of all that the rows and their order depend on, and some rows of each array."""
         checksum = zlib.crc32(self._kept.numpy().tobytes())
+        if self._has_groups:  # others follow from the number of rows
+            checksum = zlib.crc32(self._group_of_row.numpy().tobytes(), checksum)
+            checksum = zlib.crc32("\n".join(self.names).encode(), checksum)
         for array in self._arrays:
             some = np.unique(np.linspace(0, len(array) - 1, 64).astype(int)).tolist()
             rows = array[some] if isinstance(array, Tensor) else torch.from_numpy(np.array(array[some]))

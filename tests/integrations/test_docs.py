@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,14 @@ def test_readme(capsys):
     assert found["trainer"].steps == 39
     assert isinstance(fastsae.load("my-sae"), fastsae.TopKSAE)
     assert 0 < float(capsys.readouterr().out) < 5
+
+
+def test_own_activations(capsys):
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float32))
+    smaller = {"d_sae=4096, k=32": "d_sae=64, k=4", "steps=5000": "steps=5"}
+    found = run("own_activations.md", smaller)
+    assert fastsae.load("runs/python").d_in == 16
+    assert f"Reconstruction of {found['held_out'].n_rows} rows in" in capsys.readouterr().out
 
 
 def test_questions(capsys):
