@@ -42,7 +42,7 @@ def is_quantised(shape: torch.Size | tuple[int, ...]) -> bool:
 
 def block(width: int) -> int:
     """Choose the number of entries that share one scale: a part of one row. While a feature is silent its moments decay
-    by one factor, which the scale takes exactly. In a scale shared with features that fire, rounding would undo it."""
+    by one factor, which the scale takes exactly. If features that fire shared the scale, rounding would undo it."""
     return max((n for n in _BLOCK if width % n == 0), default=width)
 
 

@@ -163,8 +163,8 @@ class Carrier:
         return _as_long_as(change, self.output_change(Step(step.space, coefficient, direction)))
 
     def linear_control(self, change: Tensor, step: Step, features: Sequence[int]) -> Tensor:
-        """Change the same features in a pathway that is linear in the code: W_lin, or W_dec without it. All features if
-        none is named. Where none of them is active there is no change."""
+        """Compute a change as long as `change`, by the same features in a pathway that is linear in the code: W_lin, or
+        W_dec without it. All features if none is named. Where none of them is active there is no change."""
         W_lin = getattr(self.sae, "W_lin", None)
         W, code = (self.sae.W_dec, self.code) if W_lin is None else (W_lin, self.seen)
         chosen = self._at(features)
