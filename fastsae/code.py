@@ -76,7 +76,11 @@ class SparseCode:
         """
         self._expect_tokens("an index")
         shape = self.values.shape[:-1]
-        chosen = torch.arange(shape.numel(), device=self.indices.device).view(shape)[tokens]
+        numbers = torch.arange(shape.numel(), device=self.indices.device).view(shape)
+        try:
+            chosen = numbers[tokens]
+        except IndexError as error:
+            raise IndexError(f"SparseCode: an index chooses tokens, of shape {tuple(shape)}: {error}") from error
         flat = self.flatten()
         return SparseCode(flat.values[chosen], flat.indices[chosen], self.d_sae)
 
@@ -88,9 +92,9 @@ class SparseCode:
         if self.values.dim() < 2:
             raise IndexError(f"SparseCode: {what} needs several tokens; this is the code of one. See .values, .indices")
 
-    def to(self, *device_or_dtype: Any) -> "SparseCode":
-        """The code on another device, or with values of another dtype, as Tensor.to has them."""
-        values = self.values.to(*device_or_dtype)
+    def to(self, *args: Any, **options: Any) -> "SparseCode":
+        """The code on another device, or with values of another dtype: arguments as of Tensor.to."""
+        values = self.values.to(*args, **options)
         return SparseCode(values, self.indices.to(values.device), self.d_sae)
 
     def __repr__(self) -> str:

@@ -79,7 +79,9 @@ def topk_encode(
         _check_strided(where, features=features)
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
-            raise TypeError(f"{where}: features must be int64 indices; got {features.dtype}. Of a mask: .nonzero().")
+            raise TypeError(
+                f"{where}: features must be int64 indices; got {features.dtype}. For a mask use mask.nonzero().squeeze(1)."
+            )
         if features.device != x.device:
             raise ValueError(f"{where}: x is on {x.device} but features on {features.device}; move them to one device.")
         if features.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would be a wait

@@ -74,6 +74,9 @@ def auxk_loss(sae: SparseAutoencoder, x: Tensor, reconstruction: Tensor, dead: T
     taken, and of none the loss is 0.
     """
     if dead.dtype == torch.bool:
+        if dead.shape != sae.b_enc.shape:
+            expected = f"a mask of shape {tuple(sae.b_enc.shape)}"
+            raise ValueError(f"auxk_loss: dead: expected {expected}, or int64 numbers; got shape {tuple(dead.shape)}")
         dead = dead.nonzero().squeeze(1)
     k = min(k, sae.ranks.count_features(len(dead)))
     if k == 0:
@@ -545,10 +548,16 @@ class Trainer:
     def _advice(self, raw: Any) -> str:
         """Say what to do about something that is no batch."""
         if isinstance(raw, (tuple, list)) and raw and isinstance(raw[0], Tensor):
-            return ". Of a DataLoader over a TensorDataset: (rows for (rows,) in loader)"
+            return ". For a DataLoader over a TensorDataset use (rows for (rows,) in loader)"
         if isinstance(raw, Tensor):
-            return ". Of one tensor of activations: x.split(2048)" if raw.shape == (self.sae.d_in,) else ""
-        return ". Of NumPy arrays: torch.from_numpy" if hasattr(raw, "__array__") else ""
+            return (
+                ". For one tensor of activations use fastsae.batches(x, 2048)" if raw.shape == (self.sae.d_in,) else ""
+            )
+        return (
+            ". For NumPy arrays use fastsae.batches(x, 2048), or torch.from_numpy(x)"
+            if hasattr(raw, "__array__")
+            else ""
+        )
 
     def _diverged(self, loss: float) -> str:
         last = next(iter(checkpoint.folders(self.config.run_dir)), None) if self.config.run_dir else None

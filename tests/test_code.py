@@ -25,7 +25,7 @@ def test_tokens_of_several_axes():
     assert same(code[:, 1], CODE[[1, 3]])
     assert same(code[code.values[..., 1] > 0], CODE[[0, 2, 3]])
     assert [tuple(part.values.shape) for part in code] == [(2, 3), (2, 3)]
-    with pytest.raises(IndexError):  # a feature is no token
+    with pytest.raises(IndexError, match=r"an index chooses tokens, of shape \(2, 2\): too many indices"):
         code[0, 0, 0]
 
 
@@ -47,6 +47,7 @@ def test_the_code_of_one_token_has_no_tokens():
 def test_to_another_place_or_dtype():
     half = CODE.to(torch.float16)
     assert (half.values.dtype, half.indices.dtype) == (torch.float16, torch.int64)
+    assert CODE.to(dtype=torch.float64).values.dtype == torch.float64
     there = CODE.to("meta")
     assert there.values.is_meta
     assert there.indices.is_meta

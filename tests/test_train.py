@@ -370,6 +370,8 @@ def test_auxk_takes_a_mask_or_numbers():
     dead = torch.zeros(sae.d_sae, dtype=torch.bool)
     assert fastsae.auxk_loss(sae, x, torch.zeros_like(x), dead, 3) == 0
     dead[[1, 4, 7]] = True
+    with pytest.raises(ValueError, match=rf"dead: expected a mask of shape \({sae.d_sae},\), .* got shape \(3,\)"):
+        fastsae.auxk_loss(sae, x, x, dead[:3], 3)
     by_mask, by_number = (fastsae.auxk_loss(sae, x, x * 0, d, 5) for d in (dead, torch.tensor([1, 4, 7])))
     pre = torch.relu(x @ sae.W_enc[dead].T + sae.b_enc[dead])
     torch.testing.assert_close(by_mask, (pre @ sae.W_dec[dead] - x).square().mean())

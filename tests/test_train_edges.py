@@ -211,9 +211,17 @@ def test_gradients_stay_in_the_same_memory(monkeypatch: pytest.MonkeyPatch):
         (torch.ones(4, D, device="meta"), TypeError, "float tensor that holds numbers; got torch.float32 on meta"),
         ([1.0, 2.0], ValueError, "got list$"),
         (None, ValueError, "got NoneType$"),
-        (torch.randn(D), ValueError, r"Of one tensor of activations: x.split\(2048\)"),
-        ([torch.randn(4, D)], ValueError, r"Of a DataLoader over a TensorDataset: \(rows for \(rows,\) in loader\)"),
-        (torch.randn(4, D).numpy(), ValueError, "got ndarray. Of NumPy arrays: torch.from_numpy"),
+        (torch.randn(D), ValueError, r"For one tensor of activations use fastsae.batches\(x, 2048\)"),
+        (
+            [torch.randn(4, D)],
+            ValueError,
+            r"For a DataLoader over a TensorDataset use \(rows for \(rows,\) in loader\)",
+        ),
+        (
+            torch.randn(4, D).numpy(),
+            ValueError,
+            r"got ndarray. For NumPy arrays use fastsae.batches\(x, 2048\), or torch.from_numpy\(x\)",
+        ),
     ],
     ids=["width", "3-d", "1-d", "0-d", "empty", "integer", "meta", "list", "None", "rows", "loader", "numpy"],
 )

@@ -225,7 +225,7 @@ class SparseAutoencoder(nn.Module):
         if not isinstance(code, SparseCode):
             raise TypeError(
                 f"{type(self).__name__}.decode: expected a SparseCode, as encode returns; got {type(code).__name__}. "
-                "Of NumPy arrays: fastsae.SparseCode(torch.from_numpy(values), torch.from_numpy(indices), d_sae)"
+                "For NumPy arrays use fastsae.SparseCode(torch.from_numpy(values), torch.from_numpy(indices), d_sae)"
             )
         if code.d_sae != self.d_sae:
             raise ValueError(f"{type(self).__name__}: the code is of {code.d_sae} features, this SAE has {self.d_sae}")
