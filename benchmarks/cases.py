@@ -1,4 +1,4 @@
-"""What is measured: shapes by name, and the work a training step cannot do without, by formula."""
+"""Shapes that are measured, by name, and the least work of a training step, by formula."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ class Shape:
     E: int
 
     def scaled(self, axis: str, size: int) -> "Shape":
-        """The same but for one size; N stays half of K."""
+        """Copy this shape with another size of one axis; N stays half of K."""
         changed = replace(self, name=f"{axis}={size}", **{axis: size})
         return replace(changed, N=max(1, size // 2)) if axis == "K" else changed
 
@@ -92,5 +92,5 @@ def _used(M: int, B: int, K: int) -> float:
 
 
 def floor_seconds(shape: Shape, joint: bool, flops_per_second: float, bytes_per_second: float) -> float:
-    """What a step takes at least, one phase after another, at the rates of the roofs."""
+    """Compute the least time of a step, one phase after another, at the rates of the roofs."""
     return sum(w.seconds(flops_per_second, bytes_per_second) for w in work(shape, joint).values())

@@ -29,12 +29,12 @@ COSINE = 0.95
 
 @dataclass(frozen=True)
 class Truth:
-    """What the specification gives in fp64, without dropout."""
+    """Results of the specification in fp64, without dropout."""
 
     x: Tensor
     reconstruction: Tensor
     gradients: dict[str, Tensor]
-    """Of the mean squared error, under fastsae's names."""
+    """Gradients of the mean squared error, under fastsae's names."""
 
 
 @Latest

@@ -1,4 +1,4 @@
-"""What figures are measured on, and the file they are written to."""
+"""Description of the machine on which figures are measured, and the file they are written to."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "fastsae", "sae-lens", "eai-sparsify", "
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine on which the figures are measured."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         cpu = found[1]
@@ -35,14 +35,14 @@ def hardware() -> dict[str, Any]:
 
 
 def results_file() -> Path:
-    """Of this machine: with its instructions, since one name of a CPU is given to processors that differ in them."""
+    """Name this machine's results file. It names the instructions too: processors that differ in them share a name."""
     found = hardware()
     told = f"{found['cpu']} {found['cores']} cores {found['instructions']}" + " bf16" * found["native_bf16"]
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', told.lower()).strip('-')}.json"
 
 
 def newest(kind: str) -> dict[str, Any]:
-    """Of the results of one kind, each machine's in a file of RESULTS / kind."""
+    """Read the newest results of one kind; each machine's lie in a file of RESULTS / kind."""
     return max(map(read_json, (RESULTS / kind).glob("*.json")), key=lambda found: found["hardware"]["date"])
 
 

@@ -28,7 +28,7 @@ class Measured:
     """A provider that computes the right function, or the reason why it is not there."""
 
     row: dict[str, Any]
-    """What a row of results says of it, times left out."""
+    """The provider's facts in a row of results, without times."""
     provider: Provider | None = None
     gauge: Gauge | None = None
     compiled: bool = False

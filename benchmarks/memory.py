@@ -73,7 +73,7 @@ def _trim() -> None:
 
 
 def available_bytes() -> int:
-    """Of memory, before the system would have to swap or kill."""
+    """Read the bytes of memory left before the system would have to swap or kill."""
     with contextlib.suppress(OSError):
         return _told(Path("/proc/meminfo"), "MemAvailable")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -97,7 +97,7 @@ def trained(task: tuple[Path, Case]) -> dict[str, Any]:
 
 @torch.no_grad()
 def fvu(sae: TopKSAE | JointSAE, x: Tensor) -> float:
-    """Of raw activations, in fp32 whatever the weights are."""
+    """Compute the FVU of raw activations, in fp32 whatever the weights are."""
     error = sum((sae.reconstruct(part).float() - part).square().sum().item() for part in x.split(2048))
     return error / (x - x.mean(dim=0)).square().sum().item()
 
@@ -140,7 +140,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def told(found: dict[str, Any]) -> str:
-    """What docs/memory.md shows."""
+    """Write the text that docs/memory.md shows."""
     s, machine = found["settings"], found["hardware"]
     return (
         f"{table(found)}\n\n{s['steps']} steps of {s['batch_size']:,} activations of the embedded model, d_sae = "

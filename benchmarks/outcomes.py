@@ -1,4 +1,4 @@
-"""How a measurement can end without a number. Imports no torch: stages of `make gpu` start without it."""
+"""Ends of a measurement without a number. Imports no torch: stages of `make gpu` start without it."""
 
 
 class Missing(Exception):

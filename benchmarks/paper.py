@@ -38,7 +38,7 @@ COMMANDS = {
         for name in SETS
     },
 }
-"""What has to be there -> the command line of `fastsae` that makes it."""
+"""Needed file -> the command line of `fastsae` that makes it."""
 
 Found = dict[str, Any]
 
@@ -50,9 +50,9 @@ class Row:
     what: str
     published: str
     ours: Callable[[Found, Found], str]
-    """From paper.json and study.json."""
+    """Our figure, from paper.json and study.json."""
     difference: str
-    """How the definitions differ."""
+    """Difference between the definitions."""
 
 
 def _arm(study: Found, name: str, metric: str, part: str = "metrics") -> Found:
@@ -232,7 +232,7 @@ ROWS = (
 
 
 def collect() -> Found:
-    """What the table needs of the results in runs/paper."""
+    """Collect the figures of the table from the results in runs/paper."""
     folder = ROOT / "runs" / "paper"
     joint, secondary = (files.read_json(folder / name / "eval.json") for name in ("joint", "secondary"))
     geometry = files.read_json(folder / "joint" / "geometry.json")

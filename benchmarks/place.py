@@ -1,4 +1,4 @@
-"""Where a provider computes, and in what: a device, the backend of fastsae to be shown, the dtype of products."""
+"""Place of a provider's computation: a device, the backend of fastsae to be shown, the dtype of products."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ class Place:
         return self.device.type == "cuda"
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What forwards run under."""
+        """Make the context that forwards run in: autocast to the dtype of products, if there is one."""
         return torch.autocast(self.device.type, self.products) if self.products else nullcontext()
 
     def generator(self, seed: int) -> torch.Generator:
@@ -41,7 +41,10 @@ CPU = Place(torch.device("cpu"), "cpu")
 
 
 def place(smoke: bool) -> Place:
-    """Of `make gpu`: the GPU in bf16, or for a smoke run the CPU by what serves there. fp32 products stay fp32."""
+    """Choose the place of `make gpu`: the GPU in bf16, or for a smoke run the CPU with a backend that serves there.
+
+    fp32 products stay fp32.
+    """
     torch.set_float32_matmul_precision("highest")
     if not smoke:
         return Place(torch.device("cuda"), "cuda", torch.bfloat16)

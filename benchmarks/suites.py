@@ -1,4 +1,4 @@
-"""How much is measured: `pytest benchmarks` rehearses in a minute or two, `make bench` fills the results file."""
+"""Sizes of the two suites: `pytest benchmarks` rehearses in a minute or two, `make bench` fills the results file."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from benchmarks.cases import Shape
 
 @dataclass(frozen=True)
 class Suite:
-    """Which shapes each benchmark takes, and how long."""
+    """Shapes that each benchmark takes, and its duration."""
 
     phases: tuple[str, ...]
     """Shapes at which every candidate is measured, phase by phase."""
@@ -16,7 +16,7 @@ class Suite:
     seconds: float
     """About how long each phase of each candidate is measured."""
     scaled: Shape
-    """What the series change one size of."""
+    """The shape of which the series change one size."""
     series: dict[str, tuple[int, ...]]
     """Axis (B, D, M or K) to the sizes it takes."""
     trained: Shape

@@ -146,7 +146,8 @@ def _compare(way: Way, op: str, shape: Shape) -> float:
 
 
 def _of_batch(way: Way, op: str, shape: Shape) -> list[Tensor]:
-    """Of the whole batch, as it is timed: outputs of the rows, and gradients where all other rows' are zero."""
+    """Run the whole batch, as it is timed: give the outputs of the checked rows, and the gradients with all other rows'
+    upstream gradients at zero."""
     inputs, indices = _inputs(shape)
     given = {name: t.detach().requires_grad_(name != "x") for name, t in inputs.items()}
     outputs = way(given, indices, shape)
@@ -160,7 +161,7 @@ def _of_batch(way: Way, op: str, shape: Shape) -> list[Tensor]:
 
 @Latest
 def _exact(op: str, shape: Shape) -> list[Tensor]:
-    """Of the rows alone, by the reference backend in fp64."""
+    """Compute the outputs and gradients of the checked rows alone, by the reference backend in fp64."""
     inputs, indices = _inputs(shape)
     rows = slice(0, CHECKED_ROWS)
     given = {name: (t[rows] if name in ("x", "values") else t).detach().double() for name, t in inputs.items()}

@@ -1,4 +1,4 @@
-"""What this machine does at best: the encoder's matrix product by itself, and a copy of memory."""
+"""Best rates of this machine: the encoder's matrix product by itself, and a copy of memory."""
 
 import pytest
 

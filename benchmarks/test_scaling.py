@@ -1,4 +1,4 @@
-"""How cost grows as work grows: steps over one size at a time."""
+"""Growth of cost with work: steps over one size at a time."""
 
 import dataclasses
 import itertools

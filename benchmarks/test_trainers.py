@@ -1,4 +1,4 @@
-"""What a user of another package sees: rows per second of its own training loop, with its SAE and with ours."""
+"""Speed for a user of another package: rows per second of its own training loop, with its SAE and with ours."""
 
 import statistics
 

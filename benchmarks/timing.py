@@ -1,4 +1,4 @@
-"""How pytest-benchmark is driven, and what a row says of the times."""
+"""Driver of pytest-benchmark, and the times that a row holds."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What becomes of a gradient row: stored, added to what is there, or used up at once in a step of Adam."""
+"""Destinations of a gradient row: stored, added to what is there, or used up at once in a step of Adam."""
 
 from typing import Any, NamedTuple, TypeGuard
 

@@ -1,4 +1,4 @@
-"""What training steps launch, at named shapes: compiled by `offline`, and timed where there is a GPU."""
+"""Kernel launches of training steps at named shapes: compiled by `offline`, and timed on a machine with a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

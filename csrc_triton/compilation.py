@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a job came to."""
+    """Outcome of one compile: its use of the chip, and the rules it breaks."""
 
     registers: int = 0
     shared: int = 0

@@ -1,8 +1,8 @@
-"""The same sums as matrix products with the code as a dense matrix, for codes that are not sparse enough to gather.
+"""Decoding and its gradients as products with a dense code matrix, for codes that are not sparse enough to gather.
 
 The dense code exists one block at a time: a block of rows where the sum runs over features, a block of features where
-it runs over rows, so that no sum is cut in two and rounded in between. Its rows begin at whole 128-byte lines: products
-of matrices with odd strides run without the fast instructions (wgmma, TMA).
+it runs over rows. So no sum is cut in two and rounded in between. Its rows begin at whole 128-byte lines, because
+products of matrices with odd strides run without the fast instructions (wgmma, TMA).
 """
 
 from collections.abc import Iterator

@@ -21,5 +21,5 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 def precision() -> str:
-    """What fp32 means in a product: IEEE, unless the user allowed TF32 in torch."""
+    """Choose the precision of fp32 products: "ieee", or "tf32" if the user allowed TF32 in torch."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

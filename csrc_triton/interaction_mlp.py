@@ -20,7 +20,7 @@ Path = Literal["triton", "cublas"]
 
 
 class _Tile(NamedTuple):
-    """What one program makes of a matrix, how deep each step of a product is, and how the kernel is compiled."""
+    """Part of a matrix that one program makes, the depth of each step of a product, and the compile options."""
 
     rows: int
     columns: int
@@ -31,6 +31,8 @@ class _Tile(NamedTuple):
 
 # By bytes per number. Kernels that form z or the dropout mask hold more in registers: shallower steps.
 _PRODUCT = {2: _Tile(64, 128, 64, 8, 3), 4: _Tile(64, 64, 16, 8, 2)}
+# Less deep, it takes 8 bytes of stack on sm_120.
+_D_PRODUCT = {2: _PRODUCT[2], 4: _Tile(64, 64, 32, 8, 2)}
 _POOLED = {2: _Tile(64, 128, 32, 8, 3), 4: _Tile(64, 64, 16, 8, 2)}
 # The dropout mask and s meet the finished sums: 128 columns of them spill where strides are odd.
 _D_POOLED = {2: _Tile(64, 64, 32, 8, 3), 4: _POOLED[4]}
@@ -452,7 +454,7 @@ def interaction_mlp_backward(
     if not need_weights:
         return d_s, d_q, None, None, None, None
     no_z: dict[str, Any] = dict(s_ptr=None, q_ptr=None, seed_ptr=None, DROPOUT=0.0)
-    d_W2, d_bias = _d_weight(delta, E, _PRODUCT[W2.itemsize], input_ptr=h, **no_z, POOL=False)
+    d_W2, d_bias = _d_weight(delta, E, _D_PRODUCT[W2.itemsize], input_ptr=h, **no_z, POOL=False)
     d_W1, d_b1 = _d_weight(dh, E, tile, input_ptr=None, **z, POOL=True)
     return d_s, d_q, d_W1, d_b1, d_W2, d_bias
 
@@ -520,7 +522,7 @@ def cost(B: int, D: int, E: int, itemsize: int) -> dict[Path, tuple[int, int]]:
     cublas_bytes = pool + pre + itemsize * 2 * BE + itemsize * (BE + DE + BD) + itemsize * 4 * BD
     flops = 2 * BE * (E + D)
     n_W1, _ = _segments(B, E, E, _POOLED[itemsize])
-    n_W2, _ = _segments(B, D, E, _PRODUCT[itemsize])
+    n_W2, _ = _segments(B, D, E, _D_PRODUCT[itemsize])
     d_pool = s_q + 4 * BE
     triton_bytes += s_q + itemsize * (BD + DE + EE + 2 * BE)  # d_hidden
     triton_bytes += d_pool + itemsize * (BE + EE)

@@ -1,4 +1,4 @@
-"""How every kernel is started: on the device, or by whoever asked to be handed what is to be started."""
+"""Start of every kernel: on the device, or handed as a `Launch` to a caller that asked for it."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """The kernel's name."""
         return self.kernel.fn.__name__
 
     @property
@@ -37,7 +37,7 @@ class Launch:
         return " ".join(f"{p.name}={self.arguments[p.name]}" for p in parameters if p.annotation is tl.constexpr)
 
     def start(self) -> None:
-        """On the device of its tensors. An empty grid starts nothing."""
+        """Start the kernel on the device of its tensors. An empty grid starts nothing."""
         if not all(self.grid):
             return
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))

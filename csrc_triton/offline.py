@@ -42,14 +42,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a GPU took for the launches of a part, by the part's title: rows of stage `launches` of `make gpu`."""
+    """Times of a GPU for the launches of each part, by the part's title: rows of stage `launches` of `make gpu`."""
 
     gpu: str
     launches: dict[str, list[dict[str, Any]]]
 
     @classmethod
     def read(cls, file: Path | None) -> "Measured":
-        """From a results file; nothing from None."""
+        """Read a results file; None gives no times."""
         if file is None:
             return cls("", {})
         found = json.loads(file.read_text())
@@ -57,7 +57,7 @@ class Measured:
         return cls(found["hardware"]["gpu"], {row["case"]: row.get("launches", []) for row in rows})
 
     def seconds(self, title: str, launches: Sequence[Launch]) -> list[float | None]:
-        """Of each launch; None where it was not timed, or where another configuration was."""
+        """Give the time of each launch; None if it was not timed, or was timed in another configuration."""
         rows = self.launches.get(title, [])
         timed = [(row["kernel"], row["config"], row["warps"], row["stages"]) for row in rows]
         if timed != [(n.name, n.config, n.num_warps, n.num_stages) for n in launches]:
@@ -82,7 +82,7 @@ def compiled_parts(shapes: Iterable[str], chips: Sequence[int], measured: Measur
 
 
 def lines(rows: Iterable[Row]) -> Iterator[str]:
-    """What the command prints: a line per compile, under the first shape that needs it."""
+    """Yield the command's output: a line per compile, under the first shape that needs it."""
     seen = set()
     for row in rows:
         for job, result in zip(row.jobs, row.results, strict=True):
@@ -129,7 +129,7 @@ costs. The rates are estimates, held in `csrc_triton/plan.py` until a GPU has be
 
 
 def document(rows: Sequence[Row], gpu: str) -> str:
-    """docs/kernels.md; gpu: what was measured on, if anything."""
+    """Write the text of docs/kernels.md; gpu: the GPU that was measured, "" if none was."""
     texts = [INTRODUCTION]
     if gpu:
         texts.append(MEASURED.format(gpu=gpu))

@@ -1,4 +1,4 @@
-"""Which kernels serve a shape, decided by counted bytes and operations. Pure: no tensors, no device, no clock.
+"""Choice of the kernels for a shape, by counted bytes and operations. Pure: no tensors, no device, no clock.
 
 The rates are estimates for one H200 until a results file of a GPU replaces them; a comparison of two ways depends on
 their ratio only.
@@ -31,7 +31,7 @@ _MOST_RANKED = 2048
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """How topk_encode runs."""
+    """Plan of one topk_encode call."""
 
     rows: int
     """Rows whose pre-activations are held at once."""
@@ -41,7 +41,7 @@ class EncodePlan:
     """Features whose pre-activations lie side by side: whole groups and whole 128-byte lines (odd strides make scalar
     stores). All features where W_enc is multiplied as it lies in memory, else blocks of them, which are copied."""
     gemm: Literal["cublas", "triton"]
-    """Who multiplies: cuBLAS, then a pass for the group maxima; or our kernel, which takes them on the way."""
+    """The product's kernel: cuBLAS, then a pass for the group maxima; or ours, which takes them on the way."""
     select: Literal["groups", "stream", "topk"]
     """Rank groups first; or stream each row once per bit (dictionaries small for k); or torch.topk on 64-bit keys."""
     group: int
@@ -53,7 +53,7 @@ class EncodePlan:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How joint_decode and the weight gradients run."""
+    """Plan of joint_decode and of the weight gradients."""
 
     forward: Literal["gather", "dense"]
     backward: Literal["gather", "dense"]

@@ -22,7 +22,7 @@ from fastsae.modules import SecondarySAE, evaluating, read_description
 
 
 class Reading(NamedTuple):
-    """What runs are measured on."""
+    """Text that runs are measured on."""
 
     data: DataConfig
     other_text: bool
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the results: eval.json is of the run's own text."""
+        """Name of the results, without .json: eval.json is for the run's own text."""
         if not self.other_text:
             return "eval"
         text = Path(self.data.text).name if Path(self.data.text).exists() else self.data.text
@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 
 
 def reading(runs: Sequence[Path], text: str | None = None) -> Reading:
-    """What these finished runs are measured on together; text: other text than theirs.
+    """Choose the text that these finished runs are measured on together; text: other text than theirs.
 
     Raises ValueError where they are not of one model, hook and text, FileNotFoundError where one is not finished.
     """
@@ -84,9 +84,9 @@ def _base(run: Path) -> int | None:
 def measure(
     model: Any, run: Path, read: Reading, windows: TokenWindows, on: str, several: bool = False
 ) -> tuple[Measured, Parts]:
-    """What `run` does on the windows, and its finished stages, which are kept until they are removed.
+    """Measure `run` on the windows; also give its finished stages, which are kept until they are removed.
 
-    Says before what will be measured, and how long it takes. several: whether bars have to name the run.
+    Logs first what will be measured, and how long it takes. several: whether bars have to name the run.
     """
     there = experiment.trained(run, on, read_text=not read.other_text)
     identity = ModelActivations(model, there.data.hook, windows).identity
@@ -106,7 +106,7 @@ def measure(
 
 
 def announcement(model: Any, run: Path, there: Trained, read: Reading, windows: TokenWindows, parts: Parts) -> str:
-    """What will be measured of a run, on what, and for how long."""
+    """Announce what will be measured of a run, on what, and for how long."""
     stages = experiment.stages(windows)
     left = [stage for stage in stages if not parts.has(stage)]
     kept = [stage for stage in stages if stage not in left]
@@ -131,7 +131,7 @@ def announcement(model: Any, run: Path, there: Trained, read: Reading, windows: 
 
 
 def _seconds(model: Any, there: Trained, windows: TokenWindows, stages: Sequence[str]) -> float:
-    """What the stages will take, by the time of the first windows and the passes that each stage makes."""
+    """Estimate the time of the stages, from the time of the first windows and the passes that each stage makes."""
     some = max(1, 1024 // windows.context)
     first = windows[:some]
     source = experiment.held_out_activations(model, there, first)
@@ -167,7 +167,7 @@ class _Measured(NamedTuple):
 
 
 def differences(ours: Measured, first: Measured) -> dict[str, Interval]:
-    """Of a run less the first, by measure, paired by document: where an interval holds no 0, it is beyond chance."""
+    """Subtract the first run from another, by measure, paired by document: an interval without 0 is beyond chance."""
     found = {}
     for metric in (FVU, KL, CE_INCREASE, LOSS_RECOVERED, L0):
         a, b = (_Measured(_sums(m, of_rows=metric in (FVU, L0))) for m in (ours, first))

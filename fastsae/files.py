@@ -76,7 +76,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The same for a JSON object: values by name."""
+    """Read a JSON object, values by name. Raises as read_json does, and ValueError for JSON of another kind."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: expected values by name; got {type(value).__name__}")

@@ -7,7 +7,7 @@ _HAVE_IT = ("cpu", "cuda")
 
 
 def fp64_device(device: torch.device | str) -> torch.device:
-    """Where fp64 that is computed from tensors of `device` is kept."""
+    """Choose the device for fp64 that is computed from tensors of `device`."""
     device = torch.device(device)
     return device if device.type in _HAVE_IT else torch.device("cpu")
 

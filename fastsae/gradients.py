@@ -1,7 +1,7 @@
-"""What becomes of large weight gradients: by default, memory that is kept from step to step.
+"""Destinations of large weight gradients: by default, memory that is kept from step to step.
 
-A claim belongs to graphs, not to the process. An operation that is called while its thread is in a step notes that step
-and its backward, in whichever thread it runs, asks that one alone.
+A claim belongs to graphs, not to the process. An operation that is called while its thread is in a step notes that
+step. Its backward, in whichever thread it runs, asks that step alone.
 """
 
 import threading
@@ -67,10 +67,10 @@ def _is_plain(parameter: Tensor) -> bool:
 
 
 class Claimant(Protocol):
-    """Who says, while a backward runs, what becomes of the gradients of large weights."""
+    """An object that chooses, while a backward runs, the destinations of the gradients of large weights."""
 
     def claim(self, parameter: Tensor, backend: str) -> Any:
-        """What the backend's backward shall do with the gradient of `parameter`; None: return it."""
+        """Tell the backend's backward what to do with the gradient of `parameter`; None: return it."""
 
 
 class Step:
@@ -81,7 +81,7 @@ class Step:
         self._parameters = parameters
 
     def claim(self, node: Any, backend: str) -> Any:
-        """What to do with the gradient that goes to `node` of the graph; None: return it."""
+        """Choose what to do with the gradient that goes to `node` of the graph; None: return it."""
         parameter: Any = getattr(node, "variable", None)  # of the node that adds to its .grad
         if not self.open or not any(p is parameter for p in self._parameters) or not parameter.requires_grad:
             return None
@@ -123,7 +123,7 @@ def active() -> Step | None:
 
 
 class Fate(Enum):
-    """What the backward that runs does with a gradient."""
+    """Use that the running backward makes of a gradient."""
 
     DROPPED = "nobody asked for it"
     RETURNED = "torch.autograd.grad returns it"
@@ -131,7 +131,7 @@ class Fate(Enum):
 
 
 def fate(node: Any) -> Fate:
-    """What becomes of a gradient that goes to `node` of the graph."""
+    """Find out what the running backward does with a gradient that goes to `node` of the graph."""
     if node is None:
         return Fate.DROPPED
     try:

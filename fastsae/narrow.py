@@ -41,8 +41,8 @@ def is_quantised(shape: torch.Size | tuple[int, ...]) -> bool:
 
 
 def block(width: int) -> int:
-    """How many entries have one scale: a part of one row. While a feature is silent its moments decay by one factor,
-    which the scale takes exactly; codes shared with features that fire would be rounded back to where they were."""
+    """Choose the number of entries that share one scale: a part of one row. While a feature is silent its moments decay
+    by one factor, which the scale takes exactly. In a scale shared with features that fire, rounding would undo it."""
     return max((n for n in _BLOCK if width % n == 0), default=width)
 
 

@@ -39,7 +39,7 @@ class Normalizer(nn.Module):
     def __init__(self, d_in: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype = dtype
-        """What forward returns: the dtype of the SAE."""
+        """Dtype of forward's result: that of the SAE."""
         precise = torch.promote_types(dtype, torch.float32)
         self.register_buffer("mean", torch.zeros(d_in, device=device, dtype=precise))
         self.register_buffer("scale", torch.ones(d_in, device=device, dtype=precise))
@@ -113,7 +113,7 @@ class Normalizer(nn.Module):
         return f"mean and scale by dimension, scales {least:.3g} to {most:.3g}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What .to(), .cuda(), .bfloat16() do: the statistics move with the SAE, but keep their precision."""
+        """Apply .to(), .cuda(), .bfloat16() and so on: the statistics move with the SAE, but keep their precision."""
         self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.mean.device)).dtype
         precise = torch.promote_types(self.dtype, torch.float32)
 

@@ -22,10 +22,10 @@ __all__ = ["interaction_mlp", "joint_decode", "pairwise_interaction", "reconstru
 
 
 def _free_namespace() -> str:
-    """Where operations are registered: "fastsae", or "fastsae_2" and so on where that is taken.
+    """Find a namespace for the operations: "fastsae", or "fastsae_2" and so on if that is taken.
 
-    It is when the module is reloaded or the package imported anew: torch takes a name once, and graphs and compiled
-    code of before go on with the operations they know.
+    It is taken after the module is reloaded or the package imported anew: torch takes a name once, and older graphs and
+    compiled code go on with the operations they know.
     """
     names = itertools.chain(["fastsae"], (f"fastsae_{n}" for n in itertools.count(2)))
     return next(name for name in names if not hasattr(getattr(torch.ops, name), "topk_encode"))
@@ -254,10 +254,10 @@ def finish(
     backend: str,
     drawn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What reconstruct returns, from the sums. All arguments are checked there.
+    """Turn the sums into the result of reconstruct, which has checked all arguments.
 
-    compute: the dtype of the code. drawn: dropout's random numbers, where they are not to be drawn here: what z is
-    multiplied with, (B, E); on the CUDA backend its seed, (1,).
+    compute: the dtype of the code. drawn: dropout's random numbers, if they are not to be drawn here: the factors of z,
+    (B, E); on the CUDA backend the seed, (1,).
     """
     name = choose(backend, base.device, compute)
     if name == "cuda" and mlp is not None:
@@ -331,7 +331,7 @@ def _topk_encode_backward(
 
 
 def _centred(x: Tensor, b_dec: Tensor | None, compute: torch.dtype) -> Tensor:
-    """What is encoded. Cheaper to form once more in the backward than to keep."""
+    """Form the encoder's input, x - b_dec in dtype `compute`. The backward forms it again: cheaper than keeping it."""
     return (x if b_dec is None else x - b_dec).to(compute)
 
 
@@ -675,7 +675,7 @@ def _one_by_one(op: str) -> Any:
 
 
 def _noting(save: Any) -> Any:
-    """What a forward saves for its backward, with the step it is part of and which of its inputs are tensors."""
+    """Extend `save`: also keep for the backward the step the forward is part of and the places of its tensor inputs."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.step = gradients.active()
@@ -720,7 +720,7 @@ _register(
 
 
 def _needs(ctx: Any) -> Sequence[bool]:
-    """Which inputs a gradient is made for: not those that torch.autograd.grad was not asked for."""
+    """Say for each input whether it needs a gradient: not if torch.autograd.grad was not asked for it."""
     needs = list(ctx.needs_input_grad)
     if not torch.compiler.is_compiling():
         for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):
@@ -729,7 +729,7 @@ def _needs(ctx: Any) -> Sequence[bool]:
 
 
 def _claim(ctx: Any, i: int) -> Any:
-    """What becomes of the gradient of input i, a weight; None: autograd is given it."""
+    """Ask the step for the destination of the gradient of input i, a weight; None: return it to autograd."""
     if ctx.step is None or torch.compiler.is_compiling():  # a weight that is being traced is not the parameter
         return None
     return ctx.step.claim(ctx.next_functions[ctx.tensors.index(i)][0], ctx.backend)
@@ -807,7 +807,7 @@ def _choose_for_code(where: str, backend: str, values: Tensor, indices: Tensor, 
 
 
 def _autocast_dtype(backend: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What fp32 operands are computed in: autocast's dtype where it is on and the CUDA backend serves."""
+    """Choose the dtype in which operands are computed: autocast's for fp32, if it is on and the CUDA backend serves."""
     on = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
     if not on or choose(backend, device, dtype) != "cuda":
         return dtype

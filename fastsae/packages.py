@@ -5,7 +5,7 @@ import sys
 
 
 def stand_in(name: str) -> str | None:
-    """What sys.modules holds in the place of package `name`; None if that is the package, or nothing yet."""
+    """Describe what sys.modules holds in the place of package `name`; None if it is the package, or nothing yet."""
     module = sys.modules.get(name)
     if module is None or isinstance(getattr(module, "__file__", None), str):
         return None

@@ -1,4 +1,4 @@
-"""What training asks when several processes may share the work, and the answers where there is one.
+"""Questions of training to the processes that may share the work, and the answers of a single process.
 
 `fastsae.distributed` answers for many. A rank is a process; the first one writes logs and files.
 """
@@ -48,11 +48,11 @@ class Alone:
         return state
 
     def every(self, flags: Tensor) -> Tensor:
-        """Which flags are up on all processes."""
+        """Combine flags: each is up if it is up on all processes."""
         return flags
 
     def share(self, loss: Tensor) -> Tensor:
-        """What this process' mean over its rows adds to the mean over the batch."""
+        """Scale the mean over this process' rows to its share of the mean over the batch."""
         return loss
 
     def mean(self, own: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Alone:
 
     @contextmanager
     def watched(self, run_dir: Path | None) -> Iterator[None]:
-        """Where another process is lost meanwhile, raise an error that says so."""
+        """Inside the block, raise an error that says so if another process is lost."""
         yield
 
     def write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:

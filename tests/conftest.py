@@ -29,7 +29,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> None:
 
 @pytest.fixture(scope="session")
 def times(request: pytest.FixtureRequest) -> int:
-    """How many times the usual number of random cases."""
+    """Factor on the usual number of random cases."""
     return 10 if request.config.getoption("--long") else 1
 
 

@@ -44,7 +44,7 @@ def _asked_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | 
 
 
 def _refuse_mixed(func: Any, given: list[Any]) -> None:
-    """What lies elsewhere may be copied or be an index; and numbers may be taken along, as long as they are no fp64."""
+    """Refuse tensors that lie elsewhere, except to copy or index; single numbers are allowed, unless they are fp64."""
     elsewhere = [t for t in given if isinstance(t, Tensor) and not isinstance(t, OnDevice) and t.dim()]
     if elsewhere and func not in (Tensor.copy_, Tensor.to, Tensor.__getitem__, Tensor.__setitem__):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found mps:0 and cpu")

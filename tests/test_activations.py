@@ -886,7 +886,7 @@ def test_two_harvests_into_one_folder(hooked: Any, windows: TokenWindows, tmp_pa
 
 
 def test_who_is_refused_leaves_the_lock_as_it_is(tmp_path: Path):
-    """What its holder writes there, the processes of one run look for."""
+    """The processes of one run look there for the text that the lock's holder writes."""
     with files.locked(tmp_path, "run"):
         (tmp_path / files.LOCK).write_text("token")
         with pytest.raises(RuntimeError, match="another process"), files.locked(tmp_path, "another"):

@@ -1,4 +1,4 @@
-"""What the operations say to input that they cannot take: where, what was expected, what came."""
+"""Errors of the operations for input that they cannot take: where, what was expected, what came."""
 
 import pytest
 import torch

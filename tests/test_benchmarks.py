@@ -41,7 +41,7 @@ def test_parameters_are_counted(joint):
 
 
 def test_operations_are_counted_as_torch_counts_them():
-    """Of dense products over the active features alone, which is what the sums of a code are."""
+    """torch counts dense products over the active features alone, which equal the sums of a code."""
     B, D, M, K, N, E = dataclasses.astuple(SMALL)[1:]
     zeros = torch.zeros
     with FlopCounterMode(display=False) as counter:

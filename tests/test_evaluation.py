@@ -47,7 +47,7 @@ def call(*arguments: str) -> None:
 
 @pytest.fixture
 def runs(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, nothing measured yet, and the working directory."""
+    """The folder of `trained` as the working directory, with nothing measured yet."""
     monkeypatch.chdir(trained)
     for left in [*trained.glob("*/eval*.json"), *trained.glob("*/eval.parts/*")]:
         left.unlink()

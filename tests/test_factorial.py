@@ -105,7 +105,7 @@ def test_features_without_spread_within_cells():
 
 
 def test_p_of_the_family_holds_for_the_largest_of_all():
-    """Of 200 families of 20 features without interaction, about one in twenty has a p_family of at most 0.05."""
+    """About one in twenty of 200 families of 20 features without interaction has a p_family of at most 0.05."""
     least = [
         float(anova.permute(values(20, seed=100 + s, main=3.0), CELLS, 99, generator(s)).p_family.min())
         for s in range(200)

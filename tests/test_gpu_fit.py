@@ -1,4 +1,4 @@
-"""What is read out of a GPU's results, without a GPU: from rows made by hand."""
+"""Constants fitted to a GPU's results, without a GPU: from rows made by hand."""
 
 import json
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_the_largest_that_fits_is_the_largest(memory):
 
 @pytest.mark.parametrize("memory", MEMORY, ids=lambda m: m.name)
 def test_ranks_that_share_the_features_hold_a_part_each(memory):
-    """What is held alike, b_dec and the network over z, is counted on each."""
+    """Tensors that every rank holds whole, b_dec and the network over z, are counted on each."""
     config = fastsae.JointSAEConfig(768, 8192, 32, d_embedding=64, pre_bias=True)
     alone, shared = (planner.plan(config, 512, memory=memory, feature_ranks=n) for n in (1, 4))
     each = {"W_enc", "b_enc", "W_dec", "W_lin", "V"}

@@ -503,7 +503,7 @@ def test_without_a_pair_there_is_no_interaction_and_no_gradient():
 
 
 def test_loaded_weights_are_not_the_file(tmp_path):
-    """What is written into the file under a running process must not change what it computes."""
+    """Writing into the file under a running process must not change the results of that process."""
     fastsae.TopKSAE(8, 50, 6).save_pretrained(tmp_path)
     before, sae = (fastsae.load(tmp_path) for _ in range(2))
     before = {name: t.clone() for name, t in before.state_dict().items()}

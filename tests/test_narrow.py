@@ -29,7 +29,7 @@ def planted_directions(generator: torch.Generator) -> Tensor:
 
 
 def found(sae: fastsae.TopKSAE) -> int:
-    """How many of the planted directions a row of W_dec has."""
+    """Count the planted directions that some row of W_dec has."""
     planted = planted_directions(torch.Generator().manual_seed(7))
     rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
     return int(((planted @ rows.T).amax(dim=1) > 0.9).sum())
@@ -190,7 +190,7 @@ def test_matrices_with_long_rows_are_quantised(shape: tuple[int, ...]):
 
 
 def test_small_tensors_keep_fp32_moments():
-    """Of a bf16 second moment a step of 0.1 % is lost: it would stay at a quarter of the truth."""
+    """A bf16 second moment loses a step of 0.1 %: it would stay at a quarter of the truth."""
     b = parameter(torch.zeros(10, dtype=BF16))
     optimizer = NarrowAdam([b], lr=1e-6, optimizer_state="8bit")
     for _ in range(3000):

@@ -117,7 +117,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, int], compilation.Result]:
-    """What each launch comes to, all compiled beside one another."""
+    """Outcome of each launch's compile, all compiled beside one another."""
     keys = [(name, arch) for name in LAUNCHES for arch in ARCHS]
     results = compilation.compile_all([compilation.specialise(LAUNCHES[name], arch) for name, arch in keys])
     return dict(zip(keys, results, strict=True))
@@ -272,7 +272,7 @@ def test_equal_launches_are_one_job():
 
 
 class Driver:
-    """Of a GPU that is not here, as far as a compile asks."""
+    """Driver of a GPU that is not here, as far as a compile asks."""
 
     def get_current_device(self) -> int:
         return 0

@@ -1,4 +1,4 @@
-"""Where the operations could go wrong unseen: numbers that are none, odd memory, and torch's own modes."""
+"""Cases in which the operations could go wrong unseen: numbers that are none, odd memory, and torch's own modes."""
 
 import copy
 import functools
@@ -121,7 +121,7 @@ def test_gradients_of_a_subset_are_those_of_a_dictionary_without_the_others(M: i
 
 
 def strided(t: Tensor) -> Tensor:
-    """The same numbers, every second column of a wider tensor."""
+    """Copy the numbers into every second column of a wider tensor."""
     wide = torch.full((t.shape[0], 2 * t.shape[1]), 7, dtype=t.dtype)
     wide[:, ::2] = t
     return wide[:, ::2]

@@ -1,4 +1,4 @@
-"""What PyTorch looks for tensors in: torch.export, torch.func, hooks and tree_map see into what an SAE returns."""
+"""Trees that PyTorch looks for tensors in: torch.export, torch.func, hooks and tree_map see into an SAE's results."""
 
 import dataclasses
 import warnings

@@ -182,7 +182,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kept(made: Path):
-    """The same, and what a test changes is undone."""
+    """The repository of `made`; changes by a test are undone."""
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
     yield made
     for path in made.rglob("*"):

@@ -1,4 +1,4 @@
-"""What can be saved and loaded again, what is refused before it is trained, and what a folder is taken for."""
+"""SAEs that can be saved and loaded again, those refused before they are trained, and what a folder is taken for."""
 
 import typing
 import warnings

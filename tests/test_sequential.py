@@ -154,7 +154,7 @@ def test_training_leaves_the_base_alone_and_lowers_the_loss(base, n):
 
 
 def test_interaction_reduces_the_residual_of_planted_pairs():
-    """Where two directions meet, a third appears: a TopK SAE that is given both cannot explain it by one of them."""
+    """A third direction appears where two meet: a TopK SAE that is given both cannot explain it by one of them."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
     features, extra = directions[:6], directions[6:]

@@ -37,7 +37,7 @@ DOCUMENTS, ROWS = 24, 40
 
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch):
-    """What flushing is for cannot be seen here, and it takes much of the time."""
+    """Skip flushing: its use cannot be seen here, and it takes much of the time."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -343,7 +343,7 @@ def config(folder: Path, **options) -> StudyConfig:
 
 
 class Counts:
-    """What was trained: calls of fit by folder, and optimizer steps."""
+    """Counts of training: calls of fit by folder, and optimizer steps."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.fits, self.steps = Counter(), 0
@@ -508,7 +508,7 @@ def test_rates_that_are_none_are_refused(lrs):
 
 
 def test_the_sequential_arm_goes_on_where_its_base_ended(tmp_path, monkeypatch):
-    """Of 256 rows in batches of 16, 8 steps see half: together base and integration see every row once."""
+    """8 steps see half of 256 rows in batches of 16: together base and integration see every row once."""
     only(monkeypatch, "topk", "sequential")
     seen: dict[str, list[Tensor]] = {"topk": [], "sequential": []}
     step = Trainer._train_step

@@ -400,7 +400,7 @@ def test_what_was_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize(("lines", "documents"), [(30, 1), (100, 10), (150, 15)])
 def test_a_short_file_with_a_document_a_line(lines, documents, tmp_path):
-    """Of 100 characters each, so that lines 1 to 10 are the first document."""
+    """Lines have 100 characters each, so that lines 1 to 10 are the first document."""
     text = "".join(f"{number:099}\n" for number in range(lines))
     (tmp_path / "short.txt").write_text(text + "\n\n")
     read = list(read_documents(tmp_path / "short.txt"))

@@ -33,7 +33,7 @@ BARS = [
 
 
 def measured(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """What was measured of bars, by their keys."""
+    """Collect the measured bars, by their keys."""
     return {key: value for row in rows if row["status"] == "ok" for key, value in row.get("bars", {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""What a stage's process is doing right now, on disk, so that the runner sees which case hangs or kills it."""
+"""Current case of a stage's process, kept on disk, so that the runner sees which case hangs or kills the process."""
 
 import json
 import time

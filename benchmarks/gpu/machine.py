@@ -1,4 +1,4 @@
-"""What GPU figures are measured on."""
+"""Description of the machine and GPU on which figures are measured."""
 
 import re
 from datetime import datetime, timezone
@@ -10,7 +10,7 @@ import benchmarks.machine
 
 
 def name() -> str:
-    """The GPU's, as a file's name."""
+    """Give the GPU's name in a form that fits a file name."""
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 

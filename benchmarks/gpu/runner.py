@@ -54,11 +54,11 @@ STAGES = [
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of one call share."""
+    """Settings that all stages of one call share."""
 
     results: Results
     folder: Path
-    """For logs and journals."""
+    """Folder for logs and journals."""
     smoke: bool
     copies: Path | None = None
     """A second folder for logs."""
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went: ok, failed, timeout, or not run."""
+    """End of a stage: ok, failed, timeout, or not run."""
 
     stage: StageSpec
     status: str

@@ -21,7 +21,7 @@ DEVICE_LOST = 75
 
 @dataclass(frozen=True)
 class Settings:
-    """What the runner tells a stage's process."""
+    """Settings that the runner gives to a stage's process."""
 
     name: str
     module: str
@@ -33,7 +33,7 @@ class Settings:
 
 
 class Stage:
-    """What a stage's run(stage) is given."""
+    """The argument of a stage's run(stage)."""
 
     def __init__(self, settings: Settings) -> None:
         self.name, self.smoke = settings.name, settings.smoke

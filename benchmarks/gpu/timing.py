@@ -1,4 +1,4 @@
-"""How long something takes on the device, and how much memory it needs beside what stays."""
+"""Time of some work on the device, and the memory it needs beside what stays."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -73,9 +73,9 @@ def _spread(found: list[float]) -> dict[str, Any]:
 
 
 def activation_bytes(provider: Provider, x: Tensor, gradients: int, place: Place) -> int | None:
-    """What a step needs at its peak beside what is there without gradients, and these bytes of them; None off the GPU.
+    """Measure a step's peak memory in bytes, less what stays allocated and `gradients` bytes; None off the GPU.
 
-    After some steps, so that optimizer state and workspaces that stay are there before.
+    Call it after some steps, so that optimizer state and workspaces that stay are there before.
     """
     if not place.on_gpu:
         return None

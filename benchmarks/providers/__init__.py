@@ -1,4 +1,4 @@
-"""Who is measured: ours by each backend and path, the architectures in plain PyTorch, and the peers."""
+"""Providers that are measured: ours by each backend and path, the architectures in plain PyTorch, and the peers."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What every provider shows: a training step, its phases, and what makes it comparable with the others."""
+"""Interface of every provider: a training step, its phases, and the facts that make it comparable with the others."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Provider(ABC):
     """
 
     version: str | None = None
-    """Of the package that does the work, where it is not ours."""
+    """Version of the package that does the work, if it is not ours."""
     optimizer: torch.optim.Optimizer
     transposed: tuple[str, ...] = ()
     """Parameters that lie the other way round than fastsae's."""
@@ -91,9 +91,9 @@ class Candidate:
     architecture: str
     """topk or joint: what it computes, and what it is compared with."""
     make: Callable[[Shape, Place], Provider]
-    """Raises Missing where it cannot run."""
+    """Builds the provider. Raises Missing where it cannot run."""
     recipe: str = "plain"
-    """How it trains beyond Adam: see ours.recipe. Loss curves are compared within one."""
+    """Training recipe beyond Adam: see ours.recipe. Loss curves are compared within one recipe."""
     compiled: bool = False
     small_only: bool = False
     """Too slow for larger shapes than those of the phases."""
@@ -108,7 +108,7 @@ class Candidate:
 
 
 def weights(shape: Shape, place: Place, joint: bool) -> dict[str, Tensor]:
-    """What all begin from, names as in fastsae.
+    """Draw the weights that all providers begin from, names as in fastsae.
 
     Rows of W_enc = W_dec have norm 1, so that providers that normalise decoder rows, or rank by their norms, compute
     the same. No other weight is so small that its absence could go unseen, biases included.

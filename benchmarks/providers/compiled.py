@@ -1,4 +1,4 @@
-"""What torch.compile needs and may not find: a compiler that works."""
+"""Guard for providers that use torch.compile, which needs a working compiler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -115,7 +115,7 @@ class TrainerStep(Autograd):
     def step(self, x: Tensor) -> Tensor:
         with self._path(), self.place.precision():
             checked = self.trainer._checked(x, None)  # type: ignore[arg-type]  # asked only where x is not finite
-            output, _ = self.trainer._train_step(checked)  # type: ignore[arg-type]
+            output = self.trainer._train_step(checked).output  # type: ignore[arg-type]
         return output.loss
 
 

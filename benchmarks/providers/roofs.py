@@ -1,4 +1,4 @@
-"""What no provider can beat by cleverness: the encoder's matrix product, and a copy of memory."""
+"""Roofs that no provider can beat by cleverness: the encoder's matrix product, and a copy of memory."""
 
 import torch
 from torch import Tensor

@@ -1,1 +1,1 @@
-"""What the committed results say: the README's table, docs/benchmarks.md and its plots."""
+"""Report of the committed results: the README's table, docs/benchmarks.md and its plots."""

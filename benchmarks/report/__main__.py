@@ -1,4 +1,4 @@
-"""What the committed results say: the README's table, docs/benchmarks.md and its plots.
+"""Report of the committed results: the README's table, docs/benchmarks.md and its plots.
 
 `python -m benchmarks.report` writes them from benchmarks/results/*.json, `--check` only compares.
 """

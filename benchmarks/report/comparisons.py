@@ -1,4 +1,4 @@
-"""What a measured row is compared with: the bare GEMM, the counted floor, our Trainer, the standard of its recipe."""
+"""Comparisons of a measured row: with the bare GEMM, the counted floor, our Trainer, the standard of its recipe."""
 
 import math
 import statistics
@@ -32,15 +32,15 @@ def floors(rows: Iterable[Row], shape: Shape, joint: bool) -> dict[str, float]:
 
 
 def standard(rows: Iterable[Row], row: Row) -> Row | None:
-    """What the row must learn like: the reference backend, or our Trainer with the row's recipe; None if missing."""
+    """Find the row to learn like: the reference backend's, or our Trainer's with the row's recipe; None if missing."""
     name = REFERENCES[row["architecture"]] if row["recipe"] == "plain" else our_trainer(row)
     return next((r for r in rows if r["provider"] == name and r["order"] == 0), None)
 
 
 def noise(rows: Iterable[Row], architecture: str) -> float | None:
-    """How much higher than the lowest final FVU the highest is, of one provider on the same batches in several orders.
+    """Compute the spread of the final FVU of one provider on the same batches in several orders: highest / lowest - 1.
 
-    A share; the largest of all providers, and None where none has several.
+    It is the largest of all providers, and None if no provider has several orders.
     """
     finals: dict[str, list[float]] = {}
     for row in rows:

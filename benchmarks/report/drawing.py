@@ -1,4 +1,4 @@
-"""How the plots look: phases, scaling, memory and quality, each drawn from its rows into a matplotlib figure."""
+"""Drawing of the plots: phases, scaling, memory and quality, each from its rows into a matplotlib figure."""
 
 import math
 import statistics
@@ -128,7 +128,7 @@ def sizes_of(shape: dict[str, Any], which: Iterable[str]) -> str:
 
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """How each provider's line looks: ours heavier, the bare GEMM dashed."""
+    """Choose the look of each provider's line: ours heavier, the bare GEMM dashed."""
     styles, others = {}, 0
     for kind, provider in unique(who(r) for r in rows):
         if kind is None:

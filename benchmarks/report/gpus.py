@@ -1,4 +1,4 @@
-"""What the results of GPUs say: the bars beside each other, and each kernel beside its roof."""
+"""Report of the GPUs' results: the bars beside each other, and each kernel beside its roof."""
 
 from collections.abc import Iterable
 from typing import Any

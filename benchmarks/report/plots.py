@@ -14,7 +14,7 @@ PLOTS = "docs/benchmarks"
 
 @dataclass(frozen=True)
 class Plot:
-    """What is drawn from which rows."""
+    """A plot: its rows, and the function that draws them."""
 
     rows: list[Row]
     draw: Callable[[Any, list[Row]], None]
@@ -22,7 +22,7 @@ class Plot:
     size: tuple[float, float]
 
     def told(self) -> str:
-        """What the PNG's metadata say of its rows."""
+        """Describe the rows for the PNG's metadata."""
         return png.told("rows", self.rows)
 
     def save(self, path: Path) -> None:

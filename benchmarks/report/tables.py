@@ -163,7 +163,7 @@ def trainers(results: Results, shape: str) -> str:
 
 
 def missing(results: Results) -> list[str]:
-    """Who could not be measured, why, and in which benchmarks."""
+    """List everyone who could not be measured, with the reason and the benchmarks."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in results["rows"]:
         if "missing" in row:
@@ -182,7 +182,7 @@ def worst_error(results: Results) -> str:
 
 
 def stages(results: Results) -> str:
-    """How each stage of a GPU's run ended."""
+    """Tabulate the end of each stage of a GPU's run."""
     outcomes = [
         [
             stage,
@@ -196,13 +196,13 @@ def stages(results: Results) -> str:
 
 
 def cases(rows: Iterable[Row]) -> str:
-    """What a GPU's run measured, or why not."""
+    """Tabulate the cases of a GPU's run: the medians measured, or the reason why there are none."""
     body = [[r["case"], r["status"], r.get("reason") or ", ".join(medians(r))] for r in rows]
     return markdown.table(["case", "status", "ms, medians"], body, words=3)
 
 
 def medians(facts: dict[str, Any], of: tuple[str, ...] = ()) -> list[str]:
-    """What was timed anywhere within a row, named by the keys that lead there."""
+    """List all medians within a row, each named by the keys that lead to it."""
     if "median" in facts:
         return [f"{' '.join(of)} {figures(facts['median'])}"]
     inner = [(key, value) for key, value in facts.items() if isinstance(value, dict)]

@@ -1,4 +1,4 @@
-"""How a loop that is not ours is timed: between two of the batches it draws is one of its iterations."""
+"""Timing of a loop that is not ours: one iteration lies between two of the batches it draws."""
 
 import time
 from abc import ABC, abstractmethod
@@ -54,7 +54,7 @@ class Loop(ABC):
 
     @abstractmethod
     def watched(self) -> tuple[Any, str, Callable[[Any], Tensor]]:
-        """Whose forward it is: an object, the name of its method, and the loss in what that returns."""
+        """Name the forward to watch: an object, the name of its method, and a function from its result to the loss."""
 
 
 @contextmanager

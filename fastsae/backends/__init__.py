@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why not the others."""
+"""Choice of the implementation that serves a call, with the reason against each of the others."""
 
 import importlib
 import os
@@ -84,9 +84,9 @@ def implementation(name: str) -> ModuleType:
 
 
 def explain(x: Tensor, sae: Any) -> str:
-    """Which backend and plan `sae` uses for activations x (..., d_in), and why not the others.
+    """Say which backend and plan `sae` uses for activations x (..., d_in), and why not the others.
 
-    Reads only sae.backend, sae.k, sae.d_sae and sae.W_enc; of a joint SAE also k_integration, W_lin and V.
+    Reads only sae.backend, sae.k, sae.d_sae and sae.W_enc; for a joint SAE also k_integration, W_lin and V.
     """
     dtype = sae.W_enc.dtype
     chosen = choose(sae.backend, x.device, dtype)

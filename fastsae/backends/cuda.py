@@ -35,7 +35,7 @@ PRE_ACTIVATION_BYTES: int | None = None
 
 
 def set_pre_activation_bytes(limit: int | None) -> None:
-    """How much memory pre-activations, or a dense code, may take at once; None: 3 % of the device's memory."""
+    """Set the bytes pre-activations, or a dense code, may take at once; None: 3 % of the device's memory."""
     global PRE_ACTIVATION_BYTES
     if limit is not None and limit < 1:
         raise ValueError(f"set_pre_activation_bytes: expected None or at least 1; got {limit}")
@@ -224,7 +224,7 @@ def _rows(gradient: Tensor | None, values: Tensor, weight: Decoder | None) -> Te
 def _decoder(
     weight: Tensor | None, need: bool, out: Destination | None, written: bool
 ) -> tuple[Decoder | None, Tensor | None]:
-    """A weight with the destination of its gradient, and what autograd is given for it."""
+    """Pair a weight with the destination of its gradient; also give the tensor that autograd gets for it, or None."""
     if weight is None:
         return None, None
     finish, grad = _finish(out, weight, written) if need else (None, None)
@@ -238,7 +238,7 @@ def _cuts_rows(out: Destination | None, weight: Tensor | None) -> bool:
 
 
 def _finish(out: Destination | None, weight: Tensor, written: bool) -> tuple[Finish, Tensor | None]:
-    """What becomes of a gradient, and what autograd is given for it.
+    """Choose the destination of a gradient; also give the tensor that autograd gets for it, or None.
 
     written: products write it whole, so no step of Adam can be made row by row, and the gradient is returned.
     """

@@ -1,4 +1,4 @@
-"""How ranks share the work: data ranks each train on their rows, feature ranks each hold their features."""
+"""Division of the work among ranks: data ranks each train on their rows, feature ranks each hold their features."""
 
 from dataclasses import dataclass
 

@@ -18,7 +18,7 @@ from fastsae.distributed.ranks import Ranks
 
 
 class _Spread(torch.autograd.Function):
-    """The same tensor on all feature ranks; its gradient is the sum of theirs."""
+    """Identity on a tensor that is equal on all feature ranks; its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:

@@ -70,7 +70,7 @@ def read(folder: Path, ranks: Any, wanted: Callable[[str], bool]) -> dict[str, T
 
 
 def _stored(folder: Path, reader: Any) -> dict[str, Any]:
-    """What the parts in a folder say that they are of, put together."""
+    """Read from the parts in a folder the description of the whole tensors, by name."""
     packages.need("safetensors", f"reading {folder}")
     from safetensors import SafetensorError, safe_open
 

@@ -114,7 +114,7 @@ class Ranks(Alone):
 
     @property
     def device(self) -> torch.device:
-        """Where this rank's part of the SAE lies."""
+        """Device that holds this rank's part of the SAE."""
         on_gpu = self.mesh.device_type == "cuda"
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -350,7 +350,7 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _fingerprint(t: Tensor) -> Tensor:
-    """Of all bits and of where they stand; some rows at a time, since it takes 8 bytes an entry."""
+    """Hash all bits of a tensor and their places; some entries at a time, since each takes 8 bytes."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.itemsize]
     found = torch.zeros((), dtype=torch.int64, device=t.device)
     for part in t.detach().contiguous().view(-1).view(whole).split(_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Which pathway a feature works through: by the norms of its weights, and by what leaving the feature out changes.
+"""Share of each pathway in a feature's work: by the norms of its weights, and by the change from leaving it out.
 
 Shares of weight norms correlate with the norms themselves, whatever was learned. So each number stands beside its
 frozen-init null: the same with all weights as trained but W_lin and V, which are redrawn from their initialisation.
@@ -83,7 +83,7 @@ class Contribution:
 
 
 class Weights(NamedTuple):
-    """What the pathways do with a feature, as far as the null redraws it."""
+    """Weights of the features in each pathway, as far as the null redraws them."""
 
     identity: Tensor
     """Squared norms of the rows of W_dec, (d_sae,) fp64."""
@@ -93,7 +93,7 @@ class Weights(NamedTuple):
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """Of each row, in fp64."""
+    """Compute the squared norm of each row, in fp64."""
     return torch.linalg.vector_norm(rows.to(fp64_device(rows.device)), dim=1, dtype=torch.float64).square()
 
 
@@ -147,7 +147,7 @@ def weight_norm_share(sae: SparseAutoencoder, rng: np.random.Generator) -> Weigh
 def contribution(
     sae: SparseAutoencoder, code: SparseCode, groups: dict[str, Tensor], rng: np.random.Generator
 ) -> Contribution | None:
-    """Of the features of a flat code, in groups of feature indices. None for an SAE without integration."""
+    """Measure contributions of a flat code's features, by groups of indices. None for an SAE without integration."""
     if not isinstance(sae, JointSAE) or not integrates(sae):
         return None
     size = squared_norms(sae.W_dec).cpu()

@@ -1,4 +1,4 @@
-"""How rows of weights lie in their space, beside rows drawn at random."""
+"""Directions of rows of weights in their space, compared with rows drawn at random."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -28,26 +28,26 @@ class Directions:
     mean_abs_cosine: float
     """Mean |cosine| over their pairs."""
     mean_abs_cosine_random: float
-    """The same of random directions."""
+    """Mean |cosine| for random directions, as a baseline."""
     mean_abs_cosine_expected: float
     """sqrt(2 / (pi d_in)), what random directions give in many dimensions."""
     mean_abs_gram: float
     """Mean |inner product| over their pairs: it grows with the norms."""
     mean_abs_gram_random: float
-    """The same of random directions."""
+    """Mean |inner product| for random directions, as a baseline."""
     components_90: int
     """Principal components that hold 90 % of the summed squared norms."""
     components_90_random: int
-    """The same of random directions."""
+    """Components that hold 90 % for random directions, as a baseline."""
     components_95: int
     """Principal components that hold 95 %."""
     components_95_random: int
-    """The same of random directions."""
+    """Components that hold 95 % for random directions, as a baseline."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a number that each row has."""
+    """Spread of a number that each row has."""
 
     min: float
     """Lowest of the rows."""
@@ -59,16 +59,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Concentration:
-    """How far the rows of V rest on few of their entries, beside as many normal rows; rows of zeros are left out."""
+    """Concentration of the rows of V on few entries, beside as many normal rows; rows of zeros are left out."""
 
     gini: Spread
     """Gini coefficient of |V[i]|: 0 if all entries are of one size."""
     gini_random: Spread
-    """The same of normal rows."""
+    """Gini coefficient for normal rows, as a baseline."""
     effective_rank: Spread
     """exp(entropy of |V[i]| / sum |V[i]|): d_embedding if all entries are of one size."""
     effective_rank_random: Spread
-    """The same of normal rows."""
+    """Effective rank for normal rows, as a baseline."""
 
 
 def directions(rows: Tensor, rng: np.random.Generator) -> Directions | None:
@@ -119,7 +119,7 @@ def pairs(rows: Tensor) -> tuple[float, float]:
 
 
 def components(blocks: Iterable[Tensor]) -> tuple[int, int]:
-    """How many principal components of the stacked blocks hold 90 % and 95 % of the squared norms."""
+    """Count the principal components of the stacked blocks that hold 90 % and 95 % of the squared norms."""
     gram = sum(block.T @ block for block in map(in_fp64, blocks))
     assert isinstance(gram, Tensor)
     energy = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).cumsum(0)

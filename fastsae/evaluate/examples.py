@@ -25,7 +25,7 @@ class Example:
 def strongest(
     source: ModelActivations, activations: Callable[[int], Tensor], n: int, n_examples: int, context: int
 ) -> list[list[Example]]:
-    """Of each of n quantities the windows in which it is largest, strongest first; none where it is not above 0.
+    """Find for each of n quantities the windows in which it is largest, strongest first; none where it is not above 0.
 
     activations: the quantities at the rows of block i of `source`, (rows, n).
     context: tokens shown on either side of a peak.

@@ -143,7 +143,7 @@ def _largest(sae: SparseAutoencoder, source: _Blocks, n_features: int) -> _Large
 
 
 def _statistics(sae: SparseAutoencoder, source: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each feature over all rows: the sum of squared activations, how often it fires, its largest activation."""
+    """Collect for each feature over all rows the sum of squared activations, the firings and the largest activation."""
     device = sae.W_enc.device
     squares = torch.zeros(sae.d_sae, dtype=torch.float64, device=fp64_device(device))
     firings = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""What the weights of a trained SAE look like, split by how often features fire and beside chance."""
+"""Geometry of a trained SAE's weights, split by how often features fire and compared with chance."""
 
 import warnings
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What SAEs are compared by: ratios of sums over documents, alone and paired."""
+"""Metrics that SAEs are compared by: ratios of sums over documents, alone and paired."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,9 +23,9 @@ class Metric:
     numerator: str
     denominator: str
     minus: str | None = None
-    """What is taken off the numerator."""
+    """Term subtracted from the numerator."""
     denominator_minus: str | None = None
-    """What is taken off the denominator."""
+    """Term subtracted from the denominator."""
 
     def of(self, measured: WithSums) -> tuple[Tensor, Tensor]:
         """Numerator and denominator by document."""
@@ -36,7 +36,7 @@ class Metric:
         return over, under if self.denominator_minus is None else under - sums[self.denominator_minus]
 
     def paired(self, measured: WithSums, baseline: WithSums) -> tuple[Tensor, Tensor]:
-        """The same of the difference to a baseline on the same documents."""
+        """Give numerator and denominator, by document, of the difference to a baseline on the same documents."""
         over, under = self.of(measured)
         baseline_over, baseline_under = self.of(baseline)
         # Where rows are normalised alike, both have the same denominator.

@@ -44,7 +44,7 @@ class Pair:
     output_change: float
     """Squared change of the interaction output when the pair's product is left out, over that output's variance."""
     examples: tuple[Example, ...]
-    """Where a_i a_j is largest."""
+    """Places in text at which a_i a_j is largest."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Driver:
 
     features: tuple[int, int]
     share: float
-    """Of the feature's pre-activation less its constants, on rows on which it is active. Negative: it holds it down."""
+    """Share of the feature's pre-activation less constants, on rows with it active. Negative: the pair lowers it."""
     together: float
     """Share of these rows with both."""
 
@@ -105,7 +105,7 @@ class PairSums:
 
 
 def row_pairs(code: SparseCode) -> tuple[Tensor, Tensor]:
-    """Of each row of a flat code the products a_i a_j of its PER_ROW strongest features, and i d_sae + j with i < j."""
+    """Compute products a_i a_j of the PER_ROW strongest features in each row of a flat code, and i d_sae + j, i < j."""
     values, indices = code.values[:, :PER_ROW], code.indices[:, :PER_ROW]
     one, other = torch.triu_indices(values.shape[1], values.shape[1], 1, device=values.device)
     low, high = torch.minimum(indices[:, one], indices[:, other]), torch.maximum(indices[:, one], indices[:, other])
@@ -211,7 +211,7 @@ def drivers(
     features: Sequence[int],
     n_pairs: int = 8,
 ) -> list[Drivers]:
-    """Of each of these secondary features the pairs that drive it on the rows on which it is active.
+    """Find for each of these secondary features the pairs that drive it on the rows on which it is active.
 
     pre = w . (W1 z + b1 - mean) / scale + b is linear in z, and z is a sum over pairs: pair (i, j) adds
     a_i a_j (W1^T (w / scale)) . (V_i * V_j).
@@ -227,7 +227,7 @@ def drivers(
         gradients = weights @ W1  # of pre with respect to z: (features, d_embedding)
 
         def active() -> Iterator[tuple[int, SparseCode, Tensor]]:
-            """Of each feature and block: what the base sees on the rows the feature is active on, and pre there."""
+            """Yield for each feature and block the code the base sees on rows with it active, and pre there."""
             for i in range(len(source.block_rows)):
                 code = base.encode_raw(source.block(i))
                 hidden, seen = base.hidden(code), base.strongest(code)

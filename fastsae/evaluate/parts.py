@@ -33,7 +33,7 @@ class Parts:
         sums: Callable[[T], tuple[DocumentSums, dict[str, float]]],
         again: Callable[[DocumentSums, dict[str, float]], T],
     ) -> T:
-        """What `measure` finds, or found before. It is kept as sums by document and further numbers."""
+        """Give the result of `measure`, or an earlier one. It is kept as sums by document and further numbers."""
         kept = self._read(name)
         if kept is not None:
             self.done.append(name)

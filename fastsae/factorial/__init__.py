@@ -1,4 +1,4 @@
-"""Which features respond to two factors together, and what changing them does: 2x2 stimuli, discovery, clamping."""
+"""Features that respond to two factors together, and the effect of changing them: 2x2 stimuli, discovery, clamping."""
 
 from fastsae.factorial.clamp import Carrier, Clamp, Target
 from fastsae.factorial.discover import Discovery, discover

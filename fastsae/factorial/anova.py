@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsae.extras import LAB
 
 LEVEL = 0.05
-"""Of significance, and of false discoveries among all."""
+"""Level of significance, and share of false discoveries among all."""
 _BLOCK, _AT_ONCE = 500, 1024
 _ENOUGH = 10
 """Exceedances after which a feature's p is known well enough."""
@@ -37,7 +37,7 @@ class Fit(NamedTuple):
     sigma: Tensor
     """Standard deviation within cells."""
     F: Tensor
-    """Of the interaction, with 1 and texts - 4 degrees of freedom: type III, so cells may differ in size."""
+    """F of the interaction, with 1 and texts - 4 degrees of freedom: type III, so cells may differ in size."""
     df: int
 
     @property
@@ -84,7 +84,8 @@ class Permuted(NamedTuple):
     p: Tensor
     """Share of permutations with an F at least as large, the observed one among them."""
     p_family: Tensor
-    """The same with the largest F of all features: the chance that any feature shows as much by luck."""
+    """Share of permutations in which the largest F of all features is at least as large: the chance that any feature
+    shows as much by luck."""
 
 
 def permute(values: Tensor, cells: Tensor, permutations: int, generator: torch.Generator) -> Permuted:

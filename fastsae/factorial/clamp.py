@@ -27,15 +27,15 @@ _KINDS = {"secondary": (1,), "pair": (2,), "identity": (1,), "linear": (0, 1), "
 
 @dataclass(frozen=True)
 class Target:
-    """What is changed: secondary:s, pair:i,j, a feature within one pathway (identity:j, linear:j, interaction:j), or
-    the output of a whole one (linear, interaction)."""
+    """Object of a clamp: secondary:s, pair:i,j, a feature within one pathway (identity:j, linear:j, interaction:j), or
+    the output of a whole pathway (linear, interaction)."""
 
     kind: str
     features: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Of its name. Raises ValueError saying what names there are."""
+        """Parse a target's name. Raises ValueError saying what names there are."""
         kind, _, numbers = text.partition(":")
         parts = tuple(numbers.split(",")) if numbers else ()
         if len(parts) not in _KINDS.get(kind, ()) or not all(p.strip().isdecimal() for p in parts):
@@ -84,7 +84,7 @@ class Clamp:
 
 
 class Step(NamedTuple):
-    """Where a clamp moves a row: coefficient times direction, in the hidden layer or in the output."""
+    """Move of a row by a clamp: coefficient times direction, in the hidden layer or in the output."""
 
     space: Literal["hidden", "output"]
     coefficient: Tensor
@@ -113,7 +113,7 @@ class Carrier:
         return self.secondary.encode_raw(self.hidden)
 
     def step(self, clamp: Clamp) -> Step:
-        """What a clamp moves, and how far."""
+        """Compute the move that a clamp makes of each row."""
         kind, features, sae = clamp.target.kind, clamp.target.features, self.sae
         if not features:
             whole = getattr(sae.summands(self.code), kind)
@@ -137,7 +137,7 @@ class Carrier:
         return Step("hidden", clamp.change(old), partners @ self._joint.W1.T)  # type: ignore[union-attr]
 
     def output_change(self, step: Step) -> Tensor:
-        """What a step changes of the reconstruction, in raw activations: (rows, d_in)."""
+        """Compute the change of the reconstruction by a step, in raw activations: (rows, d_in)."""
         moved = step.coefficient.unsqueeze(1) * step.direction
         if step.space == "hidden":
             moved = self._joint.interaction_from(self.hidden + moved) - self._joint.interaction_from(self.hidden)
@@ -163,8 +163,8 @@ class Carrier:
         return _as_long_as(change, self.output_change(Step(step.space, coefficient, direction)))
 
     def linear_control(self, change: Tensor, step: Step, features: Sequence[int]) -> Tensor:
-        """The same features in a pathway that is linear in the code: W_lin, or W_dec without it. All of them if none is
-        named. Where none of them is active there is no change."""
+        """Change the same features in a pathway that is linear in the code: W_lin, or W_dec without it. All features if
+        none is named. Where none of them is active there is no change."""
         W_lin = getattr(self.sae, "W_lin", None)
         W, code = (self.sae.W_dec, self.code) if W_lin is None else (W_lin, self.seen)
         chosen = self._at(features)

@@ -1,4 +1,4 @@
-"""Which features respond to the combination of two factors, beyond what each factor does alone."""
+"""Search for features that respond to the combination of two factors, beyond what each factor does alone."""
 
 import warnings
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ class FeatureEffect:
     anova: dict[str, dict[str, float]]
     """statsmodels' F and p: of both factors and of the interaction, for this feature alone."""
     p: float
-    """Of the interaction, by permutation."""
+    """P value of the interaction, by permutation."""
     q: float
-    """The same after Benjamini and Hochberg, over the family."""
+    """p adjusted after Benjamini and Hochberg, over the family."""
     p_family: float
     """The chance that any feature of the family shows as much by luck."""
     active: float
@@ -54,10 +54,10 @@ class Family:
     tested: int
     """Those active on at least 5 % of the texts, whatever their cell."""
     discoveries: int
-    """With q of at most 0.05. Of pairs, whose response is a product, these are features active together: a_i a_j of two
-    features that answer to one factor each has an interaction, whatever is done with it."""
+    """Number with q of at most 0.05. A pair's response is a product, so pairs found are features active together: a_i
+    a_j of two features that answer to one factor each has an interaction, whatever is done with it."""
     crossing: int
-    """Of the discoveries those that cross."""
+    """Number of discoveries that cross."""
     small_p: float
     """Share of the tested with p of at most 0.05: about 0.05 where there is nothing."""
     detectable_d: float

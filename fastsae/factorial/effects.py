@@ -1,8 +1,8 @@
-"""What clamping a feature does to the words of the four cells, beside controls that change activations as much.
+"""Effects of clamping a feature on the words of the four cells, beside controls that change activations as much.
 
-Of each prompt and word the readout is how much its log-probability changes; of each prompt the contrast between the
-four groups of words, in which whatever is common to all words cancels. Prompts are the units: what one prompt's words
-share is no independent evidence. Several amounts are one test: the effect per unit of amount.
+The readout of a prompt and word is the change of the word's log-probability. The readout of a prompt is the contrast
+between the four groups of words, in which whatever is common to all words cancels. Prompts are the units: what one
+prompt's words share is no independent evidence. Several amounts are one test: the effect per unit of amount.
 """
 
 import importlib
@@ -40,7 +40,8 @@ class Level:
     change: float
     """Length of the change over that of the activation, mean over the tokens read."""
     contrasts: dict[str, Interval]
-    """Of the first factor, the second, and the interaction: nats of log-probability, for words of one token logits."""
+    """Contrasts of the first factor, the second, and the interaction: in nats of log-probability, in logits for words
+    of one token."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Effect:
-    """What clamping one target does."""
+    """Effect of clamping one target."""
 
     target: str
     operation: str
     active: float
-    """Share of the tokens read at which the clamp changes anything: of prompts, and of what comes before the last token
-    of words of several."""
+    """Share of the tokens read at which the clamp changes anything: tokens of prompts, and for words of several tokens
+    all but the last."""
     levels: tuple[Level, ...]
     contrasts: dict[str, Interval]
     """Per unit of amount, all amounts together; intervals over prompts."""
@@ -85,7 +86,7 @@ class Effect:
     other: tuple[Control, ...]
     """Other features of the same kind, not selected."""
     linear: Control | None
-    """The same features in the linear pathway; None for that pathway itself, and where nobody knows which they are."""
+    """Control by the same features in the linear pathway; None for that pathway itself, and if they are not known."""
     p_random: float
     """Share of random directions whose interaction is at least as large, the target among them."""
     verdict: str = ""
@@ -115,7 +116,7 @@ def effect(
     changes = [[c.output_change(s) for c, s in zip(carriers, row, strict=True)] for row in steps]
 
     def scores(per_clamp: Sequence[Sequence[Tensor]]) -> Tensor:
-        """How much each word gains: (amounts, prompts, words)."""
+        """Compute the gain of each word: (amounts, prompts, words)."""
         spliced = [[c.replaced(d, splice) for c, d in zip(carriers, row, strict=True)] for row in per_clamp]
         return torch.stack([readout.scores(row) - clean for row in spliced])
 
@@ -182,7 +183,7 @@ def _per_unit(amounts: Sequence[float], operation: str) -> Tensor:
 
 
 def _contrast(gains: Tensor, stimuli: Stimuli, name: str) -> Tensor:
-    """Of the means of the four groups of words: (prompts,)."""
+    """Contrast the means of the four groups of words: (prompts,)."""
     parts = gains.split([len(cell.words) for cell in stimuli.cells.values()], dim=-1)
     means = torch.stack([part.mean(dim=-1) for part in parts], dim=-1)
     return means @ torch.tensor(CONTRASTS[name], dtype=torch.float64, device="cpu")
@@ -244,7 +245,7 @@ def judged(effects: Sequence[Effect]) -> tuple[Effect, ...]:
 
 
 def _verdict(effect: Effect) -> str:
-    """What may be said of an effect in words: more than nothing only if prompts, words and all controls agree."""
+    """Word what may be said of an effect: more than nothing only if prompts, words and all controls agree."""
     found, mixed, random, linear = effect.contrasts["interaction"], effect.mixed, effect.random, effect.linear
     if not all(isfinite(contrast.estimate) for level in effect.levels for contrast in level.contrasts.values()):
         return _NOT_FINITE

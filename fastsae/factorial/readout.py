@@ -1,4 +1,4 @@
-"""What a language model says after prompts: the log-probability of whole words, with activations changed on the way."""
+"""Readout of a language model after prompts: log-probabilities of whole words, with activations changed on the way."""
 
 from collections.abc import Sequence
 from typing import Any

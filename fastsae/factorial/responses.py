@@ -16,7 +16,7 @@ Pool = Literal["mean", "max"]
 MIN_SHARE = 0.05
 """A feature that is active on fewer of the texts is not tested: it could show nothing, and would cost power."""
 MAX_PAIRS = 4096
-"""Of the pairs so many are tested, those that put most into z on these texts; cells play no part in the choice."""
+"""Most pairs tested: those that put most into z on these texts; cells play no part in the choice."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def responses(
     texts: Texts,
     pool: Pool = "mean",
 ) -> list[Responses]:
-    """Of every family this SAE has: identity, pair, and secondary if there is a secondary SAE.
+    """Measure the responses of every family this SAE has: identity, pair, and secondary if there is a secondary SAE.
 
-    A feature's response to a text is the mean, or the largest, of its activations over the text's tokens, BOS left out;
-    a pair's that of a_i a_j, among the strongest features of a token (evaluate.pairs.PER_ROW).
+    A feature's response to a text is the mean, or the largest, of its activations over the text's tokens, BOS left out.
+    A pair's response is that of a_i a_j, among the strongest features of a token (evaluate.pairs.PER_ROW).
     """
     source, sae = ModelActivations(model, hook_name, texts.windows), uncompiled(sae)
     pools = {"identity": _Pool(pool, sae.d_sae)}

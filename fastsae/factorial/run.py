@@ -27,15 +27,15 @@ _DRIVING_PAIRS = 4
 
 @dataclass(frozen=True)
 class Factorial:
-    """What `fastsae factorial` writes."""
+    """Results that `fastsae factorial` writes."""
 
     stimuli: dict[str, Any]
     """Name, description, factors, and the label of each cell."""
     discovery: Discovery
     effects: tuple[Effect, ...]
-    """Of what was clamped; none where the set has no prompts."""
+    """Effects of the clamped targets; none if the set has no prompts."""
     prompts: tuple[str, ...]
-    """That text was written after."""
+    """Prompts after which text was written."""
     texts: dict[str, dict[str, list[str]]]
     """Target -> what was done to it -> what came after each prompt."""
 
@@ -144,7 +144,7 @@ class _Clamping:
 
     @cached_property
     def _unclamped(self) -> dict[str, list[str]]:
-        """What is written without any clamp, the same beside every target."""
+        """Texts written without any clamp, for comparison with every target."""
         edits: dict[str, Edit | None] = {"untouched": None}
         if self.config.splice:
             edits["reconstruction"] = lambda raw: self._carrier(raw).replaced(None, True)
@@ -179,8 +179,8 @@ class _Clamping:
         return Carrier(self.sae, self.secondary, raw)
 
     def _primaries(self, target: Target) -> tuple[int, ...] | None:
-        """Of the code, what the target is made of: a secondary feature, of the pairs that drive it on the texts, None
-        where it is active on none."""
+        """Find the features of the code that make up the target: for a secondary feature those of the pairs that drive
+        it on the texts, None if it is active on none."""
         if target.kind != "secondary":
             return target.features
         assert self.secondary is not None

@@ -65,7 +65,7 @@ class Stimuli:
 
     @classmethod
     def load(cls, source: str | Path) -> "Stimuli":
-        """Of a file, or of a set of ours by its name. Raises FileNotFoundError, or ValueError saying what is wrong."""
+        """Load a file, or a set of ours by its name. Raises FileNotFoundError, or ValueError saying what is wrong."""
         path = _FOLDER / f"{source}.json" if str(source) in SHIPPED else Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"stimuli: {source} is neither a file nor a set of ours ({', '.join(SHIPPED)})")

@@ -108,7 +108,7 @@ class _SparseCoder(metaclass=_InItsPlace):
 
 
 class _Open:
-    """How many blocks are open, and what the first found; blocks may end in any order, as those of threads do."""
+    """Number of open blocks, and the class the first found; blocks may end in any order, as those of threads do."""
 
     lock, blocks, stock = threading.Lock(), 0, SparseCoder
 

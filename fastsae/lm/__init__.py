@@ -14,7 +14,7 @@ EMBEDDED = "embedded"
 
 
 def weights_folder() -> Path:
-    """Where the embedded model's weights, tokenizer, metrics and card lie."""
+    """Give the folder of the embedded model's weights, tokenizer, metrics and card."""
     return Path(__file__).parent / "weights"
 
 

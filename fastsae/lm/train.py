@@ -33,7 +33,7 @@ CONTEXT = 256
 
 @dataclass(frozen=True)
 class Options:
-    """What the embedded weights were trained with."""
+    """Settings of the embedded weights' training."""
 
     out: Path
     """Folder for weights, tokenizer, card and metrics."""

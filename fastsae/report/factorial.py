@@ -10,7 +10,7 @@ _PLOTTED = 4
 
 
 def section(found: Json) -> str:
-    """Of factorial-NAME.json."""
+    """Write the section on factorial-NAME.json."""
     told, discovery = found["stimuli"], found["discovery"]
     pool = found["options"]["pool"]
     head = (

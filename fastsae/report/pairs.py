@@ -5,7 +5,7 @@ from fastsae.report.elements import Json
 
 
 def section(found: Json) -> str:
-    """Of pairs.json."""
+    """Write the section on pairs.json."""
     return _pairs(found["pairs"]) if "pairs" in found else _drivers(found["drivers"])
 
 

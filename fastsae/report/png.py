@@ -14,7 +14,7 @@ from fastsae import packages
 
 
 def told(what: str, data: Any) -> str:
-    """Of the data a plot is drawn from, in one line."""
+    """Describe the data that a plot is drawn from, in one line."""
     return f"{what} sha256 {hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
 
 
@@ -31,7 +31,7 @@ def save(path: Path, size: tuple[float, float], draw: Callable[[Any], object], d
 
 
 def description(path: Path) -> str | None:
-    """What a PNG says of itself; None where there is none."""
+    """Read the description in a PNG; None if there is no file or no description."""
     from PIL import Image  # which comes with matplotlib
 
     try:

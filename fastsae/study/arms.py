@@ -23,13 +23,13 @@ class Arm:
         return plan(self.config).n_parameters
 
     def training_flops(self, batch_size: int) -> int:
-        """Of this arm's own steps; those of its base come on top."""
+        """Count the FLOP of this arm's own steps; those of its base come on top."""
         return plan(self.config, batch_size).flops_per_step * self.steps
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a comparison of two arms answers."""
+    """Question that a comparison of two arms answers."""
 
     text: str
     arm: str

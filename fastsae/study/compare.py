@@ -1,4 +1,4 @@
-"""What the arms' outcomes say: means, paired differences, and their intervals over seeds and documents."""
+"""Comparison of the arms' outcomes: means, paired differences, and their intervals over seeds and documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from fastsae.study.arms import QUESTIONS, Question
 from fastsae.study.run import Outcome
 
 METRICS = (FVU, KL, CE_INCREASE)
-"""What arms are compared by: less is better."""
+"""Metrics that arms are compared by: less is better."""
 SHOWN = (
     LOSS_RECOVERED,
     Metric("KL / random error of its size", "kl full", "epsilon full"),
     Metric("error less than of own identity pathway", "error identity", "error identity", minus="error full"),
     Metric("KL less than of own identity pathway", "kl identity", "kl identity", minus="kl full"),
 )
-"""What is shown of each arm, and compares nothing. The last two are the paper's figures."""
+"""Metrics shown for each arm that compare nothing. The last two are the paper's figures."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Comparison:
 
     metric: str
     difference: Interval
-    """Of the arm less the baseline, paired by seed and document: below 0 the arm is better."""
+    """The arm less the baseline, paired by seed and document: below 0 the arm is better."""
     relative: Interval
-    """The same over the baseline's mean, taken as known."""
+    """The difference over the baseline's mean, taken as known."""
 
     @property
     def shown(self) -> int:

@@ -1,4 +1,4 @@
-"""What ranks write: whole or not at all, read by any number of ranks, and gone on from to the same bits."""
+"""Checkpoints of ranks: written whole or not at all, read by any number of ranks, and resumed to the same bits."""
 
 import json
 import re
@@ -168,7 +168,7 @@ def refused(name: str, features: int, run_dir: Path) -> str:
 
 
 def test_files_are_those_that_the_first_rank_sees(two, tmp_path):
-    """What another rank has just written, a folder on a network does not show to all at once."""
+    """A folder on a network does not show at once to all ranks the files that one has just written."""
     assert two(looked_at, tmp_path) == [dict.fromkeys("abc", tmp_path.name)] * 2
 
 

@@ -1,4 +1,4 @@
-"""What happens to one rank alone ends all of them with an error, at once: none is left waiting for it."""
+"""Failures of one rank alone: they end all ranks with an error, at once, and leave none waiting."""
 
 import json
 import resource
@@ -22,7 +22,7 @@ from fastsae import checkpoint, distributed, runs
 
 
 def said_by(crew: Crew, run: Callable[..., None], *arguments: Any) -> list[str]:
-    """What each rank said, all of them within seconds; they still answer one another afterwards."""
+    """Collect the errors of all ranks, which come within seconds; the ranks still answer one another afterwards."""
     began = time.monotonic()
     said = crew(_saying, run, arguments)
     assert time.monotonic() - began < 30, "ranks waited for one another until they gave up"

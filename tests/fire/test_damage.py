@@ -37,7 +37,7 @@ ODD: list[Any] = [None, "x", -1, 0.5, 10**12, 10**30, 1e308, float("nan"), True,
 
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch):
-    """What flushing is for cannot be seen here, and it takes most of the time on a busy disk."""
+    """Skip flushing: its use cannot be seen here, and it takes most of the time on a busy disk."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -64,7 +64,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def values_damaged(value: Any, draw: random.Random, n: int) -> Iterator[Any]:
-    """Of each place one value of another kind, or none; of all those n."""
+    """Yield n copies of a value, each with one place removed or filled with a value of another kind."""
     chosen = list(places(value))
     for *way, last in draw.sample(chosen, min(n, len(chosen))):
         damaged = copy.deepcopy(value)

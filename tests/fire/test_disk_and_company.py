@@ -44,7 +44,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 
 def refused_from(byte: int, work: victims.Work, folder: Path) -> str | None:
-    """What is said when no file may grow beyond that byte; None if none had to."""
+    """Do the work while no file may grow beyond that byte, and give the error; None if there was none."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (byte, hard))
     try:
@@ -171,7 +171,7 @@ class Ends:
 
 
 def test_rows_that_are_not_finite(whole, tmp_path, times):
-    """What was trained is kept; with good rows in their place the run ends at the bits it would have."""
+    """Training up to them is kept; with good rows in their place the run ends at the bits it would have."""
     draw = random.Random(6)
     for round in range(8 * times):
         folder = tmp_path / str(round)

@@ -92,7 +92,7 @@ def test_saving_is_killed(tmp_path, times):
 
 
 def test_measuring_is_killed(tmp_path, times):
-    """What `fastsae eval` keeps of its finished stages: whole or absent, and the result is the same to the byte."""
+    """Finished stages that `fastsae eval` keeps are whole or absent, and the result is the same to the byte."""
     took = victims.finish(victims.measure, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     assert list(expected) == ["eval.json"], "the stages are gone"

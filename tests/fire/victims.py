@@ -1,4 +1,4 @@
-"""What is killed, and how: a process that does one small work into a folder, going on where the last one was ended.
+"""Processes to kill, and the kills. Each does one small work into a folder, and goes on where the last one ended.
 
 A server that has imported everything forks the processes, so that each costs milliseconds.
 """
@@ -45,7 +45,7 @@ D, M, K, BLOCK, BLOCKS = 12, 60, 4, 40, 5
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process ends: after some seconds, before the n-th operation on the disk, or at the n-th byte of a file."""
+    """End of a process: after some seconds, before the n-th operation on the disk, or at the n-th byte of a file."""
 
     seconds: float | None = None
     operation: int | None = None
@@ -53,7 +53,7 @@ class Kill:
 
 
 class Took(NamedTuple):
-    """What a whole work takes: seconds as busy as the machine is, and operations on the disk."""
+    """Cost of a whole work: seconds as busy as the machine is, and operations on the disk."""
 
     seconds: float
     operations: int
@@ -224,7 +224,7 @@ def _or_be_refused(work: Work, folder: Path) -> None:
 
 
 def may_not_write(folder: Path) -> None:
-    """What a user without rights to the folder is told. (Root has them all: it becomes nobody.)"""
+    """Check the errors for a user without rights to the folder. (Root has all rights: it becomes nobody.)"""
     with tempfile.TemporaryDirectory() as elsewhere:  # nobody may read the interpreter either: what is imported late
         _into(train, Path(elsewhere) / "run")
         harvest_all(Path(elsewhere) / "store")

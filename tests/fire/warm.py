@@ -1,4 +1,4 @@
-"""What the server that forks the victims imports: them, and what torch imports at a first step of training only."""
+"""Imports of the server that forks the victims: them, and what torch imports at a first step of training only."""
 
 import torch
 import victims

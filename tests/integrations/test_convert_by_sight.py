@@ -1,4 +1,4 @@
-"""What is no SAE that is converted is told by what it is, and is not called damaged."""
+"""Files that hold no SAE to convert: the error says what they are, and does not call them damaged."""
 
 import gzip
 import io

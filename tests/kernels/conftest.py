@@ -8,7 +8,7 @@ from fastsae.backends import cuda
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: on a GPU if there is one, else in Triton's interpreter, on CPU tensors."""
+    """Device that kernels run on: a GPU if there is one, else the CPU, in Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,6 +35,6 @@ def slack(dtype: torch.dtype, device: str) -> float:
 
 @pytest.fixture(autouse=True)
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test sets is undone, and no feature order is left from the test before."""
+    """Undo what a test sets, and leave no feature order from the test before."""
     monkeypatch.setattr(cuda, "PRE_ACTIVATION_BYTES", None)
     monkeypatch.setattr(cuda, "_kept", None)

@@ -46,7 +46,7 @@ both_paths = pytest.mark.parametrize("path", ["triton", "cublas"])
 
 
 class Inputs(NamedTuple):
-    """What the launchers take, by their names, and a gradient `delta` of the reconstruction."""
+    """Arguments of the launchers, by their names, and a gradient `delta` of the reconstruction."""
 
     base: Tensor
     s: Tensor
@@ -190,7 +190,7 @@ def test_frozen_weights_get_no_gradient_and_change_none(path: Path) -> None:
 
 @both_paths
 def test_inputs_of_any_strides(path: Path) -> None:
-    """Of everything, a copy whose rows lie apart; of the gradient, also one number seen everywhere, as sum() sends."""
+    """Copies of all inputs whose rows lie apart; and a gradient that is one number seen everywhere, as sum() sends."""
     given, seed = inputs(9, 20, 12), seed_of(3)
     apart = Inputs(*(torch.stack([t, t], -1)[..., 0] for t in given))
     assert not any(t.is_contiguous() for t in apart)
@@ -240,7 +240,7 @@ def test_nan_is_not_lost(path: Path) -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
 def test_the_share_kept(dropout: float) -> None:
-    """Of n independent draws, five standard deviations: a right generator fails for one seed in a million."""
+    """Five standard deviations of n independent draws: a right generator fails for one seed in a million."""
     mask = mask_of(60, 100, dropout, seed_of(0))
     kept = mask > 0
     bound = 5 * (dropout * (1 - dropout) / kept.numel()) ** 0.5

@@ -98,7 +98,7 @@ def test_repeated_and_unused_features(device: str):
 
 
 def strided(t: Tensor) -> Tensor:
-    """The same numbers, every second column of a wider tensor."""
+    """Copy the numbers into every second column of a wider tensor."""
     wide = torch.full((t.shape[0], 2 * t.shape[1]), 7, dtype=t.dtype, device=t.device)
     wide[:, ::2] = t
     return wide[:, ::2]

@@ -1,4 +1,4 @@
-"""What `make gpu` times and sweeps: launches handed over one by one, and variants that compute the same."""
+"""Launches that `make gpu` times and sweeps: handed over one by one, and variants that compute the same."""
 
 from dataclasses import replace
 from functools import partial

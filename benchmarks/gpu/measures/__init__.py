@@ -1,1 +1,1 @@
-"""What stage `benchmark` measures: each function times one thing beside its baselines and returns a row's facts."""
+"""Measurements of stage `benchmark`: each function times one thing beside its baselines and returns a row's facts."""

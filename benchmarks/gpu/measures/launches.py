@@ -39,7 +39,7 @@ class _RealStep(Step):
 
 
 def rehearsed() -> list[Part]:
-    """What a smoke run measures: the parts of `modern`, tiny."""
+    """List the parts that a smoke run measures: those of `modern`, tiny."""
     shape = Shape(B=4, D=16, M=64, K=4, N=2, E=8)
     return [Part("smoke", shape, torch.bfloat16, case) for case in shape.cases]
 
@@ -64,21 +64,21 @@ def of(part: Part, place: Place, about: Callable[[Launch], dict[str, Any]]) -> l
 
 @dataclass(frozen=True)
 class Roofs:
-    """What this device does at best."""
+    """Best rates of this device."""
 
     bytes_per_second: float
     flops: dict[int, float]
     """Operations per second by the bytes of a number."""
 
     def ms(self, launch: Launch, itemsize: int) -> float:
-        """What the launch would take at these rates, memory and arithmetic overlapping."""
+        """Compute the launch's time at these rates in ms, memory and arithmetic overlapping."""
         return 1e3 * max(launch.bytes_moved / self.bytes_per_second, launch.flops / self.flops[itemsize])
 
 
 def timed(part: Part, place: Place, roofs: Roofs) -> list[dict[str, Any]]:
-    """Of each launch: what it is, what was counted of it, its time, and the share of its roof that it reaches.
+    """Time each launch; give its identity, its counted bytes and FLOP, its time, and the share of its roof it reaches.
 
-    Over 1 where rows that are gathered more than once come from the cache: they are counted each time.
+    The share is over 1 if rows that are gathered more than once come from the cache: they are counted each time.
     """
 
     def about(launch: Launch) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def timed(part: Part, place: Place, roofs: Roofs) -> list[dict[str, Any]]:
 
 
 def identity(launch: Launch) -> dict[str, Any]:
-    """What tells launches of a part apart, for who reads the rows."""
+    """Name the facts that tell a part's launches apart, for the reader of the rows."""
     return {
         "kernel": launch.name,
         "config": launch.config,

@@ -1,4 +1,4 @@
-"""What this device does at best: bytes copied and products made per second."""
+"""Best rates of this device: bytes copied and products made per second."""
 
 from dataclasses import replace
 from typing import Any

@@ -95,7 +95,7 @@ def step(candidate: Candidate, shape: Shape, place: Place, uneven: bool = False)
 
 
 def about(candidate: Candidate, provider: Provider, shape: Shape, errors: dict[str, float]) -> dict[str, Any]:
-    """What a row says beside times."""
+    """Collect the facts of a row other than times."""
     rounded = {name: float(f"{error:.1e}") for name, error in errors.items()}
     version = {"version": provider.version} if provider.version else {}
     return {"shape": shape.name, "candidate": candidate.name, **version, "errors": rounded}

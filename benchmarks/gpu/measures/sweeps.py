@@ -1,4 +1,4 @@
-"""What the constants of csrc_triton/plan.py are fitted from: each of two ways, forced, over a range of shapes."""
+"""Sweeps to which the constants of csrc_triton/plan.py are fitted: each of two ways, forced, over a range of shapes."""
 
 import dataclasses
 from collections.abc import Iterator

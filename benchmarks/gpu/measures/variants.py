@@ -86,9 +86,9 @@ def _variant(launch: Launch, chosen: dict[str, int]) -> Launch | None:
 
 
 def swept(part: Part, place: Place, fits: Callable[[Launch], bool]) -> list[dict[str, Any]]:
-    """Of each launch that has variants: its own time, and theirs, the fastest first.
+    """Time each launch that has variants: its own time, and theirs, the fastest first.
 
-    fits: whether a variant may be started; those that spill registers or lack shared memory need not.
+    fits: whether a variant may be started; variants that spill registers or lack shared memory need not be.
     """
 
     seen = set()

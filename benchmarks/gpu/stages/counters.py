@@ -35,7 +35,7 @@ def run(stage: Stage) -> None:
 
 
 def counted(part: Part, seconds: float) -> list[dict[str, Any]]:
-    """Of each launch of `part`: what was counted of it beforehand, and what the device counted."""
+    """Give for each launch of `part` the counts made beforehand and those of the device."""
     program = find("ncu")
     if program is None:
         raise Missing("Nsight Compute (ncu) is not on this machine")

@@ -56,7 +56,7 @@ class Pair:
         self.architecture, self.precision, self.where, self.smoke = architecture, precision, where, smoke
 
     def losses(self, backend: str, moved: bool = False, in_backward: bool = False) -> list[float]:
-        """Of a whole run. moved: from weights that differ by one rounding."""
+        """Train a whole run and give its losses. moved: start from weights that differ by one rounding."""
         sae = build(self.architecture, backend, self.where, self.smoke)
         if moved:
             eps = torch.finfo(torch.bfloat16 if self.precision == "bf16" else torch.float32).eps
@@ -78,7 +78,7 @@ class Pair:
 
     @cached_property
     def natural(self) -> dict[str, float]:
-        """How far a rounding alone takes the reference from itself."""
+        """Drift of the reference from itself that a rounding of the weights alone causes."""
         return drift(self.reference, self.losses("reference", moved=True))
 
     def compare(self, in_backward: bool) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Pair:
 def build(
     architecture: str, backend: str, where: Place, smoke: bool, dtype: torch.dtype = torch.float32
 ) -> fastsae.TopKSAE | fastsae.JointSAE:
-    """The same weights at each call, but for their rounding to `dtype`."""
+    """Make an SAE with the same weights at each call, but for their rounding to `dtype`."""
     d_in, d_sae, k = (16, 64, 4) if smoke else (256, 4096, 32)
     torch.manual_seed(0)
     to = {"init": "unit", "backend": backend, "device": where.device, "dtype": dtype}

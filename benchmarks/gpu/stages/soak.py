@@ -36,12 +36,12 @@ STRIDES = ("contiguous", "transposed", "columns")
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a seed stands for."""
+    """The case that a seed stands for."""
 
     case: Case
     dtype: torch.dtype
     strides: str
-    """How x and the gradients lie in memory."""
+    """Memory layout of x and the gradients."""
     linear: bool
     interaction: bool
 
@@ -99,7 +99,7 @@ def check(drawn: Drawn, seed: int, where: Place) -> dict[str, Any]:
 
 
 def lay(t: Tensor, strides: str) -> Tensor:
-    """The same numbers, lying otherwise in memory."""
+    """Give a tensor of the same numbers with another layout in memory."""
     if strides == "transposed":
         return t.T.contiguous().T
     if strides == "columns":
@@ -129,7 +129,7 @@ def _check_encode(case: Case, p: dict[str, Tensor], where: Place) -> None:
     got = torch.autograd.grad(values, [x, W, b], g_values)
 
     def gradients(to: torch.dtype) -> tuple[Tensor, ...]:
-        """Of the values at our indices, so that dtypes are compared on one selection."""
+        """Compute the gradients of the values at our indices, so that dtypes are compared on one selection."""
         leaves = [t.detach().to(to).requires_grad_() for t in (x, W, b)]
         pre = (leaves[0] @ leaves[1].T + leaves[2]).gather(1, indices) * (values > 0)
         return torch.autograd.grad(pre, leaves, g_values.to(to))
@@ -165,9 +165,10 @@ def _check_decode(drawn: Drawn, p: dict[str, Tensor], where: Place) -> None:
 
 
 def _floor(exact: Tensor, case: Case, dtype: torch.dtype, at_least: float = 0.0) -> float:
-    """What assert_matches allows one rounding of, beside twice eager's error: of few entries that is small by luck.
+    """Compute the error that assert_matches allows beside twice eager's, which over few entries is small by luck.
 
-    Some roundings of the largest entry; and some in fp32 of sums, which are larger on their way than where they end.
+    It is some roundings of the largest entry, and some fp32 roundings of sums, which are larger on their way than at
+    their end.
     """
     largest = exact.abs().max().item() if exact.numel() else 0.0
     sums = max(case.B, case.D, case.E) ** 0.5 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps

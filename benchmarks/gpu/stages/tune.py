@@ -19,7 +19,8 @@ def run(stage: Stage) -> None:
 
 
 def _chosen() -> list[Part]:
-    """Where most of a step's time goes comes first, and the product with its maxima, which only narrow inputs use."""
+    """List the parts to tune: first those that take most of a step's time, and the product with its maxima, which only
+    narrow inputs use."""
     found = {(part.name, part.case): part for part in parts("modern", "million", "paper")}
     of_modern = [found["modern", case] for case in ("gradients", "decode", "encode")]
     narrow = next(p for p in parts("narrow") if (p.dtype, p.case) == (torch.bfloat16, "encode"))

@@ -1,4 +1,4 @@
-"""How pre-activations are laid out: by blocks of features, one chunk of rows at a time."""
+"""Layout of pre-activations: by blocks of features, one chunk of rows at a time."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ FEW_ROWS = 64
 
 
 def set_pre_activation_bytes(limit: int) -> None:
-    """How much memory pre-activations may take at once (default 256 MiB); at least one row is always held."""
+    """Set the bytes pre-activations may take at once (default 256 MiB); at least one row is always held."""
     global PRE_ACTIVATION_BYTES
     if limit < 1:
         raise ValueError(f"set_pre_activation_bytes: expected at least 1; got {limit}")
@@ -33,7 +33,7 @@ def n_blocks(d_sae: int, width: int) -> int:
 
 
 def rows_held(rows: int, d_sae: int, bytes_each: int) -> int:
-    """How many of `rows` rows are held at once, at `bytes_each` for one pre-activation."""
+    """Compute the number of `rows` rows that are held at once, at `bytes_each` for one pre-activation."""
     width = block_width(d_sae)
     return max(1, min(rows, PRE_ACTIVATION_BYTES // (bytes_each * n_blocks(d_sae, width) * width)))
 
@@ -72,7 +72,7 @@ class Encoder(NamedTuple):
         return pre if self.scale is None else pre * self.scale[features]
 
     def unscaled(self, values: Tensor, ids: Tensor) -> Tensor:
-        """What was ranked as what it is without scale."""
+        """Take the scale out of ranked pre-activations of the competitors `ids`."""
         if self.scale is None:
             return values
         return torch.where(values == 0, values, values / self.scale[self.name(ids)])

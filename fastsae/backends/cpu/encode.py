@@ -40,7 +40,7 @@ def topk_encode(
 
 
 class Plan(NamedTuple):
-    """How a batch is encoded."""
+    """Plan of one batch's encoding."""
 
     screened: bool
     """Whether bf16 bounds are taken first."""

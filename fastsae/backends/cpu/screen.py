@@ -92,7 +92,7 @@ def _strongest_in_fp32(x: Tensor, encoder: Encoder, ids: Tensor, k: int) -> tupl
 
 
 def _ceiling(bound: Tensor, x: Tensor, largest_norm: Tensor) -> Tensor:
-    """What no smaller bound of a row can mean: bf16 rounded it, perhaps down."""
+    """Compute what no pre-activation with a smaller bound can exceed: bf16 rounded the bound, perhaps down."""
     # NaN, which nothing exceeds, where the sums behind the bounds may have overflowed.
     return bound.float() * (256 / 255) + 0 * (4 * _norm(x) * largest_norm)
 

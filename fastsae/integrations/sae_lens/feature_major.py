@@ -1,4 +1,4 @@
-"""What both architectures share: an encoder with a row per feature, and codes that are never dense."""
+"""Parts that both architectures share: an encoder with a row per feature, and codes that are never dense."""
 
 # These classes take the place of others, whose types are narrower than their use.
 # pyright: basic
@@ -40,7 +40,7 @@ def finished(sae: SAE[Any], reconstruction: Tensor) -> Tensor:
 
 
 def subtracted(sae: SAE[Any]) -> Tensor | None:
-    """What is taken off x before it is encoded."""
+    """Give the vector that is subtracted from x before it is encoded, if any."""
     return sae.b_dec if sae.cfg.apply_b_dec_to_input else None
 
 

@@ -38,7 +38,7 @@ class FastJointSAEConfig(SAEConfig):
     k: int = 100
     """Active features per token."""
     k_integration: int | None = None
-    """How many of the strongest features the integration sees; None means half of k."""
+    """Number of the strongest features that the integration sees; None means half of k."""
     d_embedding: int = 128
     """Width of the factorization machine's feature embeddings V."""
     linear: bool = True
@@ -153,7 +153,7 @@ class _Joint(FeatureMajorEncoder):
             weight.data.copy_(back.T @ wide if weight is cast(Any, self).W2 else wide @ back)
 
     def _outputs(self) -> list[nn.Parameter]:
-        """What is in the space of the output beside W_dec and b_dec."""
+        """List the parameters in the space of the output, other than W_dec and b_dec."""
         sae = cast(Any, self)
         return [w for w in (sae.W_lin, sae.b_lin, sae.W2, sae.b2) if w is not None]
 

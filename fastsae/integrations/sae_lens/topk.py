@@ -108,7 +108,7 @@ class FastTopKTrainingSAE(FeatureMajorEncoder, TopKTrainingSAE):
 def _strongest_dead(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, dead: Tensor, scale: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Of the features `dead` (n,) the k largest pre-activations, which may be negative: values, indices (B, k)."""
+    """Find the k largest pre-activations of the features `dead` (n,), negative ones too: values, indices (B, k)."""
     if choose("auto", x.device, x.dtype) == "reference":  # autograd does all of it
         pre = torch.addmm(b_enc[dead], x if b_dec is None else x - b_dec, W_enc[dead].T)
         places = (pre if scale is None else pre * scale[dead]).topk(k, sorted=False).indices
