@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     held_out: bool
     """Whether they are the held-out groups of what the run was trained on; otherwise they are all rows of `path`."""
     suffix: str
-    """Of the names of results: none for the rows of the run, or where it does not know any."""
+    """The end of the names of results: nothing for the rows of the run, or where it does not know any."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def reading(run: Path, activations: Path | None, on: str | None = None) -> Readi
 
 
 def _place(run: Path, activations: Path | None) -> tuple[Path, bool]:
-    """Where the rows to measure on lie, and whether they are what the run was trained on."""
+    """The place of the rows to measure on, and whether they are what the run was trained on."""
     known = (run / "data.json").is_file()
     recorded = provenance.recorded(run, read_text=False).activations if known else None
     if activations is not None and (recorded is None or activations.resolve() != recorded.resolve()):
