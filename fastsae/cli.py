@@ -150,7 +150,7 @@ def _in_own_folder(trainer: TrainerConfig) -> tuple[TrainerConfig, Path]:
 
 
 def _end(metrics: dict[str, Any]) -> str:
-    """Where a training has ended, in one line."""
+    """Last metrics of a training, in one line."""
     fvu, dead = (_number(metrics[name], spec) for name, spec in (("fvu", ".4f"), ("dead_share", ".1%")))
     return (
         f"Trained {metrics['step']} steps: FVU {fvu} of the last batch, L0 {metrics['l0']:.1f}, dead features {dead}."
@@ -386,7 +386,7 @@ def factorial(
     stimuli: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STIMULI")],
     design: FactorialConfig = _DEFAULT_FACTORIAL,
 ) -> None:
-    """Which features respond to two factors together, and what clamping them does, beside controls.
+    """Find features that respond to two factors together, and measure what clamping them does, beside controls.
 
     Writes RUN/factorial-NAME.json, text under clamps as RUN/factorial-NAME.txt, and RUN/report.html.
 

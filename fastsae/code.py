@@ -137,7 +137,7 @@ class SparseCode:
         return dense.scatter(-1, self.indices, self.values)
 
     def columns(self, features: Tensor | Sequence[int] | int) -> Tensor:
-        """What the code holds of some features, distinct (n,), or of one: (..., n), 0 where they are not active."""
+        """Values of some features, distinct (n,), or of one: (..., n), 0 where they are not active."""
         if not isinstance(features, Tensor):
             features = torch.tensor(features, dtype=torch.int64, device=self.indices.device)
         if features.dtype != torch.int64:
@@ -157,11 +157,11 @@ class SparseCode:
         return feature_order(self.indices.reshape(-1, self.k), self.d_sae)
 
     def firing_counts(self) -> Tensor:
-        """How many tokens each feature is active on (value above 0): (d_sae,) int64."""
+        """Number of tokens that each feature is active on (value above 0): (d_sae,) int64."""
         return torch.bincount(self.indices[self.values > 0], minlength=self.d_sae)
 
     def flatten(self) -> "SparseCode":
-        """The same code with one row per token: values and indices (B, k)."""
+        """Put the tokens of all axes into one: values and indices (B, k)."""
         return SparseCode(self.values.reshape(-1, self.k), self.indices.reshape(-1, self.k), self.d_sae)
 
     def detach(self) -> "SparseCode":

@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen dataclasses. One documented field is one flag of the command line."""
+"""Configs of SAEs, data and training: frozen dataclasses. One documented field is one flag of the command line."""
 
 import dataclasses
 import difflib
@@ -96,7 +96,7 @@ class IntegrationConfig:
     """Feature integration: a linear pathway and a factorization machine over the strongest features."""
 
     k_integration: int | None = None
-    """How many of the strongest features the integration sees; None means half of k."""
+    """Number of strongest features that the integration sees; None means half of k."""
     d_embedding: int = 128
     """Width of the factorization machine's feature embeddings V."""
     dropout: float = 0.15
@@ -226,7 +226,7 @@ class DataConfig:
 @named
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train."""
+    """Options of a training."""
 
     steps: int
     """Optimizer steps."""
@@ -270,10 +270,10 @@ class TrainerConfig:
     k_anneal_steps: int = 0
     """Steps over which k comes down."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with rows that hold NaN or infinity: stop the training, or leave them out and count them."""
+    """Rows that hold NaN or infinity: stop the training, or leave them out and count them."""
     outliers: Literal["train", "skip"] = "train"
-    """What to do with rows more than ten times as large as 85 % of their batch, such as attention sinks: train
-    on them, or leave them out and count them. The normalisation is measured without them."""
+    """Rows more than ten times as large as 85 % of their batch, such as attention sinks: train on them, or leave them
+    out and count them. The normalisation is measured without them."""
     seed: int = 0
     """Seeds dropout, and what activations draw from torch's generator, such as the order of a DataLoader; on the
     command line also the SAE's initialisation."""
@@ -340,7 +340,7 @@ class FactorialConfig:
     clamp: tuple[str, ...] = ()
     """More to clamp: secondary:12, pair:3,45, identity:12, linear:12, interaction:12, or a whole pathway."""
     amounts: tuple[float, ...] = (-4.0, 0.0, 4.0)
-    """What activations are multiplied with, or set to."""
+    """Factors that activations are multiplied with, or values they are set to."""
     operation: Literal["multiply", "set"] = "multiply"
     """Multiplying leaves what is inactive as it is."""
     splice: bool = False
@@ -352,7 +352,7 @@ class FactorialConfig:
     new_tokens: int = 30
     """Tokens to write under each clamp; 0 writes none."""
     seed: int = 0
-    """Of permutations, directions, and the choice of other features."""
+    """Seed of permutations, directions, and the choice of other features."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -374,13 +374,13 @@ class StudyConfig:
     """A fair comparison: every arm on the same activations in the same order, with the same steps and seeds."""
 
     folder: Path = Path("runs/study")
-    """Where runs, results and the page are written; run again, it goes on where it stopped."""
+    """Folder for runs, results and the page; run again, the study goes on where it stopped."""
     d_sae: int = 4096
     """Features of every arm but the wide TopK."""
     k: int = 32
     """Active features per token, in every arm."""
     k_integration: int | None = None
-    """How many of the strongest features the integration sees; None means half of k."""
+    """Number of strongest features that the integration sees; None means half of k."""
     d_embedding: int = 64
     """Width of the factorization machine's feature embeddings V."""
     dropout: float = 0.15

@@ -43,13 +43,13 @@ class Trained(NamedTuple):
 
     sae: SparseAutoencoder
     data: DataConfig
-    """What it was trained on."""
+    """Data that it was trained on."""
     base: JointSAE | None = None
-    """Whose hidden layer it reads, if it is a SecondarySAE."""
+    """The SAE whose hidden layer a SecondarySAE reads; None for others."""
 
     @property
     def spliced(self) -> SparseAutoencoder:
-        """What reads the model's activations: this SAE, or the base of a secondary one."""
+        """The SAE that reads the model's activations: this one, or the base of a secondary one."""
         return self.sae if self.base is None else self.base
 
     @property
@@ -70,7 +70,7 @@ class Measured:
 
 
 def device(asked: str | None = None) -> str:
-    """Where models and SAEs run: as asked, or on the GPU if there is one. Raises ValueError where nothing can run."""
+    """Device for models and SAEs: as asked, or the GPU if there is one. Raises ValueError if it cannot be used."""
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -96,7 +96,7 @@ def language_model(data: DataConfig, on: str | None = None) -> Any:
 
 
 def as_read(model: Any, data: DataConfig) -> DataConfig:
-    """The same with the model's own convention where none is asked for: that is recorded with a run."""
+    """Fill in the model's own convention on BOS where none is asked for: that is recorded with a run."""
     return data if data.prepend_bos is not None else dataclasses.replace(data, prepend_bos=prepends_bos(model))
 
 
@@ -179,7 +179,7 @@ def _training_source(model: Any, data: DataConfig) -> ModelActivations | ArrayAc
 def _maker(
     config: AnyRunConfig, data: DataConfig, seed: int, ranks: Ranks | None, dtype: torch.dtype
 ) -> Callable[[int], SparseAutoencoder]:
-    """What makes the SAE once d_in is known. A base that does not fit is refused here, before the text is read."""
+    """A function that makes the SAE once d_in is known. A base that does not fit is refused before the text is read."""
     if not isinstance(config, TopKSAEConfig):
         if dtype != torch.float32:
             raise ValueError(f"train: the SAE has the dtype of that in {config.base}; leave --dtype out")
@@ -222,7 +222,7 @@ def _on_base(config: SequentialRunConfig | SecondaryRunConfig, data: DataConfig,
 
 
 def held_out_activations(model: Any, run: Trained, windows: TokenWindows) -> ModelActivations | HiddenActivations:
-    """What the SAE of `run` reads, over windows."""
+    """Activations that the SAE of `run` reads, over windows."""
     source = ModelActivations(model, run.data.hook, windows)
     return source if run.base is None else HiddenActivations(source, run.base)
 
@@ -237,12 +237,12 @@ RECONSTRUCTION, BOS_OUT, BOS_IN = "reconstruction", "KL", "KL with BOS"
 
 
 def stages(windows: TokenWindows) -> tuple[str, ...]:
-    """What `measure` does, one after the other."""
+    """Stages of `measure`, in their order."""
     return (RECONSTRUCTION, BOS_OUT, *((BOS_IN,) if windows.has_bos else ()))
 
 
 def measure(model: Any, run: Trained, windows: TokenWindows, parts: Parts = NOTHING_KEPT) -> Measured:
-    """What the SAE of `run` does on held-out windows. A secondary SAE is spliced in through its base.
+    """Measure the SAE of `run` on held-out windows. A secondary SAE is spliced in through its base.
 
     parts: where finished stages are kept, and taken from.
     """

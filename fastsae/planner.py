@@ -1,4 +1,4 @@
-"""What a shape costs before anything is allocated: parameters, memory, floating-point operations, steps."""
+"""Cost of a shape before anything is allocated: parameters, memory, floating-point operations, steps."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ class Memory:
 
     name: str
     flags: str
-    """Of `fastsae train`, to have it so."""
+    """Flags of `fastsae train` that ask for it."""
     dtype: torch.dtype = torch.float32
     optimizer_state: narrow.OptimizerState = "fp32"
     adam_in_backward: bool = False

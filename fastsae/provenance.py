@@ -1,4 +1,4 @@
-"""What a run was trained on, left in its folder: so that it is measured on the same, and held-out, text."""
+"""Record of the data of a run, left in its folder: so that it is measured on that text, and on what was held out."""
 
 import dataclasses
 import importlib.metadata
@@ -15,11 +15,11 @@ from fastsae.modules import read_description
 
 _TEXT_CHECKSUM, _ROWS_CHECKSUM = "text_crc32", "activations_crc32"
 _RELATIVE = "relative_to_run"
-"""Where paths lie as seen from the run's folder: a tree that was moved as a whole is found again."""
+"""Paths as seen from the run's folder: a tree that was moved as a whole is found again."""
 _PATHS = ("text", "model", "activations")
 _BASE, _BASE_CHECKSUM = "base", "base_crc32"
 BEFORE = {"prepend_bos": True}
-"""Of runs from before there was such an option."""
+"""Options of runs from before there were these."""
 
 
 def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
@@ -49,7 +49,7 @@ def record(data: DataConfig, run_dir: Path, base: Path | None = None) -> None:
 
 
 def resolved(data: DataConfig) -> DataConfig:
-    """The same with those options that are paths absolute, as they are recorded."""
+    """Make those options absolute that are paths, as they are recorded."""
     text, model = Path(data.text), Path(data.model)
     if data.text != STDLIB and text.exists():
         data = dataclasses.replace(data, text=str(text.resolve()))
@@ -74,7 +74,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def recorded(run_dir: Path, read_text: bool = True) -> DataConfig:
-    """What `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed.
+    """Read what `record` left. Raises FileNotFoundError or ValueError saying what is missing or has changed.
 
     read_text: whether its text is going to be read, and has to be there as it was.
     """
@@ -161,7 +161,7 @@ def _description(data: DataConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def _found_again(run_dir: Path, there: dict[str, Any]) -> dict[str, Any]:
-    """What was recorded, with paths that do not exist any more where they are now, if the run moved with them."""
+    """Correct paths that do not exist any more to where they are now, if the run moved with them."""
     relative = there.get(_RELATIVE)
     for name, place in relative.items() if isinstance(relative, dict) else ():
         moved = (run_dir / str(place)).resolve()

@@ -1,4 +1,4 @@
-"""What surrounds a training loop: position in the data, log, Ctrl-C, random state."""
+"""Surroundings of a training loop: position in the data, log, Ctrl-C, random state."""
 
 import base64
 import copy
@@ -57,7 +57,7 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What a batch can be known again by: its shape, and up to 16 x 64 entries from all over it."""
+    """Fingerprint of a batch: its shape, and up to 16 x 64 entries from all over it."""
 
     shape: tuple[int, ...]
     entries: Tensor
@@ -85,7 +85,7 @@ class _Seen:
             raise ValueError(f"{_DAMAGED}: last: {error}") from error
 
     def differences(self, again: "_Seen | None", number: int) -> str | None:
-        """What is different about batch `number` that was drawn again; warns where it is rounding."""
+        """Say what is different about batch `number` that was drawn again; warn where it is rounding."""
         if again is None or self.shape != again.shape:
             return f"batch {number} was {self.shape}, drawn again it is {again.shape if again else 'none'}"
         then, now = self.entries.cpu(), in_fp64(again.entries).cpu()

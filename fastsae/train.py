@@ -84,14 +84,14 @@ def auxk_loss(sae: SparseAutoencoder, x: Tensor, reconstruction: Tensor, dead: T
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What fit returns."""
+    """Result of fit; prints as a table."""
 
     steps: int
     """Optimizer steps done in all, those of the resumed run included."""
     metrics: dict[str, float]
     """The last logged line."""
     run_dir: Path | None
-    """Where the run lies: metrics.jsonl, checkpoints/ and the finished SAE in sae/."""
+    """Folder of the run: metrics.jsonl, checkpoints/ and the finished SAE in sae/."""
 
     def __str__(self) -> str:
         """A table, for reading."""
@@ -543,7 +543,7 @@ class Trainer:
             raise TypeError(f"{where}: expected a float tensor that holds numbers; got {raw.dtype} on {raw.device}")
 
     def _advice(self, raw: Any) -> str:
-        """What to do about something that is no batch."""
+        """Say what to do about something that is no batch."""
         if isinstance(raw, (tuple, list)) and raw and isinstance(raw[0], Tensor):
             return ". Of a DataLoader over a TensorDataset: (rows for (rows,) in loader)"
         if isinstance(raw, Tensor):
@@ -600,7 +600,7 @@ class Trainer:
         return None
 
     def _description(self) -> dict[str, dict[str, Any]]:
-        """What a run and its continuation must have in common."""
+        """Everything that a run and its continuation must have in common."""
         sae = {
             "architecture": self.sae.architecture,
             "dtype": str(self.sae.W_enc.dtype)[6:],

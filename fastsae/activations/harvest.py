@@ -73,7 +73,7 @@ class ModelActivations:
         return self.rows(i).activations
 
     def rows(self, i: int) -> Rows:
-        """The same, with the document and the position of each row."""
+        """Rows of block i, with the document and the position of each."""
         batch = self._batches[i]
         on_cpu = torch.device(self.model.cfg.device).type == "cpu"
         at_once = max(1, _CPU_TOKENS // self.windows[batch].context) if on_cpu else self.batch_windows
@@ -82,7 +82,7 @@ class ModelActivations:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What the rows and their order depend on: a store, or a position in a stream, must agree in it."""
+        """All that the rows and their order depend on: a store, or a position in a stream, must agree in it."""
         return {
             "model": str(getattr(self.model.cfg, "model_name", "unnamed")),
             "weights": _weights_digest(self.model),
@@ -96,7 +96,7 @@ class ModelActivations:
         }
 
     def _rows(self, windows: TokenWindows) -> Rows:
-        """Of windows that are read at once."""
+        """Slice of the windows that are read at once."""
         is_text = windows.is_text()
         activations = self._forward(windows.tokens, **self._mask(windows.is_token()))
         return Rows(
@@ -161,7 +161,7 @@ def harvest(source: ModelActivations, folder: str | Path, dtype: torch.dtype = t
 
 
 def _not_finite(rows: Rows, stored: Tensor, source: ModelActivations) -> str:
-    """Where the first activation is that cannot be stored, and what to do."""
+    """Say where the first activation is that cannot be stored, and what to do."""
     row, dimension = (~stored.isfinite()).nonzero()[0].tolist()
     value = float(rows.activations[row, dimension])
     where = (

@@ -48,7 +48,7 @@ def check_tokens(model: Any, windows: TokenWindows, where: str) -> None:
 
 
 class PaddingMask:
-    """What keeps a model from seeing padding, as arguments of its forward.
+    """Arguments of a model's forward that keep it from seeing padding.
 
     Where a token sees only those before it, as in GPT-2, that is nothing, and the model runs as it does on windows of
     equal lengths. Found out by reading two tokens: if the first changes with the second, padding would change text.
@@ -89,7 +89,7 @@ def output_mask(model: Any, windows: TokenWindows) -> PaddingMask:
 
 
 def _change(read: Read, windows: TokenWindows, mask: dict[str, Tensor]) -> float:
-    """How far the first of two tokens moves when the second is another one; up to 1 it may be rounding."""
+    """Distance that the first of two tokens moves when the second is another one; up to 1 it may be rounding."""
     first = int(windows.tokens[0, 0])
     a, b = (read(torch.tensor([[first, second]], device="cpu"), **mask)[0, 0] for second in (0, 1))
     if torch.equal(a, b):

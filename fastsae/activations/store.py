@@ -130,7 +130,7 @@ class ActivationStore:
         return self.rows(i).activations
 
     def rows(self, i: int) -> Rows:
-        """The same, with each row's document and position. Raises ValueError naming the file if it is damaged."""
+        """Rows of shard i, each with document and position. Raises ValueError naming the file if it is damaged."""
         path = _shard(self.folder, i)
         try:
             if i not in self._verified and files.crc32(path) != self._checksums[i]:

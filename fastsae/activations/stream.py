@@ -83,7 +83,7 @@ class ActivationStream:
         self._epoch, self._buffer_number, self._offset = position
 
     def _identity(self) -> dict[str, Any]:
-        """What decides which rows come when."""
+        """All that decides which rows come when."""
         return {
             **getattr(self.source, "identity", {}),
             "d_in": self.source.d_in,

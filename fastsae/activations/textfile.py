@@ -131,7 +131,7 @@ def text_of(row: Any, where: str) -> str:
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
-    """Where documents lie that a blank line ends, the first one that leaves them 4,000 characters."""
+    """Find documents that end at blank lines, each at the first one that leaves it 4,000 characters."""
     start = 0
     while content := _CONTENT.search(text, start):
         least = max(start + _DOCUMENT_CHARS, content.end())

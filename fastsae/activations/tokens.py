@@ -59,11 +59,11 @@ class TokenWindows:
         return sum(int((text[:, :-1] & text[:, 1:]).sum()) for text in map(self.is_text, self._parts()))
 
     def is_token(self, windows: slice = slice(None)) -> Tensor:
-        """Which positions are not padding: (n, context) bool."""
+        """Mask of positions that are not padding: (n, context) bool."""
         return torch.arange(self.context, device="cpu") < self.lengths[windows].unsqueeze(1)
 
     def is_text(self, windows: slice = slice(None)) -> Tensor:
-        """Which positions hold text (neither special nor padding): (n, context) bool."""
+        """Mask of positions that hold text, neither special nor padding: (n, context) bool."""
         text, tokens = self.is_token(windows), self.tokens[windows]
         text[:, : int(self.has_bos)] = False
         for token in self.special:
@@ -231,7 +231,7 @@ def _cut(ids: Tensor, body: int, bos: int | None, special: tuple[int, ...]) -> l
 
 
 def _spread(windows: list[Tensor], most: int) -> list[Tensor]:
-    """Of the windows of a document at most so many: the middle ones of as many equal parts, so that heads of files,
+    """At most so many windows of a document: the middle ones of as many equal parts, so that heads of files,
     which are licences and imports, come as seldom as they are."""
     n = len(windows)
     return windows if n <= most else [windows[(2 * i + 1) * n // (2 * most)] for i in range(most)]

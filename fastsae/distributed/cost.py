@@ -1,4 +1,4 @@
-"""What a layout costs before it is run: the bytes of every message of a training step, and the predicted time.
+"""Cost of a layout before it is run: the bytes of every message of a training step, and the predicted time.
 
 Bytes are counted, and a test holds them against what is sent. Times are predictions from the rates below, none of which
 was measured on several GPUs. `python -m fastsae.distributed.cost docs/distributed.md` writes the table there.
@@ -41,7 +41,7 @@ class Message:
     kind: str
     """all-gather or all-reduce."""
     ranks: int
-    """Of the group that shares it."""
+    """Number of ranks that share it."""
     payload: int
     """Bytes of the tensor a rank puts in."""
     seconds: float
@@ -69,11 +69,11 @@ class Cost:
     memory: int
     """Bytes of weights, gradients, moments, and what grows with the batch."""
     rows: int
-    """Of the whole batch."""
+    """Rows of the whole batch."""
 
     @property
     def working(self) -> float:
-        """What one rank alone would do too, of a smaller SAE on fewer rows."""
+        """Seconds of work that one rank alone would do too, of a smaller SAE on fewer rows."""
         return self.product + self.gathers + self.adam
 
     @property
@@ -87,7 +87,7 @@ class Cost:
 
 
 def cost(config: TopKSAEConfig, batch_size: int, layout: Layout, auxk: int = 0) -> Cost:
-    """What a step on batches of `batch_size` rows costs in `layout`, with fp32 weights and 16-bit products."""
+    """Cost of a step on batches of `batch_size` rows in `layout`, with fp32 weights and 16-bit products."""
     each = layout.features_each(config.d_sae)
     if batch_size < layout.data:
         raise ValueError(f"cost: {batch_size} rows cannot be split over {layout.data} data ranks")
@@ -145,7 +145,7 @@ def _messages(
 
 
 def _ring(kind: str, ranks: int) -> float:
-    """How often a rank sends its payload: in an all-gather to each other rank, in an all-reduce twice around."""
+    """Times that a rank sends its payload: in an all-gather to each other rank, in an all-reduce twice around."""
     return ranks - 1 if kind == "all-gather" else 2 * (ranks - 1) / ranks
 
 
@@ -182,7 +182,7 @@ def stops_scaling(config: TopKSAEConfig, batch_size: int, layout: Layout, over: 
 
 
 def report(config: TopKSAEConfig, batch_size: int, layout: Layout, steps: int) -> list[str]:
-    """What `fastsae plan` says of a layout, and of so many steps in it."""
+    """Lines of `fastsae plan` about a layout, and about so many steps in it."""
     found = cost(config, batch_size, layout)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""What a language model loses when its activations are replaced by their reconstructions."""
+"""Behaviour of a language model whose activations are replaced by their reconstructions: KL and cross-entropy."""
 
 import warnings
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Behavior:
     """The paper's "KL reduction": 1 - KL / KL of the identity pathway of the same SAE, which was never trained to
     reconstruct alone. No comparison with a TopK SAE. Empty without integration."""
     ce_reduction_against_own_identity_pathway: dict[str, Interval]
-    """The same of the cross-entropy itself, clean part included, as in the paper."""
+    """Reduction of the cross-entropy itself, clean part included, as in the paper."""
     sums: DocumentSums = field(repr=False)
     """Per document, for paired comparisons."""
 
@@ -142,7 +142,7 @@ def behavior(
 
 
 def of_sums(sums: DocumentSums) -> Behavior:
-    """What `behavior` says of sums that it left before."""
+    """Make the result of `behavior` from sums that it left before."""
     kept = [name[3:] for name in sums.sums if name.startswith("kl ")]
     ablated = sums.sums["ce ablated"]
     conditions = {

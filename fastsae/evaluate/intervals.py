@@ -12,7 +12,7 @@ from fastsae.fp64 import in_fp64
 
 LEVEL = 0.95
 FEWEST_DOCUMENTS = 5
-"""Of fewer there is no interval: their spread says next to nothing about that of others."""
+"""Fewest documents that give an interval: the spread of fewer says next to nothing about that of others."""
 _RESAMPLES, _AT_ONCE = 2000, 100
 # In the logarithm: beyond every number that is measured, and below what overflows.
 _FARTHEST = 100.0
@@ -38,7 +38,7 @@ class DocumentSums:
     """Sums over the rows of each document, by the name of what is summed: fp64 (documents,) each."""
 
     names: tuple[str, ...]
-    """Of the documents, in the order of the sums."""
+    """Names of the documents, in the order of the sums."""
     sums: dict[str, Tensor]
 
     def total(self, name: str) -> float:
@@ -68,8 +68,8 @@ class DocumentSums:
 
 
 def at_most(most: float, interval: Interval) -> Interval:
-    """The same without what lies beyond a bound that single documents can pass, and the truth cannot. An estimate that
-    lies beyond it keeps its interval."""
+    """Cut off what lies beyond a bound that single documents can pass, and the truth cannot. An estimate that lies
+    beyond it keeps its interval."""
     if not interval.estimate <= most:
         return interval
     return Interval(

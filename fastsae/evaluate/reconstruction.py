@@ -1,4 +1,4 @@
-"""How well activations are reconstructed, and by which pathway, on rows the SAE was not trained on."""
+"""Reconstruction error, and the part of each pathway in it, on rows the SAE was not trained on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from fastsae.report import table
 
 @dataclass(frozen=True)
 class PathwayShare:
-    """What one summand of the reconstruction does; its mean over rows, which biases can make, counts for nothing."""
+    """Part of one summand in the reconstruction; its mean over rows, which biases can make, counts for nothing."""
 
     variance_share: Interval
     """Squared deviation of the summand from its mean over that of x: its size, not its use."""
@@ -38,7 +38,7 @@ class Reconstruction:
     fvu: Interval
     """Fraction of variance unexplained: squared error over the variance about the mean of these rows."""
     fvu_raw: Interval
-    """The same on raw activations, where dimensions of large variance dominate."""
+    """FVU on raw activations, where dimensions of large variance dominate."""
     cosine: Interval
     """Cosine between raw activation and raw reconstruction."""
     l0: Interval
@@ -131,7 +131,7 @@ def reconstruction(
 
 
 def of_sums(sums: DocumentSums, dead_share: float, documented: bool = True) -> Reconstruction:
-    """What `reconstruction` says of sums that it left before."""
+    """Make the result of `reconstruction` from sums that it left before."""
     summands = tuple(name[4:] for name in sums.sums if name.startswith("abs "))
     fvu = {name[6:]: sums.ratio(name, "variance x", least=0) for name in sums.sums if name.startswith("error ")}
     shares = {

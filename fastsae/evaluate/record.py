@@ -31,7 +31,7 @@ def write(run: Path, name: str, result: Any, **options: Any) -> dict[str, Any]:
 
 
 def read(run: Path, name: str) -> dict[str, Any] | None:
-    """What `write` left; None if there is nothing, or if it is of another SAE: that run was trained again."""
+    """Read what `write` left; None if there is nothing, or if it is of another SAE: that run was trained again."""
     path = run / f"{name}.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What every SAE of this library can do: encode, decode, measure its loss, be saved and loaded."""
+"""The base of all SAEs here: encode, decode, loss, saving and loading."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ ARCHITECTURES: dict[str, type["SparseAutoencoder"]] = {}
 
 
 class SAEOutput(NamedTuple):
-    """What forward returns. A tuple: backward hooks of modules find tensors in nothing else."""
+    """Result of forward. A tuple: backward hooks of modules find tensors in nothing else."""
 
     reconstruction: Tensor
     """(..., d_in), in the space forward was given."""
@@ -137,7 +137,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.empty(config.d_in, **new)) if config.pre_bias else None
 
     def laws(self) -> dict[str, Callable[[Tensor], object]]:
-        """What draws the parameters at the start, in place and in this order, any rows of them.
+        """Initial laws of the parameters: each draws any rows of one, in place, in this order.
 
         W_enc starts as a copy of W_dec, what is not here at 0.
         """
@@ -385,5 +385,5 @@ class SparseAutoencoder(nn.Module):
 
 
 def _checksum(config: dict[str, Any]) -> int:
-    """Of what the shapes of the weights do not show, k above all."""
+    """Checksum of the config, which holds what the shapes of the weights do not show, k above all."""
     return zlib.crc32(json.dumps(config, sort_keys=True).encode())

@@ -14,7 +14,7 @@ from fastsae.config import Init, JointSAEConfig
 from fastsae.modules.base import Components, SparseAutoencoder
 
 STD_AT_INIT = {"W_lin": 0.01, "b_lin": 0.0, "V": 0.05, "W1": 0.01, "b1": 0.0, "W2": 0.01, "b2": 0.0}
-"""Of the normal law, of mean 0, that each parameter of the integration starts from."""
+"""Standard deviation of each integration parameter at initialisation; normal, mean 0."""
 
 
 class JointSAE(SparseAutoencoder):
@@ -133,7 +133,7 @@ class JointSAE(SparseAutoencoder):
         return SparseCode(code.values[..., :n], code.indices[..., :n], self.d_sae)
 
     def hidden(self, code: SparseCode) -> Tensor:
-        """What the integration network holds before its ReLU, W1 z + b1: (..., d_embedding). No dropout."""
+        """Hidden layer of the integration network before its ReLU, W1 z + b1: (..., d_embedding). No dropout."""
         W1, b1, _ = self._mlp
         strongest = self.strongest(code).flatten()
         with self._graph_of(code.values):

@@ -38,7 +38,7 @@ def check_plain(who: str, kind: str, found: Mapping[str, Tensor], new: Mapping[s
 
 
 def _difference(kind: str, found: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> str:
-    """Which names are too many or too few, and how that is undone."""
+    """Say which names are too many or too few, and how to undo that."""
     others, missing = ([n for n in a if n not in b] for a, b in ((found, new), (new, found)))
     if missing and others:
         undo = next((undo for (begin, end), undo in _UNDO.items() if _any(others, begin, end)), _MERGE)

@@ -40,7 +40,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def _of_these_weights(folder: Path, new: Path, old: Path) -> Path:
-    """Which config a save that was cut off left the weights of."""
+    """Find the config that belongs to the weights, after a save that was cut off."""
     weights = folder / WEIGHTS
     description = files.read_object(new)
     return new if weights.is_file() and description.get("weights_crc32") == files.crc32(weights) else old
@@ -50,7 +50,7 @@ _CONVERT = "`fastsae convert SOURCE TARGET --to fastsae` makes an SAE of it that
 
 
 def _instead(folder: Path) -> str:
-    """What is there in place of a config.json, and what to do with it."""
+    """Say what a folder without a config.json is, and what to do with it."""
     if not folder.exists():
         return "there is no such folder"
     if not folder.is_dir():

@@ -74,7 +74,7 @@ class HiddenActivations:
         return self._hidden(self.source.block(i))
 
     def rows(self, i: int) -> Any:
-        """The same, with the document and the position of each row."""
+        """Rows of block i, with the document and the position of each."""
         rows = self.source.rows(i)
         return rows._replace(activations=self._hidden(rows.activations))
 

@@ -30,7 +30,7 @@ __all__ = ["FORMATS", "Format", "convert", "detect", "read"]
 
 
 def detect(source: str | Path) -> Format:
-    """Which package wrote `source`. Raises FileNotFoundError if there is nothing, ValueError if it is of none."""
+    """Find out which package wrote `source`. Raises FileNotFoundError for nothing, ValueError if none did."""
     source = Path(source)
     if source.is_symlink() and not source.exists():
         raise FileNotFoundError(f"{source} is a link to {source.readlink()}, which does not exist")

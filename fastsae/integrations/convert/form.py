@@ -1,4 +1,4 @@
-"""What every form is read to and written from, and the steps they share."""
+"""The common ground of all forms: what each is read to and written from, and shared steps."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,9 +31,9 @@ class Converted:
 
     sae: SparseAutoencoder
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Of the activations, under SAELens' names: model_name, hook_name, ..."""
+    """Facts about the activations, under SAELens' names: model_name, hook_name, ..."""
     notes: list[str] = field(default_factory=list)
-    """What does not show in the files."""
+    """Sentences about what does not show in the files."""
     sees_normalised_tokens: bool = False
     """Whether each token must be brought to mean 0 and standard deviation 1 before, as NORMALISED says."""
 
@@ -82,7 +82,7 @@ def widest(weights: dict[str, Tensor]) -> torch.dtype:
 
 @torch.no_grad()
 def in_raw_space(sae: SparseAutoencoder) -> SparseAutoencoder:
-    """The same function of raw activations without a normaliser: statistics are folded into the weights.
+    """Fold the statistics into the weights: an SAE of raw activations, without a normaliser, that computes the same.
 
     With x' = (x - mean) / scale:  W_enc x' = (W_enc / scale) (x - mean),  and what lies in the output is scaled back.
     Narrow weights become fp32 where there are statistics, which would lose their differences if they were rounded.

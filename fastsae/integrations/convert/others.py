@@ -1,4 +1,4 @@
-"""What a file or folder is that no form reads, in words: published SAEs of other kinds, and what is no SAE at all."""
+"""Files and folders that no form reads, told in words: published SAEs of other kinds, and what is no SAE at all."""
 
 import json
 import zipfile
@@ -75,7 +75,7 @@ def refuse(path: Path, expected: str) -> None:
 
 
 def by_names(names: Iterable[str]) -> str | None:
-    """What a dict of tensors with these names is, if that is known."""
+    """Say what a dict of tensors with these names is, if that is known."""
     plain = {str(name).removeprefix("_orig_mod.").removeprefix("module.") for name in names}
     if plain & _CHECKPOINT:
         return f"is a checkpoint of a trainer (of Lightning, say), not an SAE in a form of its own. {LOAD_THERE}"
@@ -84,7 +84,7 @@ def by_names(names: Iterable[str]) -> str | None:
 
 
 def folder(source: Path, written: Callable[[Path], bool]) -> str | None:
-    """What a folder is that holds no SAE itself: the SAEs below it, or what it looks like.
+    """Say what a folder is that holds no SAE itself: the SAEs below it, or what it looks like.
 
     written: whether a folder holds an SAE in a known form.
     """
@@ -121,7 +121,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _kind(path: Path) -> str | None:
-    """What the first bytes tell; None if they tell nothing."""
+    """Kind of a file by its first bytes; None if they tell nothing."""
     with path.open("rb") as file:
         head = file.read(4096)
     if not head:

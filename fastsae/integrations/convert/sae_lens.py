@@ -112,7 +112,7 @@ def _as_version_6(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata_before_6(cfg: dict[str, Any]) -> dict[str, Any]:
-    """What SAELens itself takes out of such a config."""
+    """Metadata that SAELens itself takes out of such a config."""
     renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
     known = {renamed.get(name, name): value for name, value in cfg.items()}
     return {"prepend_bos": True} | {name: value for name, value in known.items() if name in _METADATA}
