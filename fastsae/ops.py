@@ -80,7 +80,8 @@ def topk_encode(
         _check_shape(where, "features", features, (None,), "(n,)")
         if features.dtype != torch.int64:
             raise TypeError(
-                f"{where}: features must be int64 indices; got {features.dtype}. For a mask use mask.nonzero().squeeze(1)."
+                f"{where}: features must be int64 indices; got {features.dtype}. For a mask use "
+                "mask.nonzero().squeeze(1)."
             )
         if features.device != x.device:
             raise ValueError(f"{where}: x is on {x.device} but features on {features.device}; move them to one device.")

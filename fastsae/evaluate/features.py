@@ -34,7 +34,7 @@ class RowExample:
     group: str
     """Name of the group it belongs to."""
     row: int
-    """Its number among all rows of the activations."""
+    """Its number among all rows of the activations; in a store, its position in the window of text."""
     activation: float
 
 
