@@ -382,7 +382,7 @@ def test_nothing_of_batch_times_dictionary_is_made(
         if plain:
             sae(x).loss.backward()
         else:
-            output, _ = trainer._train_step(x)
+            output = trainer._train_step(x).output
             trainer._metrics(x, output, None, 1.0)
     assert "topk_encode" in inside.operations
     assert 4 * M * D <= inside.bytes <= 4 * B * M // 16, f"a tensor of {inside.bytes} bytes was made"

@@ -193,8 +193,8 @@ def diverging(run_dir: Path, batches: int) -> None:
     step = trainer._train_step
 
     def spoiled(x: Tensor) -> Any:
-        output, norm = step(x)
-        return output._replace(loss=output.loss * (float("inf") if rank() else 1.0)), norm
+        made = step(x)
+        return made._replace(output=made.output._replace(loss=made.output.loss * (float("inf") if rank() else 1.0)))
 
     def stream() -> Iterator[Tensor]:
         yield from activations(batches)
