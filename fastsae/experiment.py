@@ -152,7 +152,8 @@ def train(
     except ValueError as error:
         warnings.warn(f"`fastsae eval` will have nothing to measure on: {error}", stacklevel=2)
     sae = make(source.d_in)
-    sae.reads = provenance.reads(data)
+    read = provenance.reads(data)
+    sae.reads = {"hidden_layer_of": read} if isinstance(sae, SecondarySAE) else read
     run = Trainer(sae, trainer)
     stream = ActivationStream(source, data.batch_size, data.buffer_rows, trainer.seed)
     assert trainer.run_dir is not None

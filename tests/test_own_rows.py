@@ -116,6 +116,8 @@ def test_runs_on_the_sae_of_another(kind, command):
     )
     options = ("--d-sae", "30", "--k", "3") if kind == "secondary" else ("--d-embedding", "6")
     train(command, "--base", "runs/a", *options, kind=kind, run="runs/b")
+    reads = fastsae.load("runs/b").reads
+    assert ("hidden_layer_of" in reads) == (kind == "secondary") != ("activations" in reads)
     command("eval", "runs/b")
     command("analyze", "runs/b")
     np.save("other.npy", planted(4000, 1))

@@ -191,11 +191,9 @@ def special_tokens(model: Any) -> tuple[int, ...]:
 
 def _tokenizer(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", model)
-    if tokenizer is None:
-        raise ValueError("tokenize: the model has no tokenizer; attach one (model.tokenizer), or pass token windows")
-    if isinstance(tokenizer, torch.nn.Module):
+    if tokenizer is None or isinstance(tokenizer, torch.nn.Module):
         raise ValueError(
-            f"tokenize: {type(model).__name__} comes without its tokenizer; pass the tokenizer, or "
+            f"tokenize: {'the model' if model is None else type(model).__name__} has no tokenizer; pass the tokenizer, or "
             "fastsae.lm.load(model, tokenizer=tokenizer)"
         )
     return tokenizer

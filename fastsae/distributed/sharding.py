@@ -87,7 +87,7 @@ def _part(whole: SparseAutoencoder, tensors: dict[str, Tensor], ranks: Ranks) ->
         setattr(module, own_name, nn.Parameter(t, requires_grad=trained[name]) if name in trained else t)
     ranks.equalise(*(t for name, t in tensors.items() if name not in BY_FEATURE))
     ranks.equalise_parts(*(t for name, t in tensors.items() if name in BY_FEATURE))
-    part.backend = whole.backend
+    part.backend, part.reads = whole.backend, whole.reads
     part.ops, part.ranks = ShardedOps(ranks), ranks
     return part
 

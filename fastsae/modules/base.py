@@ -375,6 +375,8 @@ class SparseAutoencoder(nn.Module):
     @property
     def _of(self) -> str:
         read = self.reads or {}
+        if "hidden_layer_of" in read:
+            return "\nof the hidden layer of another SAE"
         if "activations" in read:
             return f"\nof activations in {read['activations']}"
         return f"\nof {read['hook']} of model {read['model']} on {read.get('text')}" if "hook" in read else ""
