@@ -462,7 +462,7 @@ def test_a_transformers_model_in_memory_with_its_tokenizer(windows: TokenWindows
         moved = changed(windows.tokens[:1], return_type="logits")
     assert (moved - loaded(windows.tokens[:1], return_type="logits")).abs().max() > 1e-3
     for without in (model, lm.load(model)):
-        with pytest.raises(ValueError, match=r"has no tokenizer; pass the tokenizer, or fastsae\.lm\.load"):
+        with pytest.raises(ValueError, match=r"has no tokenizer; pass it, or fastsae\.lm\.load"):
             tokenize(DOCUMENTS, without, CONTEXT)
 
 

@@ -193,7 +193,7 @@ def _tokenizer(model: Any) -> Any:
     tokenizer = getattr(model, "tokenizer", model)
     if tokenizer is None or isinstance(tokenizer, torch.nn.Module):
         raise ValueError(
-            f"tokenize: {'the model' if model is None else type(model).__name__} has no tokenizer; pass the tokenizer, or "
+            f"tokenize: {'the model' if model is None else type(model).__name__} has no tokenizer; pass it, or "
             "fastsae.lm.load(model, tokenizer=tokenizer)"
         )
     return tokenizer
